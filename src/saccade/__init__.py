@@ -1,0 +1,46 @@
+"""Saccade: adaptive compute for Vision Transformers.
+
+    model = saccade.create_model("deit_small_patch16_224", "tome(r=13)", pretrained=True)
+    out = model(images)                # out.logits, out.tokens, out.trace
+    fast = model.at("evit(0.7)")       # same parameters, other compute
+
+Names load on first use, so that ``saccade --help`` does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdaptiveViT": "model",
+    "Output": "model",
+    "create_model": "checkpoint",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "Setting": "setting",
+    "Tokens": "tokens",
+    "Reduction": "reduction",
+    "SoftReduction": "reduction",
+    "reduce": "reduction",
+    "Gates": "gates",
+    "Plan": "plan",
+    "Reducer": "plan",
+    "Gater": "plan",
+    "Method": "plan",
+    "Tokenizer": "plan",
+    "register": "plan",
+    "list_methods": "plan",
+    "Trace": "trace",
+    "UserError": "errors",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'saccade' has no attribute {name!r}")
+    return getattr(import_module(f"saccade.{_HOME[name]}"), name)

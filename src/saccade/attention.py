@@ -1,0 +1,127 @@
+"""Attention with its readings: the only restatement of timm code here (timm's ``Attention.forward``, Apache-2.0)."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Attention
+from torch import Tensor
+from torch.nn import functional as F
+
+READINGS = frozenset({"key", "cls_attn", "received"})
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What one attention gives."""
+
+    x: Tensor  #                      [B, Q, D]
+    kernel: str  #                    which path ran: "fused", "unfused", with "+bias" where keys count differently
+    key: Tensor | None = None  #      [B, K, d]  mean key over heads
+    cls_attn: Tensor | None = None  # [B, K] fp32  first token's attention, mean over heads
+    received: Tensor | None = None  # [B, K] fp32  attention received, mean over heads and queries
+
+
+def attend(
+    attn: Attention,
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    queries: int | None = None,
+    heads: Tensor | None = None,
+    read: frozenset[str] = frozenset(),
+) -> Attended:
+    """timm's attention on x [B, K, D], with an additive key bias, fewer queries, and what reducers want to read.
+
+    Args:
+        bias: [B, K] fp32, added to every score of a key (log size, -inf for padding); None keeps the fastest kernel.
+        queries: only the first so many tokens ask (the last block needs no more than the prefix); None: all.
+        heads: [B, H] 0/1, heads that take part (AdaViT's full deactivation); None: all.
+        read: which of ``READINGS`` to return. ``cls_attn`` is one row, O(H·K·D); ``received`` needs all scores.
+    """
+    B, K, _ = x.shape
+    H, d = attn.num_heads, attn.head_dim
+    gate = attn.gate(x[:, :queries]).sigmoid() if getattr(attn, "gate", None) is not None else None
+    if queries is None:
+        q, k, v = attn.qkv(x).reshape(B, K, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        weight, offset = attn.qkv.weight, attn.qkv.bias
+        q = F.linear(x[:, :queries], weight[: H * d], None if offset is None else offset[: H * d])
+        q = q.reshape(B, queries, H, d).transpose(1, 2)
+        kv = F.linear(x, weight[H * d :], None if offset is None else offset[H * d :])
+        k, v = kv.reshape(B, K, 2, H, d).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+
+    mask = None if bias is None else bias.to(q.dtype)[:, None, None, :]
+    drop = attn.attn_drop.p if attn.training else 0.0
+    fused = attn.fused_attn and "received" not in read and kernel_for(q, K) == "fused"
+    cls_attn = received = None
+    if fused:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+        if "cls_attn" in read:
+            cls_attn = class_attention(q[:, :, 0] * attn.scale, k, bias)
+    else:
+        scores = (q * attn.scale) @ k.transpose(-2, -1)
+        shares = (scores if mask is None else scores + mask).softmax(dim=-1)  # [B, H, Q, K]
+        y = attn.attn_drop(shares) @ v
+        if "cls_attn" in read:
+            cls_attn = shares[:, :, 0].float().mean(1)
+        if "received" in read:
+            received = shares.float().mean((1, 2))
+    if heads is not None:
+        y = y * heads[:, :, None, None].to(y.dtype)
+    y = attn.norm(y.transpose(1, 2).reshape(B, -1, H * d))
+    y = attn.proj_drop(attn.proj(y if gate is None else y * gate))
+    kernel = ("fused" if fused else "unfused") + ("" if bias is None else "+bias")
+    return Attended(y, kernel, k.mean(1) if "key" in read else None, cls_attn, received)
+
+
+def class_attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """One row of attention, mean over heads: q [B, H, d] (scaled), k [B, H, K, d] -> [B, K] fp32.
+
+    The queries of all heads stand in one block-diagonal matrix [H*d, H], so that keys are read once, in the layout
+    in which the projection wrote them, by one matrix product; H*d*H MACs a token, about 0.1 % of a block.
+    """
+    B, H, d = q.shape
+    blocks = torch.diag_embed(q.transpose(1, 2)).permute(0, 2, 1, 3).reshape(B, H * d, H)
+    scores = (k.transpose(1, 2).reshape(B, -1, H * d) @ blocks).float()  # [B, K, H]
+    if bias is not None:
+        scores = scores + bias.unsqueeze(-1)
+    return scores.softmax(dim=1).mean(-1)
+
+
+def kernel_for(q: Tensor, keys: int) -> str:
+    """``"fused"`` or ``"unfused"``: which attention path is faster for queries [B, H, Q, d] over so many keys.
+
+    fp32 and every GPU take the fused kernel (measured in ``benchmarks/attention.py``). On a CPU in half precision it
+    depends on the machine's instructions, so it is timed there once per kind of shape. ``SACCADE_ATTENTION=fused``
+    (or ``unfused``) pins the answer, for results that are the same to the last bit on every run.
+    """
+    pinned = os.environ.get("SACCADE_ATTENTION")
+    if pinned in ("fused", "unfused"):
+        return pinned
+    if q.device.type != "cpu" or q.dtype == torch.float32 or torch.compiler.is_compiling() or q.requires_grad:
+        return "fused"
+    return _faster_on_cpu(q.dtype, q.shape[-1], q.shape[2] == keys, -(-keys // 64) * 64, torch.get_num_threads())
+
+
+@functools.cache
+def _faster_on_cpu(dtype: torch.dtype, width: int, square: bool, keys: int, threads: int) -> str:
+    """Time both paths on 24 heads: a few milliseconds, once in a process for each kind of shape."""
+    with torch.inference_mode(False), torch.no_grad():
+        q, k, v = (torch.randn(4, 6, n, width).to(dtype) for n in (keys if square else 1, keys, keys))
+        ways = {
+            "fused": lambda: F.scaled_dot_product_attention(q, k, v),
+            "unfused": lambda: (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v,
+        }
+        best = dict.fromkeys(ways, float("inf"))
+        for _ in range(7):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way()
+                best[name] = min(best[name], time.perf_counter() - start)
+    return min(best, key=lambda name: best[name])

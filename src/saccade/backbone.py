@@ -1,0 +1,58 @@
+"""Which timm models are supported, and what the library reads off them."""
+
+from __future__ import annotations
+
+from timm.layers import Attention, PatchEmbed
+from timm.models import deit, vision_transformer
+from torch import nn
+
+from saccade.errors import UserError
+from saccade.plan import Backbone
+
+POOLS = ("token", "avg", "map")
+
+
+def backbone_of(vit: nn.Module) -> Backbone:
+    """Facts of a supported ViT; UserError names the part that is not supported."""
+    name = type(vit).__name__
+    if type(vit) not in (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled):
+        raise UserError(f"{name} is not supported: give a timm VisionTransformer or VisionTransformerDistilled")
+    for i, block in enumerate(vit.blocks):
+        if type(block) is not vision_transformer.Block:
+            raise UserError(f"{name}.blocks[{i}] is a {type(block).__name__}; only timm's Block is supported")
+        if type(block.attn) is not Attention:
+            raise UserError(f"{name}.blocks[{i}].attn is a {type(block.attn).__name__}; only Attention is supported")
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise UserError(f"{name}.patch_embed is a {type(vit.patch_embed).__name__}; only PatchEmbed is supported")
+    if vit.patch_embed.grid_size is None:
+        raise UserError(f"{name}.patch_embed has no image size; create the model with img_size=")
+    if vit.global_pool not in POOLS:
+        raise UserError(f"global_pool={vit.global_pool!r} is not supported; use one of {', '.join(POOLS)}")
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise UserError("patch_drop_rate > 0 is not supported; drop patches by the setting 'random(keep)' instead")
+    attn = vit.blocks[0].attn
+    return Backbone(
+        depth=len(vit.blocks),
+        dim=vit.embed_dim,
+        heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        num_prefix=vit.num_prefix_tokens,
+        has_class_token=vit.cls_token is not None,
+        patch_size=tuple(vit.patch_embed.patch_size),
+        input_size=tuple(vit.patch_embed.img_size),
+        pool=vit.global_pool,
+    )
+
+
+def head_macs(vit: nn.Module, tokens: int) -> int:
+    """MACs of pooling and classifier for one image whose last block gives so many tokens."""
+    linears = [m for m in (vit.head, getattr(vit, "head_dist", None)) if isinstance(m, nn.Linear)]
+    macs = sum(m.in_features * m.out_features for m in linears)
+    pool = vit.attn_pool
+    if pool is not None:
+        patches = tokens if vit.pool_include_prefix else tokens - vit.num_prefix_tokens
+        once = [m for name, m in pool.named_modules() if isinstance(m, nn.Linear) and name != "kv"]
+        macs += pool.latent_len * sum(m.in_features * m.out_features for m in once)
+        macs += patches * pool.kv.in_features * pool.kv.out_features
+        macs += 2 * pool.latent_len * patches * pool.num_heads * pool.head_dim
+    return macs

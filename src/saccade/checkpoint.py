@@ -1,0 +1,166 @@
+"""Creating, saving and loading: one folder with ``model.safetensors`` and ``config.json``; never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from saccade.errors import UserError, nearest
+from saccade.model import AdaptiveViT
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def create_model(
+    name: str, setting: str = "", *, pretrained: bool = False, weights: str | os.PathLike | None = None, **kwargs: Any
+) -> AdaptiveViT:
+    """A timm ViT under a setting, in evaluation mode.
+
+    Args:
+        name: timm's model name.
+        setting: for example ``"tome(r=13)"``; empty: the unreduced model.
+        pretrained: timm's own weights, from the Hugging Face hub.
+        weights: a safetensors file with timm's keys instead.
+        kwargs: of ``timm.create_model`` (num_classes, img_size, …).
+
+    Raises:
+        UserError: unknown name, unsupported model, missing or wrong weights.
+    """
+    if name.split(".")[0] not in timm.list_models():
+        raise UserError(f"timm {timm.__version__} has no model {name!r}{_close(name)}")
+    try:
+        vit = timm.create_model(name, pretrained=pretrained, **kwargs)
+    except Exception as error:
+        if not pretrained:
+            raise UserError(f"timm cannot create {name!r}: {_line(error)}") from None
+        raise UserError(f"cannot fetch timm's weights of {name!r} ({_line(error)}); give a file by weights=") from None
+    model = AdaptiveViT(vit, setting)
+    if weights is not None:
+        load_weights(vit, weights)
+    return model.eval()
+
+
+def load_weights(module: nn.Module, file: str | os.PathLike) -> None:
+    """Load a safetensors file strictly, in the module's own dtype. Raises UserError that lists what does not fit."""
+    state = read_weights(file)
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or unknown or shapes:
+        wrong = [f"{tuple(state[k].shape)} for {k} {tuple(own[k].shape)}" for k in sorted(shapes)]
+        listed = {"missing": missing, "unexpected": unknown, "of another shape": wrong}
+        text = "; ".join(f"{len(v)} {k} ({_some(v)})" for k, v in listed.items() if v)
+        raise UserError(f"{file} does not fit {type(module).__name__}: {text}; the keys must be the model's own")
+    module.load_state_dict(state, strict=True)
+
+
+def read_weights(file: str | os.PathLike) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises UserError: missing, another format, damaged, not finite."""
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"there is no weights file {str(path)!r}")
+    try:
+        state = load_file(path)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(
+            f"{str(path)!r} is not a readable safetensors file ({_line(error)}); other formats may run code and are "
+            "refused: convert it with safetensors.torch.save_file"
+        ) from None
+    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise UserError(f"{str(path)!r} holds NaN or infinity in {len(bad)} of {len(state)} tensors ({_some(bad)})")
+    return state
+
+
+def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
+    """Write a model folder, whole or not at all; ``extra`` is kept under its name in the config.
+
+    ``vit.*`` without its prefix opens in plain timm, strictly. ``config.json`` is timm's, with ours under one key.
+    """
+    config = {**_timm_config(model.vit), "saccade": {"format": FORMAT, "setting": str(model.setting), **extra}}
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        save_file(state, fresh / WEIGHTS, metadata={"format": "pt"})
+        (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if not target.exists():
+            os.replace(fresh, target)
+        else:  # the folder may hold other things of the user's: replace our two files, the weights last
+            for name in (CONFIG, WEIGHTS):
+                os.replace(fresh / name, target / name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def load(folder: str | os.PathLike, setting: str | None = None) -> AdaptiveViT:
+    """Open a folder written by ``save``, under its own setting or another. Raises UserError for anything amiss."""
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        raise UserError(f"{str(path)!r} is not a model folder: it has no {CONFIG}")
+    try:
+        config = json.loads((path / CONFIG).read_text())
+        ours, name, args = config["saccade"], config["architecture"], config["model_args"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path / CONFIG)!r} is not a Saccade config ({_line(error)})") from None
+    if ours.get("format") != FORMAT:
+        raise UserError(f"{str(path)!r} has format {ours.get('format')!r}; this version reads format {FORMAT}")
+    model = create_model(name, ours["setting"], **args)
+    model.vit.pretrained_cfg = {**model.vit.pretrained_cfg, **config.get("pretrained_cfg", {})}
+    load_weights(model, path / WEIGHTS)
+    return model if setting is None else model.at(setting)
+
+
+def _timm_config(vit: nn.Module) -> dict[str, Any]:
+    """What rebuilds the timm module: its architecture name and the arguments in which it may differ from it."""
+    cfg = dict(vit.pretrained_cfg)
+    name = cfg.get("architecture")
+    if not name:
+        raise UserError("this ViT does not know its timm name (pretrained_cfg['architecture']): use create_model")
+    embed, attn = vit.patch_embed, vit.blocks[0].attn
+    args = {
+        "num_classes": vit.num_classes,
+        "img_size": list(embed.img_size),
+        "patch_size": list(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+        "global_pool": vit.global_pool,
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": attn.num_heads,
+        "reg_tokens": vit.num_reg_tokens,
+    }
+    with torch.device("meta"):
+        twin = timm.create_model(name, **args)
+    if {k: v.shape for k, v in twin.state_dict().items()} != {k: v.shape for k, v in vit.state_dict().items()}:
+        raise UserError(f"this ViT differs from timm's {name!r} in more than {', '.join(args)}: it cannot be rebuilt")
+    kept = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "tag", "license")
+    return {
+        "architecture": name,
+        "num_classes": vit.num_classes,
+        "model_args": args,
+        "pretrained_cfg": {k: cfg[k] for k in kept if k in cfg},
+    }
+
+
+def _close(name: str) -> str:
+    return nearest(name, timm.list_models("*vit*") + timm.list_models("deit*"))[:200]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")

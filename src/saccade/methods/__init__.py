@@ -1,0 +1,1 @@
+"""One file per method; each registers the name that settings use."""

@@ -1,0 +1,39 @@
+"""``evit``: keep what the class token attends to, drop or fuse the rest (EViT, arXiv 2202.07800)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from saccade.decide import KeepAttended, check_score
+from saccade.errors import UserError
+from saccade.plan import Backbone, Method, blocks, fraction, register
+
+
+def _menu(backbone: Backbone) -> list[str]:
+    if not backbone.has_class_token:
+        return [f"evit({k}, score='received')" for k in (0.9, 0.8, 0.7, 0.6, 0.5)]
+    return [f"evit({k})" for k in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)] + ["evit(0.7, fuse=True)", "evit(0.5, fuse=True)"]
+
+
+@register("evit", menu=_menu)
+def evit(
+    backbone: Backbone,
+    keep: float = 0.7,
+    at: int | Iterable[int] | None = None,
+    fuse: bool = False,
+    score: str = "class",
+) -> Method:
+    """Drop the patch tokens that the class token attends to least (arXiv 2202.07800).
+
+    Args:
+        keep: share of patch tokens kept at each of the blocks, in (0, 1].
+        at: 0-based blocks that drop; None: at a quarter, a half and three quarters of the depth.
+        fuse: add one token, the attention-weighted sum of those dropped (not divided by the weights' sum).
+        score: 'class' attention, or mean attention 'received', for models without a class token.
+    """
+    keep = fraction("evit", "keep", keep, 0.001)
+    if not isinstance(fuse, bool):
+        raise UserError(f"evit: fuse={fuse!r} is not True or False")
+    reading = check_score("evit", score, backbone)
+    at = blocks("evit", at, backbone.stages(), backbone.depth)
+    return Method((i, KeepAttended(keep, reading, fuse)) for i in at)

@@ -1,0 +1,55 @@
+"""``random``: drop patch tokens blindly — the baseline that every selection has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from saccade.decide import share_of
+from saccade.errors import UserError
+from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
+from saccade.reduction import Reduction
+from saccade.tokens import Tokens
+
+
+class KeepRandom(Reducer):
+    """Keep ⌈keep · n⌉ tokens at random places, the same for every image: a batch equals its images one by one."""
+
+    def __init__(self, keep: float, seed: int) -> None:
+        super().__init__()
+        self.keep, self.seed = keep, seed
+
+    def count(self, n: int) -> int:
+        return share_of(self.keep, n)
+
+    def forward(self, tokens: Tokens) -> Reduction:
+        n = tokens.num_patches
+        noise = scramble(torch.arange(n, device=tokens.x.device), self.seed)
+        keep = noise.argsort(stable=True)[: self.count(n)].sort().values
+        return Reduction(keep.expand(tokens.x.shape[0], -1))
+
+
+def scramble(x: Tensor, seed: int) -> Tensor:
+    """A 32-bit integer hash (murmur3's finaliser): the same on every device and in an exported graph."""
+    x = (x + 1) * 0x9E3779B1 + seed * 0x85EBCA77 & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@register("random", menu=lambda backbone: [f"random({k})" for k in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)], baseline=True)
+def random(backbone: Backbone, keep: float = 0.7, at: int | Iterable[int] | None = None, seed: int = 0) -> Method:
+    """Drop patch tokens at random places: the control for every method that selects.
+
+    Args:
+        keep: share of patch tokens kept at each of the blocks, in (0, 1].
+        at: 0-based blocks that drop; None: at a quarter, a half and three quarters of the depth.
+        seed: of the places.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise UserError(f"random: seed={seed!r} is not a whole number, 0 or more")
+    at = blocks("random", at, backbone.stages(), backbone.depth)
+    keep = fraction("random", "keep", keep, 0.001)
+    return Method((i, KeepRandom(keep, seed + 1000 * i)) for i in at)

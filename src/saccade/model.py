@@ -1,0 +1,149 @@
+"""``AdaptiveViT``: a timm ViT, a setting, and what both give — logits, tokens, and a trace of what ran."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from saccade.backbone import backbone_of, head_macs
+from saccade.encoder import encode
+from saccade.errors import UserError, nearest
+from saccade.plan import Backbone, Plan, Tokenizer, registry
+from saccade.setting import Call, Setting
+from saccade.tokenizers.grid import grid
+from saccade.tokens import Tokens
+from saccade.trace import Trace
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a forward pass gives."""
+
+    logits: Tensor  # [B, K]
+    tokens: Tokens  # of the last block; prefix tokens only, where pooling reads nothing else
+    trace: Trace  #   what ran
+
+
+class AdaptiveViT(nn.Module):
+    """A timm ``VisionTransformer`` run under a setting.
+
+    ``vit`` is the timm module itself: its state dict is timm's. All that a setting learns lives beside it.
+
+    Args:
+        vit: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``; others are refused by name.
+        setting: ``"tome(r=13)"``, ``"grid(32) | evit(0.7)"``, …; empty: the unreduced model.
+
+    Raises:
+        UserError: unsupported class or block, unknown method, knob out of range.
+    """
+
+    def __init__(self, vit: nn.Module, setting: str | Setting = "") -> None:
+        super().__init__()
+        self.backbone: Backbone = backbone_of(vit)
+        self.setting = Setting.parse(setting)
+        self.vit = vit
+        self.tokenizer, self.plan = build(self.backbone, self.setting)
+        self.training = vit.training
+
+    def at(self, setting: str | Setting) -> AdaptiveViT:
+        """The same parameters under another setting: a light view, nothing is copied or mutated."""
+        return AdaptiveViT(self.vit, setting)
+
+    def forward(self, images: Tensor) -> Output:
+        """images [B, C, h, w], normalised -> logits, tokens, trace; nothing is computed that the logits do not need."""
+        tokens, trace = self._encode(images, whole=not self._reads_prefix_only())
+        return Output(self.head(tokens), tokens, trace)
+
+    def encode(self, images: Tensor, *, sparse: bool | None = None) -> tuple[Tokens, Trace]:
+        """All tokens after the whole last block (before the final norm), with the final owner map, and the trace.
+
+        Args:
+            sparse: gates skip what is off; None: except in training, which multiplies instead.
+        """
+        return self._encode(images, whole=True, sparse=sparse)
+
+    def _encode(
+        self, images: Tensor, *, whole: bool, sparse: bool | None = None, dense: bool = False
+    ) -> tuple[Tokens, Trace]:
+        self._check(images)
+        start = self.tokenizer(self.vit, images)
+        if dense:
+            start = replace(start, left=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
+        skip = not self.training if sparse is None else sparse
+        tokens, blocks = encode(self.vit, start, self.plan, whole=whole, sparse=skip)
+        embed = self.tokenizer.macs(self.vit, images)
+        head = head_macs(self.vit, tokens.x.shape[1])
+        return tokens, Trace(blocks, embed, head, images.shape[0], start.owner, start.grid)
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """Final norm, pooling and classifier: tokens -> logits [B, K].
+
+        Pools over patches count a token as often as it has patches in it, and never count padding.
+        """
+        vit = self.vit
+        x, weights = vit.norm(tokens.x), tokens.weights()
+        if weights is None or vit.global_pool == "token":
+            return vit.forward_head(x)
+        if vit.attn_pool is not None:
+            patches = x if vit.pool_include_prefix else x[:, tokens.num_prefix :]
+            bias = tokens.key_bias()[:, x.shape[1] - patches.shape[1] :].to(x.dtype)  # type: ignore[index]
+            pooled = vit.attn_pool(patches, attn_mask=bias[:, None, None, :])
+        else:  # average
+            share = tokens.of_all(weights, float(vit.pool_include_prefix))
+            share = (share / share.sum(1, keepdim=True)).to(x.dtype)
+            pooled = (share.unsqueeze(-1) * x).sum(1)
+        return vit.head(vit.head_drop(vit.fc_norm(pooled)))
+
+    def dense(self, images: Tensor) -> Tensor:
+        """Features of the full grid [B, D, gh, gw], normed: a merged cell has its token's, a dropped one its last."""
+        tokens, _ = self._encode(images, whole=True, dense=True)
+        assert tokens.left is not None
+        features = self.vit.norm(tokens.cells(tokens.patches, tokens.left))
+        return features.transpose(1, 2).unflatten(2, tokens.grid)
+
+    def input_size(self) -> tuple[int, int]:
+        """Pixels (h, w) that images should come in."""
+        return self.tokenizer.input_size(self.backbone.input_size)
+
+    def save(self, folder: str) -> None:
+        """Write ``model.safetensors`` and ``config.json``; see :func:`saccade.load`."""
+        from saccade.checkpoint import save
+
+        save(self, folder)
+
+    def train(self, mode: bool = True) -> AdaptiveViT:
+        """Also switches the timm module, and with it every view of the same parameters made later."""
+        return super().train(mode)
+
+    def _reads_prefix_only(self) -> bool:
+        return self.vit.global_pool == "token" and type(self.vit.blocks[-1].attn.qkv) is nn.Linear
+
+    def _check(self, images: Tensor) -> None:
+        channels = self.vit.patch_embed.proj.in_channels
+        if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
+            raise UserError(
+                f"images of shape {tuple(images.shape)} and type {images.dtype}: expected float [B, {channels}, h, w]"
+            )
+
+
+def build(backbone: Backbone, setting: Setting) -> tuple[Tokenizer, Plan]:
+    """Tokenizer and plan of a setting, for a backbone. Raises UserError for unknown names and knobs out of range."""
+    known = registry()
+    tokenizers, methods = [], []
+    for call in setting.calls:
+        if call.name not in known:
+            raise UserError(f"there is no method {call.name!r}{nearest(call.name, known)}")
+        entry = known[call.name]
+        built = entry(backbone, call.args, dict(call.kwargs))
+        (tokenizers if entry.kind == "tokenizer" else methods).append((call, built))
+    if len(tokenizers) > 1:
+        raise UserError(f"a setting takes one tokenizer and {setting} names {len(tokenizers)}")
+    if tokenizers and setting.calls[0] is not tokenizers[0][0]:
+        raise UserError(f"the tokenizer comes first: write '{_tokenizer_first(setting, tokenizers[0][0])}'")
+    tokenizer = tokenizers[0][1] if tokenizers else grid(backbone)
+    return tokenizer, Plan(method for _, method in methods)
+
+
+def _tokenizer_first(setting: Setting, tokenizer: Call) -> Setting:
+    return Setting((tokenizer, *(call for call in setting.calls if call is not tokenizer)))

@@ -1,0 +1,245 @@
+"""What a method is, what a plan of several is, and the registry where each method's own file puts its name.
+
+A method only decides; the core applies. Adding one is adding one file to ``methods/``: a docstring with the paper,
+a ``Reducer`` or ``Gater``, and a factory with ``@register``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from saccade.errors import UserError, nearest
+from saccade.gates import Gates
+from saccade.reduction import Reduction, SoftReduction, reduce
+from saccade.tokens import Tokens
+from saccade.trace import Trace
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a method may know of the ViT it is built for."""
+
+    depth: int
+    dim: int  #              D
+    heads: int  #            H
+    head_dim: int  #         d
+    num_prefix: int  #       P
+    has_class_token: bool
+    patch_size: tuple[int, int]  # of the weights
+    input_size: tuple[int, int]  # pixels the weights were trained at
+    pool: str  #             timm's global_pool
+
+    def stages(self) -> tuple[int, ...]:
+        """Blocks at a quarter, a half and three quarters of the depth: (3, 6, 9) of twelve, the field's default."""
+        return tuple(dict.fromkeys(max(1, round(self.depth * q / 4)) for q in (1, 2, 3) if self.depth > 1))
+
+
+class Tokenizer(nn.Module):
+    """Makes tokens of images."""
+
+    def input_size(self, native: tuple[int, int]) -> tuple[int, int]:
+        """Pixels (h, w) that images should come in, given those of the weights; others are resized on the way."""
+        return native
+
+    def macs(self, vit: nn.Module, images: Tensor) -> int:
+        """Multiply-accumulates per image."""
+        raise NotImplementedError
+
+    def forward(self, vit: nn.Module, images: Tensor) -> Tokens:
+        """images [B, C, h, w] -> tokens with prefix and positions, ready for the blocks."""
+        raise NotImplementedError
+
+
+class Reducer(nn.Module):
+    """Decides where patch tokens go, in one block."""
+
+    site: ClassVar[str] = "attn"  # "attn": between attention and MLP; "block": before the block
+    read: frozenset[str] = frozenset()  # readings of attention that it needs ("attn" only)
+
+    def count(self, n: int) -> int | None:
+        """Patch tokens left of n; None when it depends on the image. Equal to n: nothing will be read or run."""
+        raise NotImplementedError
+
+    def macs(self, n: int) -> int:
+        """Multiply-accumulates of deciding (and of mixing, for a soft reduction) among n patch tokens."""
+        return 0
+
+    def forward(self, tokens: Tokens) -> Reduction | SoftReduction | None:
+        raise NotImplementedError
+
+
+class Gater(nn.Module):
+    """Decides which parts of one block run, from the tokens at its input."""
+
+    def macs(self, n: int) -> int:
+        """Multiply-accumulates of deciding, for n patch tokens."""
+        return 0
+
+    def forward(self, tokens: Tokens) -> Gates:
+        raise NotImplementedError
+
+
+class Method(nn.Module):
+    """Reducers and gaters, each with its block, in the order in which they run in one block.
+
+    A method with a loss of its own overrides ``loss``.
+    """
+
+    def __init__(self, steps: Iterable[tuple[int, Reducer | Gater]]) -> None:
+        super().__init__()
+        at, modules = zip(*steps, strict=True) if (steps := list(steps)) else ((), ())
+        self.at: tuple[int, ...] = at
+        self.steps = nn.ModuleList(modules)
+
+    def loss(self, trace: Trace) -> dict[str, Tensor]:
+        """Terms that training adds to the task's loss, by name."""
+        return {}
+
+
+class Plan(nn.Module):
+    """Several methods, run in the order in which the setting names them."""
+
+    def __init__(self, methods: Iterable[Method] = ()) -> None:
+        super().__init__()
+        self.methods = nn.ModuleList(methods)
+
+    def _steps(self, block: int, kind: type) -> list[Any]:
+        steps = (pair for method in self.methods for pair in zip(method.at, method.steps, strict=True))
+        return [step for at, step in steps if at == block and isinstance(step, kind)]
+
+    def reducers(self, block: int, site: str, n: int) -> list[Reducer]:
+        """Reducers at a site of a block that have anything to do when n patch tokens come in."""
+        chosen = []
+        for step in self._steps(block, Reducer):
+            if step.site == site and step.count(n) != n:
+                chosen.append(step)
+                n = step.count(n) or n
+        return chosen
+
+    def reduce(self, block: int, site: str, tokens: Tokens) -> tuple[Tokens, int]:
+        """Run the reducers of a site; the tokens and the MACs of deciding."""
+        cost = 0
+        for reducer in self.reducers(block, site, tokens.num_patches):
+            cost += reducer.macs(tokens.num_patches)
+            tokens = reduce(tokens, reducer(tokens))
+        return tokens, cost
+
+    def gates(self, block: int, tokens: Tokens) -> tuple[Gates | None, int]:
+        """The gates of a block (several methods: a part runs where all agree) and the MACs of deciding."""
+        cost, found = 0, []
+        for gater in self._steps(block, Gater):
+            cost += gater.macs(tokens.num_patches)
+            found.append(gater(tokens))
+        return _agree(found), cost
+
+    def readings(self, block: int, n: int) -> frozenset[str]:
+        """What the reducers between attention and MLP want to read of attention."""
+        return frozenset().union(*(reducer.read for reducer in self.reducers(block, "attn", n)))
+
+    def planned(self, block: int, site: str, n: int) -> int:
+        """Patch tokens left of n after a site's reducers, by their static counts (n where a count is per image)."""
+        for reducer in self.reducers(block, site, n):
+            n = reducer.count(n) or n
+        return n
+
+
+def _agree(gates: list[Gates]) -> Gates | None:
+    if not gates:
+        return None
+    merged = gates[0]
+    for other in gates[1:]:
+        pairs = {f: (getattr(merged, f), getattr(other, f)) for f in ("patch", "head", "attn", "mlp")}
+        merged = Gates(**{f: b if a is None else a if b is None else a * b for f, (a, b) in pairs.items()})
+    return merged
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered method or tokenizer."""
+
+    name: str
+    kind: str  # "method" or "tokenizer"
+    build: Callable[..., Any]
+    menu: Callable[[Backbone], list[str]]  # settings that `tune` tries, weakest first
+    baseline: bool  # a control that stands beside the others, not a candidate
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.build) or "").split("\n", 1)[0]
+
+    @property
+    def knobs(self) -> dict[str, inspect.Parameter]:
+        """Knobs of the setting: the factory's parameters after the backbone."""
+        return dict(list(inspect.signature(self.build).parameters.items())[1:])
+
+    def __call__(self, backbone: Backbone, args: tuple, kwargs: dict) -> Any:
+        for knob in kwargs:
+            if knob not in self.knobs:
+                raise UserError(f"{self.name} has no knob {knob!r}{nearest(knob, self.knobs)}")
+        try:
+            inspect.signature(self.build).bind(backbone, *args, **kwargs)
+        except TypeError as error:
+            knobs = ", ".join(str(p).replace("'", "") for p in self.knobs.values())
+            raise UserError(f"{self.name}: {error}; its knobs are ({knobs})") from None
+        try:
+            return self.build(backbone, *args, **kwargs)
+        except TypeError as error:
+            raise UserError(f"{self.name}: a knob has the wrong type ({error})") from None
+
+
+_REGISTRY: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    *,
+    kind: str = "method",
+    menu: Callable[[Backbone], list[str]] = lambda backbone: [],
+    baseline: bool = False,
+) -> Callable[[Callable], Callable]:
+    """Put a factory ``build(backbone, **knobs)`` into the registry under the name that settings use."""
+
+    def add(build: Callable) -> Callable:
+        _REGISTRY[name] = Entry(name, kind, build, menu, baseline)
+        return build
+
+    return add
+
+
+def registry() -> dict[str, Entry]:
+    """All registered names: every file of ``methods/`` and ``tokenizers/`` is looked at once."""
+    for package in ("saccade.tokenizers", "saccade.methods"):
+        for module in iter_modules(import_module(package).__path__, package + "."):
+            import_module(module.name)
+    return dict(sorted(_REGISTRY.items()))
+
+
+def list_methods() -> list[str]:
+    """Names that a setting may use."""
+    return list(registry())
+
+
+def fraction(method: str, knob: str, value: float, low: float = 0.0, high: float = 1.0) -> float:
+    """Check a knob's range; UserError names the value and the limits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise UserError(f"{method}: {knob}={value!r} is not a number in [{low:g}, {high:g}]")
+    return float(value)
+
+
+def blocks(method: str, at: int | Iterable[int] | None, default: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """Check block indices (0-based, as in ``vit.blocks``); None: the default."""
+    if at is None:
+        return default
+    chosen = (at,) if isinstance(at, int) else tuple(at)
+    for block in chosen:
+        if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < depth:
+            raise UserError(f"{method}: block {block!r} is not one of 0 … {depth - 1}")
+    return tuple(sorted(set(chosen)))

@@ -1,0 +1,1 @@
+"""Tokenizers: which regions of the image become tokens."""

@@ -1,0 +1,83 @@
+"""The token set that travels through the blocks, and the shape letters used everywhere.
+
+    B images · P prefix tokens (class, distillation, registers) · N patch tokens · M patch tokens after a reduction
+    R merged away · D width · d head width · H heads · G cells of the finest grid, G = gh * gw
+
+``x`` is laid out ``[ prefix | patches ]``; reducers see patches only, so prefix tokens are protected by construction.
+``size`` is a token's multiplicity in attention (patches merged into it); its *area* is the number of cells it owns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a batch, and what each of them stands for."""
+
+    x: Tensor  #                      [B, P+N, D]  prefix tokens first
+    owner: Tensor  #                  [B, G] int64  cell -> index of the patch token that stands for it, -1: dropped
+    grid: tuple[int, int]  #          (gh, gw)  the finest cells
+    num_prefix: int  #                P
+    size: Tensor | None = None  #     [B, N] fp32  patches merged into each; None: one each
+    valid: Tensor | None = None  #    [B, N] bool  False: padding of a ragged batch; None: all valid
+    mask: Tensor | None = None  #     [B, N]  0/1, straight-through: takes part in this block or not; None: all do
+    key: Tensor | None = None  #      [B, N, d]  mean key over heads              } readings of this block's
+    cls_attn: Tensor | None = None  # [B, N] fp32  class attention, mean over heads } attention: present only
+    received: Tensor | None = None  # [B, N] fp32  mean attention received          } between attention and MLP
+    left: Tensor | None = None  #     [B, G, D]  last features of dropped cells; None: nobody will ask for a dense map
+
+    @property
+    def num_patches(self) -> int:
+        """N, the patch tokens of each image (padding included)."""
+        return self.x.shape[1] - self.num_prefix
+
+    @property
+    def patches(self) -> Tensor:
+        """The patch tokens, [B, N, D]."""
+        return self.x[:, self.num_prefix :]
+
+    def key_bias(self) -> Tensor | None:
+        """What to add to every attention score of a key, [B, P+N] fp32; None when all keys count alike.
+
+        ``log(size)`` makes a merged token count as often as the patches in it (proportional attention, ToMe §3.2);
+        ``-inf`` hides padding and tokens that take no part.
+        """
+        if self.size is None and self.valid is None and self.mask is None:
+            return None
+        bias = self.x.new_zeros(self.x.shape[0], self.num_patches, dtype=torch.float32)
+        if self.size is not None:
+            bias = self.size.log()
+        for present in (self.valid, self.mask):
+            if present is not None:
+                bias = bias.masked_fill(present == 0, -torch.inf)
+        return self.of_all(bias)
+
+    def of_all(self, values: Tensor, prefix: float = 0.0) -> Tensor:
+        """Values of the patch tokens [B, N] -> of all tokens [B, P+N]."""
+        return F.pad(values, (self.num_prefix, 0), value=prefix)
+
+    def weights(self) -> Tensor | None:
+        """How much each patch token counts in an average over patches, [B, N]; None when all count alike."""
+        if self.size is None and self.valid is None:
+            return None
+        ones = self.x.new_ones(self.x.shape[0], self.num_patches, dtype=torch.float32)
+        size = ones if self.size is None else self.size
+        return size if self.valid is None else size * self.valid
+
+    def area(self) -> Tensor:
+        """Cells owned by each patch token, [B, N] int64; Σ area + dropped cells = G."""
+        counts = self.owner.new_zeros(self.x.shape[0], self.num_patches + 1)
+        counts = counts.scatter_add(1, self.owner + 1, torch.ones_like(self.owner))
+        return counts[:, 1:]
+
+    def cells(self, values: Tensor, dropped: Tensor | float = 0.0) -> Tensor:
+        """Spread values of patch tokens [B, N, C] over the grid, [B, G, C]; dropped cells take ``dropped``."""
+        index = self.owner.clamp(min=0).unsqueeze(-1).expand(-1, -1, values.shape[-1])
+        spread = values.gather(1, index)
+        return torch.where(self.owner.unsqueeze(-1) >= 0, spread, dropped)

@@ -1,0 +1,82 @@
+"""The record of what ran. MACs, pictures, budget losses and reports all read it; none knows a method's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Count = int | Tensor  # the same for every image, or one number per image [B] (differentiable where gates are)
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """Multiply-accumulates of one block's parts, from the shapes of its layers."""
+
+    dim: int  #       D
+    attn_dim: int  #  heads * head width
+    mlp: int  #       MACs of the MLP for one token
+    gate: int = 0  #  MACs of an attention output gate for one token
+
+    def attention(self, queries: Count, keys: Count) -> Count:
+        """Projections of queries, keys and values, scores, weighted sum, output projection."""
+        per_query = 2 * self.dim * self.attn_dim + self.gate
+        return queries * per_query + keys * (2 * self.dim * self.attn_dim) + queries * keys * (2 * self.attn_dim)
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """What ran in one block. Token counts include the prefix and, in a ragged batch, the padding."""
+
+    cost: BlockCost
+    queries: Count  #        tokens that asked
+    keys: Count  #           tokens that were attended to
+    mlp: Count  #            tokens in the MLP
+    planned: tuple[int, int]  # tokens in attention and in the MLP, were the block run whole, for all
+    overhead: int  #         MACs of reading attention, deciding and reducing, per image
+    kernel: str  #           attention path: "fused", "unfused", "fused+bias", "unfused+bias", "none"
+    owner: Tensor  #         [B, G]  what each token stands for, after the block
+    attn: Tensor | None = None  #    [B]  1 where the attention branch ran; None: for all
+    mlp_on: Tensor | None = None  #  [B]  1 where the MLP branch ran; None: for all
+
+    def macs(self, nominal: bool = False) -> Count:
+        """MACs of this block per image; nominal: whole block, no overhead (the papers' convention)."""
+        if nominal:
+            tokens, after = self.planned
+            return self.cost.attention(tokens, tokens) + after * self.cost.mlp
+        attention = self.cost.attention(self.queries, self.keys)
+        mlp = self.mlp * self.cost.mlp
+        attention = attention if self.attn is None else attention * self.attn
+        mlp = mlp if self.mlp_on is None else mlp * self.mlp_on
+        return attention + mlp + self.overhead
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What ran, from the pixels to the logits."""
+
+    blocks: tuple[BlockTrace, ...]
+    embed: int  #  MACs of the tokenizer, per image
+    head: int  #   MACs of pooling and classifier, per image
+    images: int  # B
+    first: Tensor  # [B, G]  owner map of the tokenizer, before any block
+    grid: tuple[int, int]
+
+    def macs(self, nominal: bool = False) -> Tensor:
+        """MACs per image, [B] float64: those that ran; nominal: the papers' convention, every block whole."""
+        total = torch.full((self.images,), float(self.embed + self.head), dtype=torch.float64, device=self.first.device)
+        for block in self.blocks:
+            cost = block.macs(nominal)
+            total = total + (cost.to(total) if isinstance(cost, Tensor) else float(cost))
+        return total
+
+    def tokens(self) -> list[int]:
+        """Patch and prefix tokens that enter the MLP of each block, as planned for a whole block."""
+        return [block.planned[1] for block in self.blocks]
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """Attention paths that ran, and in how many blocks."""
+        names = [block.kernel for block in self.blocks]
+        return {name: names.count(name) for name in dict.fromkeys(names)}
