@@ -32,7 +32,11 @@ _HOME = {
     "Method": "plan",
     "Tokenizer": "plan",
     "register": "plan",
-    "list_methods": "plan",
+    "list": "plan:list_methods",  # the verbs of the command, by the same names
+    "eval": "measure.accuracy:evaluate",
+    "bench": "measure.speed",
+    "tune": "measure.publish",
+    "view": "views",
     "Trace": "trace",
     "UserError": "errors",
 }
@@ -43,4 +47,5 @@ __all__ = [*_HOME, "__version__"]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'saccade' has no attribute {name!r}")
-    return getattr(import_module(f"saccade.{_HOME[name]}"), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(import_module(f"saccade.{module}"), attribute or name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from timm.layers import Attention
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 READINGS = frozenset({"key", "cls_attn", "received"})
@@ -45,7 +45,8 @@ def attend(
     """
     B, K, _ = x.shape
     H, d = attn.num_heads, attn.head_dim
-    gate = attn.gate(x[:, :queries]).sigmoid() if getattr(attn, "gate", None) is not None else None
+    gated: nn.Module | None = getattr(attn, "gate", None)  # newer than the oldest timm supported
+    gate = None if gated is None else gated(x[:, :queries]).sigmoid()
     if queries is None:
         q, k, v = attn.qkv(x).reshape(B, K, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
     else:

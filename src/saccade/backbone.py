@@ -7,12 +7,12 @@ from timm.models import deit, vision_transformer
 from torch import nn
 
 from saccade.errors import UserError
-from saccade.plan import Backbone
+from saccade.plan import Backbone, ViT
 
 POOLS = ("token", "avg", "map")
 
 
-def backbone_of(vit: nn.Module) -> Backbone:
+def backbone_of(vit: ViT) -> Backbone:
     """Facts of a supported ViT; UserError names the part that is not supported."""
     name = type(vit).__name__
     if type(vit) not in (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled):
@@ -40,11 +40,12 @@ def backbone_of(vit: nn.Module) -> Backbone:
         has_class_token=vit.cls_token is not None,
         patch_size=tuple(vit.patch_embed.patch_size),
         input_size=tuple(vit.patch_embed.img_size),
+        channels=vit.patch_embed.proj.in_channels,
         pool=vit.global_pool,
     )
 
 
-def head_macs(vit: nn.Module, tokens: int) -> int:
+def head_macs(vit: ViT, tokens: int) -> int:
     """MACs of pooling and classifier for one image whose last block gives so many tokens."""
     linears = [m for m in (vit.head, getattr(vit, "head_dist", None)) if isinstance(m, nn.Linear)]
     macs = sum(m.in_features * m.out_features for m in linears)

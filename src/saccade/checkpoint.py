@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from saccade.errors import UserError, nearest
 from saccade.model import AdaptiveViT
+from saccade.plan import ViT
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -123,7 +124,7 @@ def load(folder: str | os.PathLike, setting: str | None = None) -> AdaptiveViT:
     return model if setting is None else model.at(setting)
 
 
-def _timm_config(vit: nn.Module) -> dict[str, Any]:
+def _timm_config(vit: ViT) -> dict[str, Any]:
     """What rebuilds the timm module: its architecture name and the arguments in which it may differ from it."""
     cfg = dict(vit.pretrained_cfg)
     name = cfg.get("architecture")

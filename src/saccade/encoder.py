@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from saccade.attention import Attended, attend
 from saccade.gates import Gates, residual
-from saccade.plan import Plan
+from saccade.plan import Plan, TimmBlock, ViT
 from saccade.tokens import Tokens
 from saccade.trace import BlockCost, BlockTrace
 
 
 def encode(
-    vit: nn.Module, tokens: Tokens, plan: Plan, *, whole: bool = True, sparse: bool = True
+    vit: ViT, tokens: Tokens, plan: Plan, *, whole: bool = True, sparse: bool = True
 ) -> tuple[Tokens, tuple[BlockTrace, ...]]:
     """Run the blocks of a timm ViT on a token set.
 
@@ -40,14 +39,13 @@ def encode(
         tokens = replace(tokens, key=None, cls_attn=None, received=None)  # readings are of this block only
         tokens, updated = mlp_branch(block, tokens, gates or Gates(), sparse)
 
-        skips = gates is not None and sparse
         ran = BlockTrace(
             cost=block_cost(block),
             queries=attended,
             keys=attended,
             mlp=updated,
-            attn=gates.attn if skips and not read else None,
-            mlp_on=gates.mlp if skips else None,
+            attn=gates.attn if gates and sparse and not read else None,
+            mlp_on=gates.mlp if gates and sparse else None,
             planned=(before, tokens.x.shape[1]),
             overhead=overhead + gating + deciding + _reading(block, read, kernel) * before,
             kernel=kernel,
@@ -58,7 +56,7 @@ def encode(
 
 
 def attention_branch(
-    block: Block, tokens: Tokens, gates: Gates, read: frozenset[str], sparse: bool
+    block: TimmBlock, tokens: Tokens, gates: Gates, read: frozenset[str], sparse: bool
 ) -> tuple[Tokens, int, str]:
     """``x + attn(norm1(x))``; with what reducers want to read, which needs attention to run for all images."""
     seen: list[Attended] = []
@@ -73,7 +71,7 @@ def attention_branch(
     return replace(tokens, x=x, **readings), count, seen[0].kernel if seen else "none"
 
 
-def mlp_branch(block: Block, tokens: Tokens, gates: Gates, sparse: bool) -> tuple[Tokens, int]:
+def mlp_branch(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> tuple[Tokens, int]:
     """``x + mlp(norm2(x))``."""
 
     def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None) -> Tensor:
@@ -83,7 +81,7 @@ def mlp_branch(block: Block, tokens: Tokens, gates: Gates, sparse: bool) -> tupl
     return replace(tokens, x=x, mask=None), count
 
 
-def last_block(block: Block, tokens: Tokens, left: int) -> tuple[Tokens, BlockTrace]:
+def last_block(block: TimmBlock, tokens: Tokens, left: int) -> tuple[Tokens, BlockTrace]:
     """The last block for the prefix tokens only: they attend to all, and nobody reads what the patches would become."""
     prefix, before = tokens.num_prefix, tokens.x.shape[1]
     attended = attend(block.attn, block.norm1(tokens.x), tokens.key_bias(), queries=prefix)
@@ -102,7 +100,7 @@ def last_block(block: Block, tokens: Tokens, left: int) -> tuple[Tokens, BlockTr
     return replace(tokens, x=x), ran
 
 
-def block_cost(block: Block) -> BlockCost:
+def block_cost(block: TimmBlock) -> BlockCost:
     """MACs of a block's parts, from the shapes of its layers."""
     attn = block.attn
     gate = getattr(attn, "gate", None)
@@ -115,7 +113,7 @@ def block_cost(block: Block) -> BlockCost:
     )
 
 
-def _reading(block: Block, read: frozenset[str], kernel: str) -> int:
+def _reading(block: TimmBlock, read: frozenset[str], kernel: str) -> int:
     """MACs a token for reading class attention beside a fused kernel (an unfused one has it already)."""
     attn = block.attn
     return attn.num_heads**2 * attn.head_dim if "cls_attn" in read and kernel.startswith("fused") else 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from saccade.backbone import backbone_of, head_macs
 from saccade.encoder import encode
 from saccade.errors import UserError, nearest
-from saccade.plan import Backbone, Plan, Tokenizer, registry
+from saccade.plan import Backbone, Method, Plan, Tokenizer, ViT, registry
 from saccade.setting import Call, Setting
 from saccade.tokenizers.grid import grid
 from saccade.tokens import Tokens
@@ -38,13 +38,15 @@ class AdaptiveViT(nn.Module):
         UserError: unsupported class or block, unknown method, knob out of range.
     """
 
-    def __init__(self, vit: nn.Module, setting: str | Setting = "") -> None:
+    def __init__(self, vit: ViT, setting: str | Setting = "") -> None:
         super().__init__()
         self.backbone: Backbone = backbone_of(vit)
         self.setting = Setting.parse(setting)
-        self.vit = vit
+        self.vit: ViT = vit
         self.tokenizer, self.plan = build(self.backbone, self.setting)
         self.training = vit.training
+        for part in (self.tokenizer, self.plan):
+            part.train(vit.training)
 
     def at(self, setting: str | Setting) -> AdaptiveViT:
         """The same parameters under another setting: a light view, nothing is copied or mutated."""
@@ -120,7 +122,7 @@ class AdaptiveViT(nn.Module):
         return self.vit.global_pool == "token" and type(self.vit.blocks[-1].attn.qkv) is nn.Linear
 
     def _check(self, images: Tensor) -> None:
-        channels = self.vit.patch_embed.proj.in_channels
+        channels = self.backbone.channels
         if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
             raise UserError(
                 f"images of shape {tuple(images.shape)} and type {images.dtype}: expected float [B, {channels}, h, w]"
@@ -130,7 +132,8 @@ class AdaptiveViT(nn.Module):
 def build(backbone: Backbone, setting: Setting) -> tuple[Tokenizer, Plan]:
     """Tokenizer and plan of a setting, for a backbone. Raises UserError for unknown names and knobs out of range."""
     known = registry()
-    tokenizers, methods = [], []
+    tokenizers: list[tuple[Call, Tokenizer]] = []
+    methods: list[tuple[Call, Method]] = []
     for call in setting.calls:
         if call.name not in known:
             raise UserError(f"there is no method {call.name!r}{nearest(call.name, known)}")

@@ -21,6 +21,9 @@ from saccade.reduction import Reduction, SoftReduction, reduce
 from saccade.tokens import Tokens
 from saccade.trace import Trace
 
+ViT = Any  #       a timm VisionTransformer } nn.Modules whose attributes
+TimmBlock = Any  # one of its blocks        } type checkers do not know
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -34,11 +37,13 @@ class Backbone:
     has_class_token: bool
     patch_size: tuple[int, int]  # of the weights
     input_size: tuple[int, int]  # pixels the weights were trained at
+    channels: int  #         of an image
     pool: str  #             timm's global_pool
 
     def stages(self) -> tuple[int, ...]:
         """Blocks at a quarter, a half and three quarters of the depth: (3, 6, 9) of twelve, the field's default."""
-        return tuple(dict.fromkeys(max(1, round(self.depth * q / 4)) for q in (1, 2, 3) if self.depth > 1))
+        found = (max(1, round(self.depth * q / 4)) for q in (1, 2, 3))
+        return tuple(dict.fromkeys(block for block in found if block < self.depth))
 
 
 class Tokenizer(nn.Module):
@@ -48,11 +53,11 @@ class Tokenizer(nn.Module):
         """Pixels (h, w) that images should come in, given those of the weights; others are resized on the way."""
         return native
 
-    def macs(self, vit: nn.Module, images: Tensor) -> int:
+    def macs(self, vit: ViT, images: Tensor) -> int:
         """Multiply-accumulates per image."""
         raise NotImplementedError
 
-    def forward(self, vit: nn.Module, images: Tensor) -> Tokens:
+    def forward(self, vit: ViT, images: Tensor) -> Tokens:
         """images [B, C, h, w] -> tokens with prefix and positions, ready for the blocks."""
         raise NotImplementedError
 
@@ -96,7 +101,7 @@ class Method(nn.Module):
         super().__init__()
         at, modules = zip(*steps, strict=True) if (steps := list(steps)) else ((), ())
         self.at: tuple[int, ...] = at
-        self.steps = nn.ModuleList(modules)
+        self.steps: Any = nn.ModuleList(modules)
 
     def loss(self, trace: Trace) -> dict[str, Tensor]:
         """Terms that training adds to the task's loss, by name."""
@@ -108,7 +113,7 @@ class Plan(nn.Module):
 
     def __init__(self, methods: Iterable[Method] = ()) -> None:
         super().__init__()
-        self.methods = nn.ModuleList(methods)
+        self.methods: Any = nn.ModuleList(methods)
 
     def _steps(self, block: int, kind: type) -> list[Any]:
         steps = (pair for method in self.methods for pair in zip(method.at, method.steps, strict=True))
@@ -191,7 +196,7 @@ class Entry:
             raise UserError(f"{self.name}: {error}; its knobs are ({knobs})") from None
         try:
             return self.build(backbone, *args, **kwargs)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise UserError(f"{self.name}: a knob has the wrong type ({error})") from None
 
 

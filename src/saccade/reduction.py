@@ -87,7 +87,8 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         weight = r.rest_weight.unsqueeze(-1)  # [B, Q, 1]
         x = torch.cat([x, (weight * rows(tokens.x, r.rest + prefix)).sum(1, keepdim=True).to(x.dtype)], dim=1)
         if key is not None and tokens.key is not None:
-            mean = (weight * rows(tokens.key, r.rest)).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+            total = weight.sum(1, keepdim=True).clamp(min=1e-12)  # nobody may have looked at any of them
+            mean = (weight * rows(tokens.key, r.rest)).sum(1, keepdim=True) / total
             key = torch.cat([key, mean.to(key.dtype)], dim=1)
         # The fused token is an ordinary one from here on (EViT): it counts once, and is always valid.
         size, valid, mask = (
@@ -125,7 +126,7 @@ def _join(kept: Tensor, dst: Tensor, moved: Tensor, share: Tensor) -> Tensor:
 def _mix(tokens: Tokens, soft: SoftReduction) -> Tokens:
     x = torch.cat([tokens.x[:, : tokens.num_prefix], soft.weights.to(tokens.x.dtype) @ tokens.patches], dim=1)
     owner = _forward(tokens.owner, soft.weights.argmax(1))  # a cell follows the mixture its token gave most to
-    none = dict.fromkeys(("size", "valid", "mask", "key", "cls_attn", "received"))
+    none: dict[str, Any] = dict.fromkeys(("size", "valid", "mask", "key", "cls_attn", "received"))
     return replace(tokens, x=x, owner=owner, **none)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from saccade.errors import UserError
@@ -49,7 +50,10 @@ class Setting:
             tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise UserError(f"cannot read the setting {text!r}: write it like 'grid(16) | tome(r=8)'") from None
-        return cls(tuple(_call(node, text) for node in _parts(tree)))
+        try:
+            return cls(tuple(_call(node, text) for node in _parts(tree)))
+        except RecursionError:
+            raise UserError("this setting is nested too deeply: write it like 'grid(16) | tome(r=8)'") from None
 
 
 def _parts(node: ast.expr) -> list[ast.expr]:
@@ -75,8 +79,14 @@ def _call(node: ast.expr, text: str) -> Call:
         ) from None
     if any(k == "None" for k, _ in kwargs):
         raise UserError(f"'**' has no meaning in a setting: {ast.unparse(node)!r}")
+    if len(dict(kwargs)) < len(kwargs):
+        raise UserError(f"a knob is given twice in {ast.unparse(node)!r}")
     return Call(node.func.id, args, kwargs)
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    if not isinstance(value, (bool, int, float, str, type(None))) or value in (inf, -inf):
+        raise ValueError  # it would not print as it was read
+    return value

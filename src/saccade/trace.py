@@ -65,10 +65,13 @@ class Trace:
 
     def macs(self, nominal: bool = False) -> Tensor:
         """MACs per image, [B] float64: those that ran; nominal: the papers' convention, every block whole."""
-        total = torch.full((self.images,), float(self.embed + self.head), dtype=torch.float64, device=self.first.device)
-        for block in self.blocks:
-            cost = block.macs(nominal)
-            total = total + (cost.to(total) if isinstance(cost, Tensor) else float(cost))
+        costs = [self.embed + self.head, *(block.macs(nominal) for block in self.blocks)]
+        total = torch.full(
+            (self.images,), float(sum(c for c in costs if not isinstance(c, Tensor))), dtype=torch.float64
+        )
+        for cost in costs:
+            if isinstance(cost, Tensor):
+                total = total.to(cost.device) + cost.double()
         return total
 
     def tokens(self) -> list[int]:

@@ -95,6 +95,8 @@ def imagepiece(
     keep = fraction("imagepiece", "keep", keep, 0.001)
     if metric not in METRICS:
         raise UserError(f"imagepiece: metric={metric!r} is not one of {', '.join(METRICS)}")
+    if not isinstance(weighted, bool):
+        raise UserError(f"imagepiece: weighted={weighted!r} is not True or False")
     reading = check_score("imagepiece", score, backbone)
     prunes = blocks("imagepiece", prune_at, backbone.stages(), backbone.depth)
     between = tuple(i for i in range(max(prunes, default=0)) if i not in prunes)

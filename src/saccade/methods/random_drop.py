@@ -48,8 +48,8 @@ def random(backbone: Backbone, keep: float = 0.7, at: int | Iterable[int] | None
         at: 0-based blocks that drop; None: at a quarter, a half and three quarters of the depth.
         seed: of the places.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise UserError(f"random: seed={seed!r} is not a whole number, 0 or more")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise UserError(f"random: seed={seed!r} is not a whole number in [0, 2**31)")
     at = blocks("random", at, backbone.stages(), backbone.depth)
     keep = fraction("random", "keep", keep, 0.001)
     return Method((i, KeepRandom(keep, seed + 1000 * i)) for i in at)

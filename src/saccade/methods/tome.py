@@ -45,7 +45,9 @@ def resolve(r: int | tuple[int, ...] | tuple[int, float], inflection: float, dep
         given = list(r)
         if len(given) > depth:
             raise UserError(f"tome: {len(given)} values of r for {depth} blocks")
-        schedule = given + [0] * (depth - len(given))
+        schedule: list = given + [0] * (depth - len(given))
+    elif isinstance(r, bool) or not isinstance(r, int):
+        raise UserError(f"tome: r={r!r} is not a whole number of tokens, or a list of them")
     else:
         low = int(r * (1 - inflection))
         step = (2 * r - 2 * low) / max(depth - 1, 1)

@@ -7,11 +7,11 @@ the resize itself, both inside the forward pass. Here: in any ViT, without a cop
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.errors import UserError
-from saccade.plan import Backbone, Tokenizer, register
+from saccade.plan import Backbone, Tokenizer, ViT, register
 from saccade.tokenizers.embed import PRESETS, ResizeSpec, resize_kernel, resize_positions
 from saccade.tokens import Tokens
 
@@ -30,12 +30,12 @@ class Grid(Tokenizer):
     def input_size(self, native: tuple[int, int]) -> tuple[int, int]:
         return self.size or native
 
-    def macs(self, vit: nn.Module, images: Tensor) -> int:
+    def macs(self, vit: ViT, images: Tensor) -> int:
         gh, gw = (s // p for s, p in zip(self._fitted(tuple(images.shape[-2:])), self.patch, strict=True))
         proj = vit.patch_embed.proj
         return gh * gw * proj.in_channels * self.patch[0] * self.patch[1] * proj.out_channels
 
-    def forward(self, vit: nn.Module, images: Tensor) -> Tokens:
+    def forward(self, vit: ViT, images: Tensor) -> Tokens:
         images = self._fit(images)
         grid = images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]
         kernel, positions = self._weights(vit, grid)
@@ -45,7 +45,7 @@ class Grid(Tokenizer):
         cells = torch.arange(grid[0] * grid[1], device=x.device)
         return Tokens(x, cells.expand(x.shape[0], -1), grid, vit.num_prefix_tokens)
 
-    def _weights(self, vit: nn.Module, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    def _weights(self, vit: ViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Kernel and positions at this patch size and grid; kept for the next call where no gradient is asked for."""
         kernel, table = vit.patch_embed.proj.weight, vit.pos_embed
         keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -70,7 +70,7 @@ class Grid(Tokenizer):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_ready": {}}
 
-    def _fitted(self, size: tuple[int, int]) -> tuple[int, int]:
+    def _fitted(self, size: tuple[int, ...]) -> tuple[int, int]:
         """Pixels that are used of an image of this size, a multiple of the patch."""
         h, w = self.size or size
         (ph, pw) = self.patch
@@ -96,7 +96,7 @@ class Grid(Tokenizer):
         return _resize(images, target)
 
 
-def place(vit: nn.Module, x: Tensor, positions: Tensor | None) -> Tensor:
+def place(vit: ViT, x: Tensor, positions: Tensor | None) -> Tensor:
     """Add positions and prefix tokens as timm's ``_pos_embed`` does (Apache-2.0): x [B, N, D] -> [B, P+N, D]."""
     names = ("cls_token", "dist_token", "reg_token")
     prefix = [token.expand(x.shape[0], -1, -1) for name in names if (token := getattr(vit, name, None)) is not None]
@@ -153,6 +153,6 @@ def grid(
 
 def _pair(knob: str, value: Size, low: int, high: int) -> tuple[int, int]:
     pair = (value, value) if isinstance(value, int) else value
-    if len(pair) != 2 or not all(isinstance(v, int) and low <= v <= high for v in pair):
+    if len(pair) != 2 or not all(type(v) is int and low <= v <= high for v in pair):
         raise UserError(f"grid: {knob}={value!r} is not one or two whole numbers in [{low}, {high}] (pixels)")
     return pair

@@ -1,0 +1,44 @@
+"""The ``saccade`` command: one small file per verb. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from saccade.errors import UserError
+
+app = typer.Typer(
+    help="Adaptive compute for Vision Transformers: measure which setting is worth it, and deploy it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; a user's mistake is one line on standard error and exit code 2, never a traceback."""
+    from saccade.cli import bench, demo, eval, list, tune, view  # noqa: F401  (each adds its verb)
+
+    try:
+        app(spread_values(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"saccade: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("saccade: interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def spread_values(arguments: list[str]) -> list[str]:
+    """``--batch 1 8 32`` -> ``--batch 1 --batch 8 --batch 32``, which is all that the parser below understands."""
+    spread: list[str] = []
+    repeating = False
+    for argument in arguments:
+        if repeating and argument.isdigit() and spread[-1] != "--batch":
+            spread.append("--batch")
+        elif not argument.isdigit():
+            repeating = argument == "--batch"
+        spread.append(argument)
+    return spread

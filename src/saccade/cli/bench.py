@@ -1,0 +1,87 @@
+"""``saccade bench``: speed of settings, in ratios."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from saccade.cli import app
+from saccade.cli.common import (
+    Device,
+    Json,
+    Model,
+    Pretrained,
+    Settings,
+    Threads,
+    Weights,
+    open_model,
+    print_json,
+    print_table,
+)
+
+
+@app.command("bench")
+def command(
+    model: Model,
+    setting: Settings = [],  # noqa: B006  (typer reads it)
+    batch: Annotated[list[int], typer.Option(help="Images at once; several: --batch 1 8 32.")] = [1, 8, 32],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for dense too.")] = "fp32",
+    compile: Annotated[bool, typer.Option("--compile", help="Under torch.compile, dense too.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="Of timed runs for each batch size; at least 7 runs.")] = 10.0,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Interleaved timing of settings and the dense model: speed-up, MAC ratio and their quotient, conversion.
+
+    Example: saccade bench deit_small_patch16_224 -s "evit(0.7)" --batch 1 8 32 --dtype bf16
+    """
+    import torch
+
+    from saccade.measure.speed import Runner, bench
+    from saccade.progress import Progress
+
+    vit = open_model(model, weights, pretrained, device, threads, trained=False)
+    runner = Runner(dtype, compile)
+    with Progress(shown=True) as progress:
+        settings = [str(vit.setting), *setting]
+        speeds = bench(vit, settings, batch=batch, runner=runner, seconds=seconds, progress=progress)
+    place = str(next(vit.parameters()).device)
+    if json:
+        facts = {"device": place, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        print_json({**facts, "rows": [s.to_dict() for s in speeds]})
+        return
+    rows = [
+        [
+            s.setting,
+            str(s.batch),
+            f"{s.images_per_s:.1f}",
+            f"{s.p50_ms:.1f} / {s.p90_ms:.1f} / {s.p99_ms:.1f}",
+            f"{s.speedup:.2f}×",
+            f"{s.mac_ratio:.2f}×",
+            f"{s.conversion:.2f}",
+            f"{s.memory_mb:.0f}",
+            s.kernels,
+            "" if s.worth_it else "not worth it",
+        ]
+        for s in speeds
+    ]
+    columns = [
+        "setting",
+        "batch",
+        "images/s",
+        "ms p50 / p90 / p99",
+        "speed-up",
+        "MAC ratio",
+        "conversion",
+        "MB",
+        "attention",
+        "",
+    ]
+    caption = (
+        f"{runner}, {place}, {torch.get_num_threads()} threads; medians of {speeds[0].runs} or more interleaved runs."
+    )
+    print_table(model, columns, rows, caption)

@@ -1,0 +1,113 @@
+"""``saccade tune``: the main job."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saccade.cli import app
+from saccade.cli.common import (
+    Data,
+    Device,
+    Json,
+    Model,
+    Pretrained,
+    Split,
+    Threads,
+    Weights,
+    open_model,
+    print_json,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from saccade.measure.publish import Tuned
+
+
+@app.command("tune")
+def command(
+    model: Model,
+    data: Data,
+    target: Annotated[str | None, typer.Option(help="Speed-up over dense: 1.5x, 2x.")] = None,
+    gmacs: Annotated[float | None, typer.Option(help="10^9 multiply-accumulates an image.")] = None,
+    ms: Annotated[float | None, typer.Option(help="Milliseconds a batch, median.")] = None,
+    max_drop: Annotated[str | None, typer.Option(help="Accuracy that may be lost: 1%. Then the fastest wins.")] = None,
+    out: Annotated[
+        str, typer.Option(help="Folder for frontier.csv, frontier.json, report.html and model/.")
+    ] = "runs/tune",
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    split: Split = None,
+    limit: Annotated[int, typer.Option(min=20, help="At most so many images; half choose, half report.")] = 2000,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once, for timing.")] = 8,
+    seconds: Annotated[float, typer.Option(min=0, help="Of interleaved timing.")] = 30.0,
+    compiled: Annotated[bool, typer.Option(help="Also time dense under torch.compile.")] = True,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split into halves.")] = 0,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """The best accuracy at a budget: a measured frontier, a report, and a model to deploy.
+
+    Interrupted, the same command goes on where it stopped.
+
+    Example: saccade tune vit_tiny_patch16_224 photos/ --pretrained --target 1.5x --out runs/photos
+    """
+    from saccade.measure.publish import tune
+    from saccade.progress import Progress
+
+    vit = open_model(model, weights, pretrained, device, threads)
+    with Progress(shown=True) as progress:
+        tuned = tune(
+            vit,
+            data,
+            target,
+            gmacs=gmacs,
+            ms=ms,
+            max_drop=max_drop,
+            out=out,
+            split=split,
+            limit=limit,
+            batch=batch,
+            seconds=seconds,
+            compiled=compiled,
+            seed=seed,
+            command=shlex.join(["saccade", *sys.argv[1:]]),
+            progress=progress,
+        )
+    show(tuned, json)
+
+
+def show(tuned: Tuned, json: bool = False) -> None:
+    """The frontier on standard output."""
+    if json:
+        rows = [vars(row) for row in tuned.rows]
+        found = {"verdict": tuned.verdict, "met": tuned.met, "setting": tuned.setting, "runner": tuned.runner}
+        print_json({**found, "folder": str(tuned.folder), "rows": rows})
+        return
+    rows = sorted(tuned.rows, key=lambda row: row.speedup or 0.0)
+    rows = [row for row in rows if row.on_frontier or row.chosen or row.family == "random" or row.top1 is None]
+    cells = [
+        [
+            ("→ " if row.chosen else "  ") + row.setting,
+            f"{row.speedup:.2f}×",
+            f"{row.gmacs:.2f}",
+            f"{row.mac_ratio:.2f}×",
+            f"{row.conversion:.2f}",
+            "" if row.top1 is None else f"{row.top1:.1%}",
+            ""
+            if row.delta is None
+            else f"{100 * row.delta:+.1f} [{100 * row.delta_low:+.1f}, {100 * row.delta_high:+.1f}]",
+        ]
+        for row in rows
+    ]
+    columns = ["setting", "speed-up", "GMACs", "MAC ratio", "conversion", "accuracy", "points vs dense"]
+    print_table("Frontier, and the random baseline", columns, cells)
+    for line in tuned.verdict:
+        print(line.replace("`", ""))
+    print(f"report: {tuned.folder / 'report.html'}")
+    if (tuned.folder / "model").is_dir():
+        print(f"model:  {tuned.folder / 'model'}  ({tuned.setting}, {tuned.runner})")

@@ -1,0 +1,38 @@
+"""``saccade view``: what each token stands for."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from saccade.cli import app
+from saccade.cli.common import Device, Json, Model, Pretrained, Settings, Weights, open_model, print_json
+
+
+@app.command("view")
+def command(
+    model: Model,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A photo.")],
+    setting: Settings = [],  # noqa: B006  (typer reads it)
+    out: Annotated[str, typer.Option(help="The PNG to write.")] = "tokens.png",
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """A picture of what each token stands for, block by block.
+
+    Example: saccade view vit_tiny_patch16_224 photo.jpg --pretrained -s "tome(r=13)" --out photo.png
+    """
+    from saccade.errors import UserError
+    from saccade.views import view
+
+    if len(setting) > 1:
+        raise UserError(f"view draws one setting and {len(setting)} were given; run it once for each")
+    vit = open_model(model, weights, pretrained, device)
+    picture, tokens = view(vit, image, setting[0] if setting else None, out=out)
+    if json:
+        print_json({"out": out, "size": list(picture.size), "tokens": tokens})
+    else:
+        print(f"{out}: {len(tokens)} blocks, {tokens[0]} to {tokens[-1]} tokens")

@@ -1,0 +1,107 @@
+"""From the bytes of one image file to RGB pixels, or to one line that says why not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from saccade.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+MAX_PIXELS = 64_000_000
+BYTES_PER_PIXEL = 8
+
+# Pillow warns on stderr from half its own limit on; `check_pixels` says what matters here.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(UserError):
+    """An image that cannot be used: its ``name`` and a one-line ``reason``."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+def pixel_limit() -> int:
+    """Most pixels in one image: ``SACCADE_MAX_PIXELS``, else 64 million. Raises UserError if that is no count."""
+    value = os.environ.get("SACCADE_MAX_PIXELS", str(MAX_PIXELS))
+    if not value.isdecimal() or int(value) == 0:
+        raise UserError(
+            f"SACCADE_MAX_PIXELS={value!r} is not a number of pixels: give a whole number such as {MAX_PIXELS}"
+        )
+    return int(value)
+
+
+def check_pixels(name: str, what: str, width: int, height: int, limit: int) -> None:
+    """Raises ImageError if ``width`` × ``height`` pixels are over ``limit``; ``what`` names them in the message."""
+    if width * height > limit:
+        size = f"{width}×{height} = {width * height:,} pixels"
+        raise ImageError(name, f"{what} {size}, limit {limit:,} (SACCADE_MAX_PIXELS raises it)")
+
+
+def decode(data: bytes | Path, name: str, *, max_pixels: int | None = None) -> Image.Image:
+    """The first frame of an image file as an upright 8-bit RGB image.
+
+    The size in the header is held against ``max_pixels`` (default: ``pixel_limit()``) before any pixel is decoded;
+    above it Pillow's own limit of 179 megapixels stays in force. Alpha and palette transparency are dropped, not
+    composited, because that is what timm's and torchvision's readers do and published accuracies rest on it. Unlike
+    theirs, EXIF orientation is applied, and 16-bit grey is scaled to 8 bits where they clip it to white.
+
+    Raises ImageError for a file that is truncated, corrupt, too large or of another format.
+    """
+    limit = pixel_limit() if max_pixels is None else max_pixels
+    # Pillow's plugins answer broken bytes with nearly every exception there is.
+    try:
+        image = _open(data if isinstance(data, bytes) else data.read_bytes())
+    except Exception as error:
+        raise ImageError(name, _reason(error)) from error
+    check_pixels(name, "is", *image.size, limit)
+    try:
+        image.load()
+        with contextlib.suppress(Exception):  # broken EXIF leaves the pixels good and the orientation unknown
+            ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+    except Exception as error:
+        raise ImageError(name, _reason(error)) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise ValueError("empty file")
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no known range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("32-bit integer pixels outside 0..65535; save it with 8 or 16 bits")
+        # Pillow takes the high byte of 16-bit colour too.
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
+    # Pillow warns when a palette's transparency is lost, which is what is wanted here.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a readable image (formats: {', '.join(FORMATS)})"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, the most Pillow opens: scale it down first"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,1 @@
+"""Measuring: accuracy with intervals, speed in ratios, and the frontier between them."""

@@ -1,0 +1,121 @@
+"""Which settings ``tune`` looks at, and what each costs: everything registered, alone and two at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import torch
+
+from saccade.errors import UserError
+from saccade.model import AdaptiveViT
+from saccade.plan import registry
+from saccade.progress import Progress
+
+PAIRS = 40  # combinations that are raced, those priced nearest to the budget
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting with its price."""
+
+    setting: str
+    family: str  #    "dense" (tokenizers alone, and the model itself), "reduction", or "random" (baselines)
+    macs: float  #    executed, per image
+    combined: bool  # made of two registered parts
+
+    @property
+    def yardstick(self) -> bool:
+        """Stands in the report whatever the race says."""
+        return self.family != "reduction"
+
+
+def candidates(model: AdaptiveViT, ratio: float | None = None, progress: Progress | None = None) -> list[Candidate]:
+    """All settings worth racing on a model, dearest first; the dense model itself comes first of all.
+
+    Args:
+        ratio: the MAC ratio aimed at; of the combinations only those near it are taken. None: no combinations.
+        progress: where to show it; None: nowhere.
+    """
+    known, backbone = registry(), model.backbone
+    menus = {name: entry.menu(backbone) for name, entry in known.items()}
+    grids = [s for name, entry in known.items() if entry.kind == "tokenizer" for s in menus[name]]
+    controls = [s for name, entry in known.items() if entry.baseline for s in menus[name]]
+    methods = {n: menus[n] for n, entry in known.items() if entry.kind == "method" and not entry.baseline}
+
+    reducing = [s for menu in methods.values() for s in menu]
+    dense = price(model, "dense")
+    step = (progress or Progress()).start("pricing settings", len(grids) + len(controls) + len(reducing))
+    alone = [Candidate("dense", "dense", dense, False)]
+    for family, settings in (("dense", grids), ("random", controls), ("reduction", reducing)):
+        for setting in settings:
+            step(what=f"pricing {setting}")
+            macs = price(model, setting)
+            if macs < dense:
+                alone.append(Candidate(setting, family, macs, False))
+    if ratio is None:
+        return sorted(alone, key=lambda c: -c.macs)
+
+    parts = [*methods.items()]
+    pairs = [" | ".join(pair) for (_, a), (_, b) in combinations(parts, 2) for pair in product(a, b)]
+    pairs += [" | ".join(pair) for pair in product(grids, reducing)]
+    # Both save about what each saves alone: only combinations that may lie near the budget are priced by running them.
+    cost = {c.setting: c.macs for c in alone}
+    guess = {p: math.prod(cost.get(s, dense) / dense for s in p.split(" | ")) * dense for p in pairs}
+    near = [p for p in pairs if 0.7 <= dense / guess[p] / ratio <= 1.6]
+    combined = []
+    step = (progress or Progress()).start("pricing combinations", len(near))
+    for setting in near:
+        step(what=f"pricing {setting}")
+        combined.append(Candidate(setting, "reduction", price(model, setting), True))
+    combined = [c for c in combined if 0.97 <= dense / c.macs / ratio <= 1.3]
+    combined.sort(key=lambda c: abs(dense / c.macs / ratio - 1.05))
+    return sorted(alone + combined[:PAIRS], key=lambda c: -c.macs)
+
+
+def price(model: AdaptiveViT, setting: str) -> float:
+    """Executed MACs of one image (of noise, where the count depends on the image)."""
+    view = model.at(setting)
+    weight = next(model.parameters())
+    noise = torch.randn(1, model.backbone.channels, *view.input_size(), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return view(noise.to(weight.device, weight.dtype)).trace.macs().item()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What ``tune`` aims at: one of a speed-up, a MAC budget, a latency, or an accuracy that may be given up."""
+
+    kind: str  #     "speedup", "gmacs", "ms", "drop"
+    value: float  #  times · 10^9 MACs an image · milliseconds a batch · a fraction (0.01: one point)
+
+    @classmethod
+    def of(
+        cls,
+        target: str | float | None = None,
+        *,
+        gmacs: float | None = None,
+        ms: float | None = None,
+        max_drop: str | float | None = None,
+    ) -> Target:
+        """Exactly one of them: ``"1.5x"``, ``gmacs=2.3``, ``ms=20``, ``max_drop="1%"`` (or 0.01)."""
+        given = {"target": target, "gmacs": gmacs, "ms": ms, "max_drop": max_drop}
+        named = {k: v for k, v in given.items() if v is not None}
+        if len(named) != 1:
+            raise UserError(f"give one of target, gmacs, ms and max_drop; {len(named)} were given")
+        (name, value) = named.popitem()
+        try:
+            text = str(value).strip().lower()
+            number = float(text.rstrip("x%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            raise UserError(f"{name}={value!r} is not a number; write it like 2x, 2.3 or 1%") from None
+        kind = {"target": "speedup"}.get(name, name.removeprefix("max_"))
+        low, high = {"speedup": (1.0, 100.0), "drop": (0.0, 1.0)}.get(kind, (1e-6, 1e6))
+        if not low <= number <= high:
+            raise UserError(f"{name}={value!r} is not in [{low:g}, {high:g}]")
+        return cls(kind, number)
+
+    def __str__(self) -> str:
+        forms = {"speedup": "{:g}× faster", "gmacs": "{:g} GMACs", "ms": "{:g} ms", "drop": "at most {:.1%} lost"}
+        return forms[self.kind].format(self.value)

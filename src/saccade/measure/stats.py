@@ -1,0 +1,66 @@
+"""Intervals at 95 % and paired tests."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def proportion(hits: Tensor) -> Interval:
+    """Share of hits [n] (bool), with Wilson's interval."""
+    n, p = len(hits), hits.double().mean().item()
+    centre = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap(values: Tensor, seed: int = 0) -> Interval:
+    """Mean of values [n], with its percentile bootstrap interval over images; of paired differences too."""
+    values = values.double()
+    n, mean = len(values), values.mean().item()
+    kinds, counts = values.unique(return_counts=True)
+    generator = torch.Generator().manual_seed(seed)
+    if len(kinds) <= 16:  # few distinct values: resampling images is drawing how many of each
+        means = _multinomial(counts, n, generator) @ kinds / n
+    else:
+        means = torch.cat(
+            [values[torch.randint(n, (100, n), generator=generator)].mean(1) for _ in range(DRAWS // 100)]
+        )
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(mean, low, high)
+
+
+def mcnemar(a: Tensor, b: Tensor) -> float:
+    """Exact two-sided p-value that two sets of hits [n] (bool, paired) differ only by chance."""
+    gained, lost = int((a & ~b).sum()), int((b & ~a).sum())
+    n, k = gained + lost, min(gained, lost)
+    if n == 0:
+        return 1.0
+    ways = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1))
+    return min(1.0, 2 * math.fsum(math.exp(log_ways - n * math.log(2)) for log_ways in ways))
+
+
+def _multinomial(counts: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """DRAWS resamples of n images by kind, [DRAWS, kinds]: binomials, one kind after another."""
+    left = torch.full((DRAWS,), float(n), dtype=torch.float64)
+    remaining, drawn = float(n), []
+    for count in counts.double().tolist()[:-1]:
+        share = torch.full_like(left, min(1.0, count / remaining))
+        drawn.append(torch.binomial(left, share, generator=generator))
+        left, remaining = left - drawn[-1], remaining - count
+    return torch.stack([*drawn, left], dim=1)

@@ -1,0 +1,68 @@
+"""What each token stands for, drawn over the photo as the model sees it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from saccade.data import Preprocess, decode
+from saccade.files import replacing
+from saccade.model import AdaptiveViT
+from saccade.views.tokenmap import draw_blocks, draw_tokens
+
+
+def view(
+    model: AdaptiveViT,
+    image: Image.Image | str | os.PathLike,
+    setting: str | None = None,
+    *,
+    out: str | os.PathLike | None = None,
+) -> tuple[Image.Image, list[int]]:
+    """Draw what each token stands for, after every block, from ``owner`` alone.
+
+    Args:
+        image: a photo or its path; it is shown as the model sees it, cropped.
+        setting: None: the model's own.
+        out: a PNG to write.
+
+    Returns:
+        The picture, and the number of patch tokens after each block.
+
+    Raises:
+        UserError: bad setting; ImageError: an image that cannot be read.
+    """
+    chosen = model if setting is None else model.at(setting).eval()
+    photo, first, owners, grid = _look(chosen, image)
+    counts = [int(owner.max()) + 1 for owner in owners]
+    titles = ["the tokenizer's", *(f"block {i} · {n} tokens" for i, n in enumerate(counts))]
+    picture = draw_blocks(photo, [first, *owners], grid, titles)
+    if out is not None:
+        with replacing(out) as part:
+            picture.save(part, "PNG")
+    return picture, counts
+
+
+def token_map(model: AdaptiveViT, image: Image.Image) -> Image.Image:
+    """What each token stands for after the last block."""
+    photo, _, owners, grid = _look(model, image)
+    return draw_tokens(photo, owners[-1], grid)
+
+
+Looked = tuple[Image.Image, Tensor, list[Tensor], tuple[int, int]]
+
+
+def _look(model: AdaptiveViT, image: Image.Image | str | os.PathLike) -> Looked:
+    """The photo as the model sees it, the tokenizer's owner map, those after each block, and the grid."""
+    photo = decode(Path(image), str(image)) if isinstance(image, (str, os.PathLike)) else image
+    prepare = Preprocess.of(model.vit, model.input_size())
+    crop = prepare.crop(photo, str(getattr(photo, "filename", "") or "image"))
+    weight = next(model.parameters())
+    with torch.inference_mode():
+        _, trace = model.encode(prepare.normalise(crop).unsqueeze(0).to(weight.device, weight.dtype))
+    owners = [block.owner[0].cpu() for block in trace.blocks]
+    return to_pil_image(crop), trace.first[0].cpu(), owners, trace.grid

@@ -1,0 +1,195 @@
+"""The HTML report: one file without a single outside reference, the answer first, how it was measured last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from statistics import median
+from string import Template
+
+from PIL import Image
+
+from saccade.views.pictures import render_samples
+from saccade.views.plots import Figure, conversion_figure, frontier_figures, marker
+from saccade.views.svg import tag
+from saccade.views.table import render_table
+from saccade.views.words import escape, known, number, percent, points, prose, times
+
+FAMILIES = {"dense": "dense, smaller or coarser", "reduction": "token reduction", "random": "random baseline"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured setting. Accuracies are fractions 0 … 1, ``delta`` is against dense; None: not measured."""
+
+    setting: str
+    family: str  # "dense" | "reduction" | "random"
+    gmacs: float
+    mac_ratio: float  # MACs of dense ÷ MACs of this setting, 1 and more
+    top1: float | None  # the metric that the report names, with its 95 % interval
+    top1_low: float | None
+    top1_high: float | None
+    delta: float | None
+    delta_low: float | None
+    delta_high: float | None
+    agreement: float | None
+    speedup: float | None
+    conversion: float | None
+    images_per_s: float | None
+    p50_ms: float | None
+    memory_mb: float | None
+    tokens: float
+    on_frontier: bool
+    chosen: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image under several settings: ``(caption, picture)`` each."""
+
+    name: str
+    panels: list[tuple[str, Image.Image]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows. ``verdict[0]`` is the answer; `` `code` `` in verdict and notes is set as code."""
+
+    title: str
+    command: str
+    verdict: list[str]
+    facts: dict[str, str]
+    metric_name: str
+    rows: list[Row]
+    samples: list[Sample] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def render_report(report: Report) -> str:
+    """The page as one string: styles, script, plots (SVG) and pictures (data URIs) are inside."""
+    chosen = next((r for r in report.rows if r.chosen), None)
+    rows, saved = report.rows, ""
+    first, *rest = report.verdict or [report.title]
+    figures = frontier_figures(rows, report.metric_name)
+    conversion = conversion_figure(rows)
+    if conversion:
+        saved = ("" if figures else _legend(rows, False)) + _saved(conversion, rows)
+    template = Template(files("saccade.views").joinpath("report.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(report.title),
+        tone="good" if chosen and chosen.family == "reduction" else "plain",
+        answer=prose(first),
+        reasons="".join(f"<p>{prose(line)}</p>" for line in rest),
+        tiles=_tiles(chosen, report.metric_name) if chosen else "",
+        frontier=_section("frontier", "The frontier", _legend(rows, True) + _figures(figures)) if figures else "",
+        conversion=_section("time", "Does saved compute become saved time?", saved) if saved else "",
+        table=_section("settings", "All settings", _table(report)) if rows else "",
+        samples=_section("maps", "What each token stands for", render_samples(report.samples))
+        if report.samples
+        else "",
+        measured=_section("how", "How it was measured", _measured(report)),
+    )
+
+
+def _section(name: str, heading: str, body: str) -> str:
+    return f'<section id="{name}"><h2>{heading}</h2>\n{body}\n</section>'
+
+
+def _tiles(row: Row, metric: str) -> str:
+    """The chosen setting's few numbers, large."""
+    tiles = []
+    if known(row.speedup):
+        below = f"{number(row.images_per_s)} images/s" if known(row.images_per_s) else ""
+        tiles.append(("speed-up, measured", times(row.speedup), below))
+    saved = 1 - 1 / row.mac_ratio if known(row.mac_ratio) and row.mac_ratio > 0 else None
+    share = f"{percent(abs(saved))} {'fewer' if saved >= 0 else 'more'} than dense" if saved is not None else ""
+    tiles.append(("GMACs per image", number(row.gmacs), share))
+    if known(row.delta):
+        limits = (
+            f"95 %: {points(row.delta_low)} … {points(row.delta_high)}" if known(row.delta_low, row.delta_high) else ""
+        )
+        tiles.append((f"{metric}, points against dense", points(row.delta), limits))
+    if known(row.top1):
+        limits = (
+            f"95 %: {percent(row.top1_low, '')} … {percent(row.top1_high)}"
+            if known(row.top1_low, row.top1_high)
+            else ""
+        )
+        tiles.append((metric, percent(row.top1), limits))
+    elif known(row.p50_ms):
+        tiles.append(("median latency", f"{number(row.p50_ms)} ms", ""))
+    cells = "".join(f'<div><dt>{escape(n)}</dt><dd>{v}</dd><dd class="sub">{s}</dd></div>' for n, v, s in tiles)
+    return f'<dl class="tiles">{cells}</dl>'
+
+
+def _legend(rows: Sequence[Row], frontier: bool) -> str:
+    keys = [(marker(f), text) for f, text in FAMILIES.items() if any(r.family == f for r in rows)]
+    if any(r.chosen for r in rows):
+        keys.append((marker(next(r.family for r in rows if r.chosen), True), "chosen"))
+    if frontier:
+        keys.append(('<path class="frontier-line" d="M-9 6H0V-6H9"/>', "frontier"))
+    if frontier and any(known(r.top1_low, r.top1_high) for r in rows):
+        keys.append(('<path class="whisker" d="M0 -8V8M-3 -8h6M-3 8h6"/>', "95 % interval"))
+    items = "".join(
+        f'<li><svg class="key" viewBox="-10 -10 20 20" aria-hidden="true">{shape}</svg>{text}</li>'
+        for shape, text in keys
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _figures(figures: Sequence[Figure]) -> str:
+    return f'<div class="figures">{"".join(_figure(f) for f in figures)}</div>'
+
+
+def _figure(figure: Figure) -> str:
+    svgs = "".join(f'<div class="{name}">{svg}</div>' for name, svg in figure.svgs.items())
+    title = figure.title[:1].upper() + figure.title[1:]
+    return f"<figure><figcaption><b>{escape(title)}</b> {escape(figure.hint)}</figcaption>{svgs}</figure>"
+
+
+def _saved(figure: Figure, rows: Sequence[Row]) -> str:
+    """The conversion plot beside what it says in numbers."""
+    lines = []
+    for family, name in FAMILIES.items():
+        found = sorted(
+            r.conversion
+            for r in rows
+            if r.family == family and r.conversion is not None and known(r.conversion) and r.mac_ratio > 1.01
+        )
+        if found:
+            spread = f", {found[0]:.2f} to {found[-1]:.2f}" if found[-1] - found[0] >= 0.005 else ""
+            count = f"{len(found)} setting" + "s" * (len(found) > 1)
+            lines.append(f"<li><b>{median(found):.2f}</b> {name}<small>{count}{spread}</small></li>")
+    slow = [r.setting for r in rows if r.speedup is not None and r.speedup < 1 and r.mac_ratio > 1.01]
+    text = (
+        "<p><dfn>Conversion</dfn> is the measured speed-up divided by the MAC ratio: "
+        "1.00 means that all of the saved compute became saved time.</p>"
+    )
+    text += f'<p class="cap">Median conversion</p><ul class="medians">{"".join(lines)}</ul>' if lines else ""
+    if slow:
+        text += f"<p>Fewer MACs but slower than dense: {', '.join(f'<code>{escape(s)}</code>' for s in slow)}.</p>"
+    return f'<div class="figures">{_figure(figure)}<div class="aside">{text}</div></div>'
+
+
+def _table(report: Report) -> str:
+    hint = "Select a heading to sort."
+    if any(known(r.top1_low) for r in report.rows):
+        hint += " Intervals are at 95 %."
+    table = render_table(report.rows, report.metric_name)
+    box = tag("div", table, kind="scroll", tabindex=0, role="region", aria_label="All settings")
+    return tag("p", hint, kind="hint") + box
+
+
+def _measured(report: Report) -> str:
+    facts = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in report.facts.items()
+    )
+    notes = "".join(f"<li>{prose(note)}</li>" for note in report.notes)
+    command = f'<pre tabindex="0"><code>{escape(report.command)}</code></pre>' if report.command else ""
+    return (
+        command
+        + (f'<dl class="facts">{facts}</dl>' if facts else "")
+        + (f'<ul class="notes">{notes}</ul>' if notes else "")
+    )

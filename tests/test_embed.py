@@ -1,0 +1,531 @@
+"""Checks A1-A9, A11 and the numerical part of A10 and A12 of the FlexiViT spec, with its thresholds, and their like."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import combinations_with_replacement, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_patch_embed
+from torch import Tensor
+
+from saccade.errors import UserError
+from saccade.tokenizers import embed
+from saccade.tokenizers.embed import (
+    METHODS,
+    MODES,
+    PRESETS,
+    ResizeSpec,
+    pi_matrix,
+    resize_kernel,
+    resize_matrix,
+    resize_positions,
+)
+
+PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos50.zip"
+SIZES = (8, 10, 12, 15, 16, 20, 24, 30, 40, 48)
+DEFAULT, GOOGLE, TIMM = PRESETS["default"], PRESETS["google"], PRESETS["timm"]
+# All four ways; the position table the opposite way, so that a mix-up of the two shows.
+SPECS = [
+    ResizeSpec(mode, antialias, other, not antialias)
+    for (mode, other), antialias in product((MODES, MODES[::-1]), (False, True))
+]
+IDS = [f"{spec.kernel_mode}{'-antialias' * spec.kernel_antialias}" for spec in SPECS]
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def smooth(*shape: int) -> Tensor:
+    """Random kernels without high frequencies."""
+    return F.interpolate(randn(*shape[:-2], 4, 4), size=shape[-2:], mode="bicubic")
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def image_resize(x: Tensor, size: tuple[int, int], spec: ResizeSpec) -> Tensor:
+    """Torch's own resize of images [N, C, h, w]: what the matrices are judged by."""
+    return F.interpolate(x, size=size, mode=spec.kernel_mode, antialias=spec.kernel_antialias)
+
+
+def tokens(images: Tensor, kernels: Tensor) -> Tensor:
+    return F.conv2d(images, kernels, stride=kernels.shape[-2:])
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No matrix has been built yet."""
+    embed._cached.cache_clear()
+    yield
+    embed._cached.cache_clear()
+
+
+def photos() -> Tensor:
+    from PIL import Image
+
+    images = []
+    with zipfile.ZipFile(PHOTOS) as archive:
+        for name in sorted(n for n in archive.namelist() if n.lower().endswith((".jpeg", ".jpg")))[:12]:
+            image = (
+                Image.open(io.BytesIO(archive.read(name))).convert("RGB").resize((240, 240), Image.Resampling.BICUBIC)
+            )
+            images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).double() / 127.5 - 1)
+    return torch.stack(images)
+
+
+def noise() -> Tensor:
+    """Noise with the statistics measured on photos50: amplitude f^-1.28, contrast 0.475, brightness ± 0.28."""
+    f = torch.fft.fftfreq(240, dtype=torch.float64)
+    radius = (f[:, None].square() + f.square()).sqrt()
+    radius[0, 0] = math.inf
+    grey_and_colours = randn(12, 4, 240, 240)
+    spectrum = torch.fft.fft2(grey_and_colours[:, :1] + grey_and_colours[:, 1:] / 3) * radius**-1.28
+    images = torch.fft.ifft2(spectrum).real
+    return 0.475 * images / images.std() + 0.28 * randn(12, 1, 1, 1, seed=1)
+
+
+@pytest.fixture(scope="module", params=["photos", "noise"])
+def images(request: pytest.FixtureRequest) -> Tensor:
+    if request.param == "photos" and not PHOTOS.exists():
+        pytest.skip(f"{PHOTOS} is not there")
+    return (photos if request.param == "photos" else noise)()
+
+
+# A1: enlarging is exact
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+def test_a1_upsampling_identity(spec: ResizeSpec, dtype: torch.dtype, bound: float) -> None:
+    sides = combinations_with_replacement((5, 6, 8, 10, 12, 15, 16, 20, 24, 30, 40, 48), 2)
+    pairs = [((s, s), (t, t)) for s, t in sides] + [((8, 10), (10, 12)), ((8, 6), (9, 15)), ((8, 6), (15, 9))]
+    pairs += [((31, 31), (32, 32)), ((47, 47), (48, 48))]  # the worst conditioned
+    for old, new in pairs:
+        x, w = randn(4, 10, *old, seed=1, dtype=dtype), randn(8, 10, *old, seed=2, dtype=dtype)
+        bigger, hat = image_resize(x, new, spec), resize_kernel(w, new, spec)
+        for c in (1, 3, 10):
+            got = bigger[:, :c].flatten(1) @ hat[:, :c].flatten(1).T
+            assert relative(got, x[:, :c].flatten(1) @ w[:, :c].flatten(1).T) <= bound, (old, new, c)
+
+
+def test_a1_fails_for_the_other_methods() -> None:
+    x, w = randn(4, 3, 8, 8, seed=1), randn(8, 3, 8, 8, seed=2)
+    for how in ("vanilla", "area"):
+        got = tokens(image_resize(x, (12, 12), DEFAULT), resize_kernel(w, (12, 12), DEFAULT, how))
+        assert relative(got, tokens(x, w)) > 0.1, how
+
+
+# A2: shrinking is the best there is
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@pytest.mark.parametrize(("old", "new"), [(32, 8), (32, 16), (32, 30), (16, 14), (24, 10)])
+def test_a2_downsampling_optimality(spec: ResizeSpec, old: int, new: int) -> None:
+    b = resize_matrix(old, new, spec.kernel_mode, spec.kernel_antialias)
+    w = randn(64, old, old)
+    hat = resize_kernel(w, (new, new), spec)
+    residual = w - b.T @ hat @ b
+    assert (b @ residual @ b.T).norm() <= 1e-10 * w.norm()  # orthogonal to all that can be reached: a least-squares fit
+    for seed in range(5):
+        worse = w - b.T @ (hat + 1e-3 * randn(64, new, new, seed=seed + 1)) @ b
+        assert (worse.flatten(1).norm(dim=1) > residual.flatten(1).norm(dim=1)).all()
+    assert rms(residual) / rms(w) == pytest.approx(math.sqrt(1 - (new / old) ** 2), rel=0.03)
+
+
+# A3: two small matrices are one large one
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((16, 16), (8, 8)), ((16, 16), (20, 20)), ((12, 12), (10, 10)), ((8, 6), (9, 15)), ((9, 14), (12, 5))],
+)
+def test_a3_separable_is_full_pinv(spec: ResizeSpec, old: tuple[int, int], new: tuple[int, int]) -> None:
+    basis = torch.eye(math.prod(old), dtype=torch.float64).reshape(-1, 1, *old)
+    full = torch.linalg.pinv(image_resize(basis, new, spec).flatten(1))  # its rows are Bᵀ
+    w = randn(3, 5, *old)
+    want = (w.flatten(-2) @ full.T).unflatten(-1, new)
+    assert relative(resize_kernel(w, new, spec), want) <= 1e-12
+
+
+# A4: agreement with timm
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((32, 32), (8, 8)), ((32, 32), (16, 16)), ((16, 16), (14, 14)), ((16, 16), (24, 24)), ((16, 16), (12, 20))],
+)
+def test_a4_agrees_with_timm(old: tuple[int, int], new: tuple[int, int]) -> None:
+    w = randn(16, 3, *old, dtype=torch.float32)
+    google, bicubic = resize_kernel(w, new, GOOGLE), resize_kernel(w, new, TIMM)
+    assert relative(google, resample_patch_embed(w, list(new), "bilinear", antialias=False)) <= 2e-5
+    assert relative(bicubic, resample_patch_embed(w, list(new), "bicubic", antialias=True)) <= 2e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a4_negative_control(size: int) -> None:
+    w = randn(16, 3, 32, 32)
+    assert relative(resize_kernel(w, (size, size), TIMM), resize_kernel(w, (size, size), GOOGLE)) > 0.2
+
+
+# A5: golden closed forms
+
+
+def test_a5_golden_kernels() -> None:
+    w = randn(4, 32, 32)
+    assert relative(resize_kernel(w, (16, 16), GOOGLE), w.unfold(-2, 2, 2).unfold(-2, 2, 2).sum((-1, -2))) <= 1e-12
+    centres = w.unfold(-2, 4, 4).unfold(-2, 4, 4)[..., 1:3, 1:3].sum((-1, -2))
+    assert relative(resize_kernel(w, (8, 8), GOOGLE), centres) <= 1e-12
+
+
+@pytest.mark.parametrize(("old", "new"), [(32, 8), (32, 15), (32, 48), (7, 5), (1, 4), (4, 1), (47, 48)])
+def test_a5_golden_matrix(old: int, new: int) -> None:
+    want = torch.zeros(new, old, dtype=torch.float64)
+    for i in range(new):
+        source = min(max((i + 0.5) * old / new - 0.5, 0), old - 1)
+        left = min(int(source), old - 1)
+        want[i, left] += 1 - (source - left)
+        want[i, min(left + 1, old - 1)] += source - left
+    assert (resize_matrix(old, new, "bilinear", False) - want).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+def test_a5_every_row_of_a_matrix_is_right(spec: ResizeSpec) -> None:
+    x = randn(2, 3, 16, 10)
+    for new in ((7, 10), (16, 23), (5, 33)):
+        assert relative(resize_kernel(x, new, spec, "vanilla"), image_resize(x, new, spec)) <= 1e-12
+
+
+# A6: the response to a constant
+
+
+def test_a6_upsampling_keeps_the_sum() -> None:
+    for spec, (old, new) in product(SPECS, [(8, 16), (8, 10), (15, 16), (32, 48)]):
+        w = randn(8, old, old)
+        difference = resize_kernel(w, (new, new), spec).sum((-1, -2)) - w.sum((-1, -2))
+        assert difference.abs().max() <= 1e-10, (spec, old, new)
+
+
+def test_a6_dc_gain() -> None:
+    def gains(spec: ResizeSpec) -> list[float]:
+        return [resize_kernel(torch.ones(32, 32).double(), (p, p), spec).sum().item() / 1024 for p in SIZES]
+
+    assert gains(GOOGLE) == pytest.approx([0.25, 0.24, 0.36, 0.54, 1.0, 0.91, 1.0, 1.0, 1.0, 1.0], abs=0.005)
+    assert all(0.985 <= gain <= 1.005 for gain in gains(DEFAULT))
+
+
+# A7: how many of the underlying taps are used
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a7_used_taps(size: int) -> None:
+    def used(spec: ResizeSpec) -> int:
+        w = torch.zeros(32, 32, dtype=torch.float64, requires_grad=True)
+        resize_kernel(w, (size, size), spec).backward(randn(size, size))
+        assert w.grad is not None
+        return int((w.grad.abs() > 1e-9).sum())
+
+    assert used(GOOGLE) == {8: 256, 10: 400, 12: 576, 15: 900}.get(size, 1024)
+    assert used(DEFAULT) == 1024
+
+
+# A8, A9: whole images
+
+
+def test_a8_token_rms(images: Tensor) -> None:
+    for w in (randn(64, 3, 32, 32), smooth(64, 3, 32, 32)):
+        base = rms(tokens(images, w))
+        for p in SIZES:
+            assert 0.95 <= rms(tokens(images, resize_kernel(w, (p, p), DEFAULT))) / base <= 1.10, p
+
+
+def test_a8_vanilla_scales_with_the_area(images: Tensor) -> None:
+    w = smooth(64, 3, 32, 32)
+    base = rms(tokens(images, w))
+    for spec, p in product((DEFAULT, GOOGLE), SIZES):
+        ratio = rms(tokens(images, resize_kernel(w, (p, p), spec, "vanilla"))) / base
+        assert ratio == pytest.approx((p / 32) ** 2, rel=0.15), (spec, p)
+
+
+@pytest.mark.parametrize("old", [8, 16])
+def test_a9_whole_image_consistency(images: Tensor, old: int) -> None:
+    """Image and kernel at twice the size, relative RMS error of the tokens."""
+    new, twice = (2 * old, 2 * old), image_resize(images, (480, 480), GOOGLE)
+    for kind, w in (("white", randn(32, 3, old, old)), ("smooth", smooth(32, 3, old, old))):
+        want = tokens(images, w)
+        error = {how: relative(tokens(twice, resize_kernel(w, new, GOOGLE, how)), want) for how in METHODS}
+        assert error["pi"] <= 0.05 and error["pi"] < error["area"] <= 0.15 and error["vanilla"] >= 2, (kind, error)
+
+
+# A10: resizes do not chain
+
+
+@pytest.mark.parametrize("spec", [DEFAULT, GOOGLE], ids=["default", "google"])
+def test_a10_no_way_back(spec: ResizeSpec) -> None:
+    w = randn(8, 32, 32)
+    assert relative(resize_kernel(resize_kernel(w, (8, 8), spec), (32, 32), spec), w) > 0.9
+
+
+# A11: position tables
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=IDS)
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("old", "new"), [((7, 7), (5, 5)), ((7, 7), (6, 6)), ((7, 7), (30, 30)), ((4, 9), (6, 6)), ((3, 8), (8, 3))]
+)
+def test_a11_positions(spec: ResizeSpec, prefix: int, old: tuple[int, int], new: tuple[int, int]) -> None:
+    table = randn(1, prefix + math.prod(old), 16)
+    grid = table[0, prefix:].T.reshape(1, 16, *old)
+    want = F.interpolate(grid, size=new, mode=spec.pos_mode, antialias=spec.pos_antialias).flatten(2).mT
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        got = resize_positions(table.to(dtype), old, new, prefix, spec)
+        assert got.shape == (1, prefix + math.prod(new), 16) and got.dtype == dtype
+        assert torch.equal(got[:, :prefix], table[:, :prefix].to(dtype))
+        assert (got[:, prefix:] - want).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["fp64", "bf16"])
+def test_a11_same_size_is_the_same_tensor(dtype: torch.dtype) -> None:
+    table, kernel = randn(1, 50, 4).to(dtype), randn(2, 8, 6).to(dtype)
+    assert resize_positions(table, (7, 7), (7, 7), 1, DEFAULT) is table
+    assert resize_kernel(kernel, (8, 6), DEFAULT) is kernel
+    assert resize_kernel(kernel, torch.Size([8, 6]), DEFAULT, "area") is kernel
+
+
+def test_a11_equal_counts_are_not_equal_grids() -> None:
+    table = randn(1, 36, 4)
+    assert not torch.equal(resize_positions(table, (4, 9), (9, 4), 0, DEFAULT), table)
+
+
+def test_a11_antialiasing_matters_to_small_grids() -> None:
+    table = randn(1, 49, 64)
+    plain = ResizeSpec(pos_antialias=False)
+    small = [resize_positions(table, (7, 7), (5, 5), 0, spec) for spec in (plain, DEFAULT)]
+    large = [resize_positions(table, (7, 7), (9, 9), 0, spec) for spec in (plain, DEFAULT)]
+    assert relative(*small) > 0.3 and relative(*large) < 1e-12
+
+
+# A12: precisions, contexts, compilers
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)], ids=["bf16", "fp16"])
+def test_a12_half_precision_in_and_out(dtype: torch.dtype, bound: float) -> None:
+    kernel, table = randn(8, 3, 32, 32).to(dtype), randn(1, 50, 8).to(dtype)
+    for p in SIZES:
+        got = resize_kernel(kernel, (p, p), DEFAULT)
+        assert got.dtype == dtype
+        assert torch.equal(got, resize_kernel(kernel.float(), (p, p), DEFAULT).to(dtype))  # computed in float32
+        assert relative(got.double(), resize_kernel(kernel.double(), (p, p), DEFAULT)) <= bound
+    got = resize_positions(table, (7, 7), (5, 6), 1, DEFAULT)
+    assert got.dtype == dtype
+    assert torch.equal(got, resize_positions(table.float(), (7, 7), (5, 6), 1, DEFAULT).to(dtype))
+
+
+def test_a12_autocast_changes_nothing(fresh: None) -> None:
+    kernel, table = randn(8, 3, 32, 32, dtype=torch.float32), randn(1, 50, 8, dtype=torch.float32)
+
+    def both() -> tuple[Tensor, Tensor]:
+        return resize_kernel(kernel, (15, 12), DEFAULT), resize_positions(table, (7, 7), (5, 6), 1, DEFAULT)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = both()
+        assert (kernel @ kernel).dtype == torch.bfloat16  # as it was
+    assert all(torch.equal(a, b) for a, b in zip(inside, both(), strict=True))
+
+
+def test_a12_inference_mode_then_train(fresh: None) -> None:
+    kernel = randn(4, 3, 32, 32, dtype=torch.float32).requires_grad_()
+    with torch.inference_mode():
+        first = resize_kernel(kernel, (12, 12), DEFAULT)
+        pi_matrix(32, 20, "bilinear", True)
+    assert not pi_matrix(32, 20, "bilinear", True).is_inference()
+    second = resize_kernel(kernel, (12, 12), DEFAULT)
+    second.square().sum().backward()
+    assert torch.equal(first, second) and kernel.grad is not None and kernel.grad.norm() > 0
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        lambda: torch.device("meta"),
+    ],
+    ids=["inference_mode", "no_grad", "autocast", "device"],
+)
+def test_a12_first_use_in_a_context(context: Callable[[], AbstractContextManager[None]], fresh: None) -> None:
+    def build() -> list[Tensor]:
+        return [
+            f(11, n, m, a) for f in (resize_matrix, pi_matrix) for n in (7, 13) for m in MODES for a in (False, True)
+        ]
+
+    with context():
+        inside = build()
+    embed._cached.cache_clear()
+    for got, want in zip(inside, build(), strict=True):
+        assert type(got) is Tensor and got.device.type == "cpu" and got.dtype == torch.float64
+        assert not got.is_inference() and not got.requires_grad and torch.equal(got, want)
+
+
+def test_a12_first_use_with_another_default_dtype(fresh: None) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        inside = pi_matrix(11, 7, "bicubic", True)
+    finally:
+        torch.set_default_dtype(before)
+    embed._cached.cache_clear()
+    assert torch.equal(inside, pi_matrix(11, 7, "bicubic", True))
+
+
+def test_a12_first_use_under_torch_func(fresh: None) -> None:
+    kernel = randn(4, 9, 9)
+    gradient = torch.func.grad(lambda k: resize_kernel(k, (6, 6), DEFAULT).square().sum())(kernel)
+    kernel.requires_grad_()
+    resize_kernel(kernel, (6, 6), DEFAULT).square().sum().backward()
+    assert kernel.grad is not None and torch.allclose(gradient, kernel.grad)
+    vmapped = torch.func.vmap(lambda k: resize_kernel(k, (6, 6), DEFAULT))(kernel)
+    assert torch.allclose(vmapped, resize_kernel(kernel, (6, 6), DEFAULT))
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["prewarmed", "first use"])
+def test_a12_compile_fullgraph(warm: bool, fresh: None) -> None:
+    kernel = randn(4, 3, 32, 32, dtype=torch.float32).requires_grad_()
+    table = randn(1, 50, 8, dtype=torch.float32)
+
+    def both(p: int) -> tuple[Tensor, Tensor]:
+        return resize_kernel(kernel, (p, p), DEFAULT), resize_positions(table, (7, 7), (240 // p, 5), 1, DEFAULT)
+
+    torch.compiler.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    sizes = (16, 8, 12)  # the second makes torch.compile try a symbolic size
+    wants = [both(p) for p in sizes] if warm else []
+    gots = [compiled(p) for p in sizes]
+    for got, want in zip(gots, wants or [both(p) for p in sizes], strict=True):
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(got, want, strict=True))
+    (gradient,) = torch.autograd.grad(gots[1][0].sum(), kernel)
+    assert torch.allclose(gradient, torch.autograd.grad(both(8)[0].sum(), kernel)[0], atol=1e-5)
+
+
+def test_a12_export_on_first_use(fresh: None) -> None:
+    class Embed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = torch.nn.Parameter(randn(4, 3, 32, 32, dtype=torch.float32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return tokens(x, resize_kernel(self.kernel, (15, 15), DEFAULT))
+
+    model, x = Embed().eval(), randn(1, 3, 30, 30, dtype=torch.float32)
+    program = torch.export.export(model, (x,))
+    assert torch.allclose(program.module()(x), model(x), atol=1e-5)
+    assert type(pi_matrix(32, 15, "bilinear", True)) is Tensor
+    # Constants and products alone: nothing that computes a matrix, and no autocast, gets into the graph.
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not {name for name in operators if any(s in name for s in ("eye", "pinv", "upsample", "svd", "autocast"))}
+
+
+def test_meta_tensors_tell_shapes() -> None:
+    assert resize_kernel(torch.empty(4, 3, 32, 32, device="meta"), (8, 6), DEFAULT).shape == (4, 3, 8, 6)
+
+
+# Gradients, axes, the rest of the interface
+
+
+@pytest.mark.parametrize("how", METHODS)
+def test_gradcheck_kernel(how: str) -> None:
+    kernel = randn(2, 5, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda k: resize_kernel(k, (7, 3), DEFAULT, how), kernel)
+
+
+def test_gradcheck_positions() -> None:
+    table = randn(1, 13, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: resize_positions(t, (3, 4), (5, 2), 1, DEFAULT), table)
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)], ids=str)
+def test_any_number_of_axes(lead: tuple[int, ...]) -> None:
+    matrices = [pi_matrix(o, n, "bilinear", True) for o, n in ((4, 6), (8, 5), (6, 6))]
+    t, h, w = matrices
+    x = randn(*lead, 4, 8, 6)
+    assert torch.allclose(resize_kernel(x, (6, 5, 6), DEFAULT), torch.einsum("...abc,ia,jb,kc->...ijk", x, t, h, w))
+    assert torch.allclose(resize_kernel(x, (5, 6), DEFAULT), torch.einsum("...abc,jb->...ajc", x, h))
+    assert torch.allclose(resize_kernel(x.mT, (5,), DEFAULT), torch.einsum("...abc,jb->...acj", x, h))
+
+
+def test_3d_upsampling_identity() -> None:
+    x, w = randn(2, 3, 2, 8, 8, seed=1), randn(4, 3, 2, 8, 8, seed=2)
+    bigger = F.interpolate(x, size=(4, 10, 12), mode="trilinear")
+    got = torch.einsum("nctij,octij->no", bigger, resize_kernel(w, (4, 10, 12), DEFAULT))
+    assert relative(got, torch.einsum("nctij,octij->no", x, w)) <= 1e-12
+
+
+def test_area_is_vanilla_times_the_old_area_over_the_new() -> None:
+    w = randn(3, 12, 10)
+    want = resize_kernel(w, (8, 15), DEFAULT, "vanilla") * (120 / 120)
+    assert torch.allclose(resize_kernel(w, (8, 15), DEFAULT, "area"), want)
+    want = resize_kernel(w, (18, 10), DEFAULT, "vanilla") * (120 / 180)
+    assert torch.allclose(resize_kernel(w, (18, 10), DEFAULT, "area"), want)
+
+
+def test_the_argument_is_left_alone() -> None:
+    kernel, table = randn(2, 16, 16), randn(1, 16, 4)
+    copies = kernel.clone(), table.clone()
+    resize_kernel(kernel, (8, 8), DEFAULT), resize_positions(table, (4, 4), (3, 3), 0, DEFAULT)
+    assert torch.equal(kernel, copies[0]) and torch.equal(table, copies[1])
+
+
+def test_matrices_are_built_once(fresh: None) -> None:
+    for _ in range(3):
+        resize_kernel(randn(3, 32, 32), (8, 8), DEFAULT)
+    assert embed._cached.cache_info().misses == 1
+    assert pi_matrix(32, 8, "bilinear", True) is pi_matrix(32, 8, "bilinear", True)
+
+
+def test_presets() -> None:
+    assert ResizeSpec.preset("default") == ResizeSpec() == ResizeSpec("bilinear", True, "bilinear", True)
+    assert ResizeSpec.preset("google") == ResizeSpec("bilinear", False, "bilinear", True)
+    assert ResizeSpec.preset("timm") == ResizeSpec("bicubic", True, "bicubic", True)
+    for spec in PRESETS.values():
+        assert ResizeSpec.from_dict(spec.to_dict()) == spec
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: ResizeSpec.preset("gogle"), "did you mean 'google'"),
+        (lambda: ResizeSpec(kernel_mode="bilinaer"), "did you mean 'bilinear'"),
+        (lambda: ResizeSpec(pos_mode="nearest-exact"), "unknown resize mode"),
+        (lambda: ResizeSpec.from_dict({**DEFAULT.to_dict(), "kernel_mod": 1}), "did you mean 'kernel_mode'"),
+        (lambda: ResizeSpec.from_dict({"kernel_mode": "bilinear"}), "lacks kernel_antialias, pos_mode, pos_antialias"),
+        (lambda: resize_matrix(4, 8, "cubic", True), "did you mean 'bicubic'"),
+        (lambda: pi_matrix(4, 0, "bilinear", True), "at least 1"),
+        (lambda: resize_kernel(randn(3, 8, 8), (4, 4), DEFAULT, "aera"), "did you mean 'area'"),
+        (lambda: resize_kernel(randn(3, 8, 8), (8, 8), DEFAULT, "norm"), "unknown kernel resize"),
+        (lambda: resize_kernel(randn(3, 8, 8), (8, 0), DEFAULT), "at least 1"),
+        (lambda: resize_kernel(randn(8, 8), (4, 4, 4), DEFAULT), "2 axes"),
+        (lambda: resize_kernel(randn(8, 8), (), DEFAULT), "2 axes"),
+        (lambda: resize_positions(randn(1, 50, 4), (7, 7), (7, 7), 0, DEFAULT), "50 entries"),
+        (lambda: resize_positions(randn(1, 49, 4), (7, 7), (0, 7), 0, DEFAULT), "at least 1"),
+    ],
+)
+def test_errors(wrong: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        wrong()
