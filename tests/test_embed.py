@@ -114,7 +114,7 @@ def images(request: pytest.FixtureRequest) -> Tensor:
 def test_a1_upsampling_identity(spec: ResizeSpec, dtype: torch.dtype, bound: float) -> None:
     sides = combinations_with_replacement((5, 6, 8, 10, 12, 15, 16, 20, 24, 30, 40, 48), 2)
     pairs = [((s, s), (t, t)) for s, t in sides] + [((8, 10), (10, 12)), ((8, 6), (9, 15)), ((8, 6), (15, 9))]
-    pairs += [((31, 31), (32, 32)), ((47, 47), (48, 48))]  # the worst conditioned
+    pairs += [((47, 47), (48, 48)), ((64, 64), (65, 65))]  # the worst conditioned
     for old, new in pairs:
         x, w = randn(4, 10, *old, seed=1, dtype=dtype), randn(8, 10, *old, seed=2, dtype=dtype)
         bigger, hat = image_resize(x, new, spec), resize_kernel(w, new, spec)

@@ -12,8 +12,6 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-READINGS = frozenset({"key", "cls_attn", "received"})
-
 
 @dataclass(frozen=True)
 class Attended:
@@ -41,7 +39,7 @@ def attend(
         bias: [B, K] fp32, added to every score of a key (log size, -inf for padding); None keeps the fastest kernel.
         queries: only the first so many tokens ask (the last block needs no more than the prefix); None: all.
         heads: [B, H] 0/1, heads that take part (AdaViT's full deactivation); None: all.
-        read: which of ``READINGS`` to return. ``cls_attn`` is one row, O(H·K·D); ``received`` needs all scores.
+        read: which readings to return; ``cls_attn`` is one row, O(H·K·D), and ``received`` needs all scores.
     """
     B, K, _ = x.shape
     H, d = attn.num_heads, attn.head_dim
@@ -75,7 +73,7 @@ def attend(
             received = shares.float().mean((1, 2))
     if heads is not None:
         y = y * heads[:, :, None, None].to(y.dtype)
-    y = attn.norm(y.transpose(1, 2).reshape(B, -1, H * d))
+    y = attn.norm(y.transpose(1, 2).flatten(2))
     y = attn.proj_drop(attn.proj(y if gate is None else y * gate))
     kernel = ("fused" if fused else "unfused") + ("" if bias is None else "+bias")
     return Attended(y, kernel, k.mean(1) if "key" in read else None, cls_attn, received)
@@ -84,15 +82,15 @@ def attend(
 def class_attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """One row of attention, mean over heads: q [B, H, d] (scaled), k [B, H, K, d] -> [B, K] fp32.
 
-    The queries of all heads stand in one block-diagonal matrix [H*d, H], so that keys are read once, in the layout
+    The queries of all heads stand in one block-diagonal matrix [H, H*d], so that keys are read once, in the layout
     in which the projection wrote them, by one matrix product; H*d*H MACs a token, about 0.1 % of a block.
     """
     B, H, d = q.shape
-    blocks = torch.diag_embed(q.transpose(1, 2)).permute(0, 2, 1, 3).reshape(B, H * d, H)
-    scores = (k.transpose(1, 2).reshape(B, -1, H * d) @ blocks).float()  # [B, K, H]
+    blocks = torch.diag_embed(q.transpose(1, 2), dim1=1, dim2=2).reshape(B, H, H * d)
+    scores = (blocks @ k.transpose(1, 2).flatten(2).transpose(1, 2)).float()  # [B, H, K]
     if bias is not None:
-        scores = scores + bias.unsqueeze(-1)
-    return scores.softmax(dim=1).mean(-1)
+        scores = scores + bias.unsqueeze(1)
+    return scores.softmax(dim=-1).mean(1)
 
 
 def kernel_for(q: Tensor, keys: int) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import timm
 import torch
@@ -21,6 +21,18 @@ from saccade.plan import ViT
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# A folder from elsewhere may say what the model is, never what else to open or to download.
+ARGS = {
+    "num_classes",
+    "img_size",
+    "patch_size",
+    "in_chans",
+    "global_pool",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "reg_tokens",
+}
 
 
 def create_model(
@@ -93,10 +105,12 @@ def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    fresh = target.parent / f".{target.name}.{uuid4().hex}"
+    fresh.mkdir()  # not mkdtemp, whose folders nobody else may read
     try:
         save_file(state, fresh / WEIGHTS, metadata={"format": "pt"})
         (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copymode(fresh / CONFIG, fresh / WEIGHTS)  # safetensors writes for the owner alone
         if not target.exists():
             os.replace(fresh, target)
         else:  # the folder may hold other things of the user's: replace our two files, the weights last
@@ -114,12 +128,17 @@ def load(folder: str | os.PathLike, setting: str | None = None) -> AdaptiveViT:
     try:
         config = json.loads((path / CONFIG).read_text())
         ours, name, args = config["saccade"], config["architecture"], config["model_args"]
-    except (ValueError, KeyError, TypeError) as error:
+        preprocessing = {**config.get("pretrained_cfg", {})}
+        if not (isinstance(ours, dict) and isinstance(name, str) and args.keys() <= ARGS):
+            raise ValueError("a part has the wrong type, or model_args holds others than " + ", ".join(sorted(ARGS)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{str(path / CONFIG)!r} is not a Saccade config ({_line(error)})") from None
     if ours.get("format") != FORMAT:
         raise UserError(f"{str(path)!r} has format {ours.get('format')!r}; this version reads format {FORMAT}")
+    if not isinstance(ours.get("setting"), str):
+        raise UserError(f"{str(path / CONFIG)!r} names no setting")
     model = create_model(name, ours["setting"], **args)
-    model.vit.pretrained_cfg = {**model.vit.pretrained_cfg, **config.get("pretrained_cfg", {})}
+    model.vit.pretrained_cfg = {**model.vit.pretrained_cfg, **preprocessing}
     load_weights(model, path / WEIGHTS)
     return model if setting is None else model.at(setting)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from saccade.attention import Attended, attend
 from saccade.gates import Gates, residual
 from saccade.plan import Plan, TimmBlock, ViT
-from saccade.tokens import Tokens
+from saccade.tokens import READINGS, Tokens
 from saccade.trace import BlockCost, BlockTrace
 
 
@@ -36,7 +36,7 @@ def encode(
         read = plan.readings(i, tokens.num_patches)
         tokens, attended, kernel = attention_branch(block, tokens, gates or Gates(), read, sparse)
         tokens, deciding = plan.reduce(i, "attn", tokens)
-        tokens = replace(tokens, key=None, cls_attn=None, received=None)  # readings are of this block only
+        tokens = tokens.without(READINGS)
         tokens, updated = mlp_branch(block, tokens, gates or Gates(), sparse)
 
         ran = BlockTrace(
@@ -66,7 +66,7 @@ def attention_branch(
         return block.drop_path1(block.ls1(seen[0].x))
 
     tokens = replace(tokens, mask=gates.patch)
-    x, count = residual(tokens, branch, gates.attn, gates.head, sparse=sparse and not read)
+    x, count = residual(tokens, branch, tokens.key_bias(), gates.attn, gates.head, sparse=sparse and not read)
     readings = {name: getattr(seen[0], name)[:, tokens.num_prefix :] for name in read}
     return replace(tokens, x=x, **readings), count, seen[0].kernel if seen else "none"
 
@@ -77,7 +77,7 @@ def mlp_branch(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> 
     def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None) -> Tensor:
         return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
-    x, count = residual(tokens, branch, gates.mlp, sparse=sparse)
+    x, count = residual(tokens, branch, on=gates.mlp, sparse=sparse)
     return replace(tokens, x=x, mask=None), count
 
 

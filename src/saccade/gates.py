@@ -7,7 +7,7 @@ sparse execution gathers the images and tokens that are on, computes those, and 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,19 +34,29 @@ def straight_through(logits: Tensor, threshold: float = 0.5) -> Tensor:
 
 
 def residual(
-    tokens: Tokens, branch: Branch, on: Tensor | None = None, heads: Tensor | None = None, *, sparse: bool = False
+    tokens: Tokens,
+    branch: Branch,
+    bias: Tensor | None = None,
+    on: Tensor | None = None,
+    heads: Tensor | None = None,
+    *,
+    sparse: bool = False,
 ) -> tuple[Tensor, int]:
     """``x + branch(x)`` for the images that are on [B] and the tokens that take part (``tokens.mask``), x elsewhere.
 
-    Returns the new x [B, L, D] and how many tokens were computed for each image that ran.
+    ``bias`` is the tokens' key bias, for a branch that attends. Returns the new x [B, L, D] and how many tokens were
+    computed for each image that ran.
     """
     if on is None and tokens.mask is None:
-        return tokens.x + branch(tokens.x, tokens.key_bias(), heads), tokens.x.shape[1]
-    return _sparse(tokens, branch, on, heads) if sparse else _masked(tokens, branch, on, heads)
+        return tokens.x + branch(tokens.x, bias, heads), tokens.x.shape[1]
+    return (_sparse if sparse else _masked)(tokens, branch, bias, on, heads)
 
 
-def _masked(tokens: Tokens, branch: Branch, on: Tensor | None, heads: Tensor | None) -> tuple[Tensor, int]:
-    update = branch(tokens.x, tokens.key_bias(), heads)
+Ran = tuple[Tensor, int]
+
+
+def _masked(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:
+    update = branch(tokens.x, bias, heads)
     if tokens.mask is not None:
         update = update * tokens.of_all(tokens.mask, 1.0).unsqueeze(-1).to(update.dtype)
     if on is not None:
@@ -54,14 +64,13 @@ def _masked(tokens: Tokens, branch: Branch, on: Tensor | None, heads: Tensor | N
     return tokens.x + update, tokens.x.shape[1]
 
 
-def _sparse(tokens: Tokens, branch: Branch, on: Tensor | None, heads: Tensor | None) -> tuple[Tensor, int]:
+def _sparse(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:
     """Only the images that are on; of them only the tokens that take part, padded to the longest of these images."""
     x = tokens.x
     images = torch.arange(x.shape[0], device=x.device) if on is None else on.nonzero().squeeze(1)
     if images.numel() == 0:
         return x, 0
     live, heads = x[images], None if heads is None else heads[images]
-    bias = replace(tokens, mask=None).key_bias()
     bias = None if bias is None else bias[images]
     if tokens.mask is None:
         return x.index_add(0, images, branch(live, bias, heads)), x.shape[1]
@@ -69,9 +78,8 @@ def _sparse(tokens: Tokens, branch: Branch, on: Tensor | None, heads: Tensor | N
     longest = int(takes_part.sum(1).max())
     index = (~takes_part).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]  # those taking part first, in order
     real = takes_part.gather(1, index)
-    if bias is not None or not bool(real.all()):
-        hidden = torch.zeros_like(real, dtype=torch.float32).masked_fill(~real, -torch.inf)
-        bias = hidden if bias is None else bias.gather(1, index) + hidden
+    if bias is not None:  # it already hides the tokens that fill up the shorter images
+        bias = None if tokens.size is None and tokens.valid is None and bool(real.all()) else bias.gather(1, index)
     spread = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     update = branch(live.gather(1, spread), bias, heads) * real.unsqueeze(-1)
     return x.index_add(0, images, torch.zeros_like(live).scatter(1, spread, update.to(x.dtype))), longest

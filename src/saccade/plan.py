@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from saccade.errors import UserError, nearest
 from saccade.gates import Gates
 from saccade.reduction import Reduction, SoftReduction, reduce
-from saccade.tokens import Tokens
+from saccade.tokens import READINGS, Tokens
 from saccade.trace import Trace
 
 ViT = Any  #       a timm VisionTransformer } nn.Modules whose attributes
@@ -130,10 +130,12 @@ class Plan(nn.Module):
 
     def reduce(self, block: int, site: str, tokens: Tokens) -> tuple[Tokens, int]:
         """Run the reducers of a site; the tokens and the MACs of deciding."""
-        cost = 0
-        for reducer in self.reducers(block, site, tokens.num_patches):
+        cost, todo = 0, self.reducers(block, site, tokens.num_patches)
+        for i, reducer in enumerate(todo):
             cost += reducer.macs(tokens.num_patches)
-            tokens = reduce(tokens, reducer(tokens))
+            decision = reducer(tokens)
+            later = frozenset().union(*(r.read for r in todo[i + 1 :]))  # readings that nobody needs stay behind
+            tokens = reduce(tokens.without(READINGS - later), decision)
         return tokens, cost
 
     def gates(self, block: int, tokens: Tokens) -> tuple[Gates | None, int]:

@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+READINGS = frozenset({"key", "cls_attn", "received"})  # of one block's attention, for its reducers
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,17 @@ class Tokens:
         for present in (self.valid, self.mask):
             if present is not None:
                 bias = bias.masked_fill(present == 0, -torch.inf)
+        if self.num_prefix == 0:  # nothing of an image takes part: let it attend to all (nobody gets it), not to NaN
+            bias = bias.masked_fill((bias == -torch.inf).all(1, keepdim=True), 0.0)
         return self.of_all(bias)
 
     def of_all(self, values: Tensor, prefix: float = 0.0) -> Tensor:
         """Values of the patch tokens [B, N] -> of all tokens [B, P+N]."""
         return F.pad(values, (self.num_prefix, 0), value=prefix)
+
+    def without(self, names: frozenset[str]) -> Tokens:
+        """These tokens without some of the optional fields."""
+        return replace(self, **dict.fromkeys(names))  # type: ignore[arg-type]
 
     def weights(self) -> Tensor | None:
         """How much each patch token counts in an average over patches, [B, N]; None when all count alike."""

@@ -84,9 +84,8 @@ def command(
 def show(tuned: Tuned, json: bool = False) -> None:
     """The frontier on standard output."""
     if json:
-        rows = [vars(row) for row in tuned.rows]
         found = {"verdict": tuned.verdict, "met": tuned.met, "setting": tuned.setting, "runner": tuned.runner}
-        print_json({**found, "folder": str(tuned.folder), "rows": rows})
+        print_json({**found, "folder": str(tuned.folder), "rows": [vars(row) for row in tuned.rows]})
         return
     rows = sorted(tuned.rows, key=lambda row: row.speedup or 0.0)
     rows = [row for row in rows if row.on_frontier or row.chosen or row.family == "random" or row.top1 is None]
@@ -98,9 +97,7 @@ def show(tuned: Tuned, json: bool = False) -> None:
             f"{row.mac_ratio:.2f}×",
             f"{row.conversion:.2f}",
             "" if row.top1 is None else f"{row.top1:.1%}",
-            ""
-            if row.delta is None
-            else f"{100 * row.delta:+.1f} [{100 * row.delta_low:+.1f}, {100 * row.delta_high:+.1f}]",
+            _delta(row.delta, row.delta_low, row.delta_high),
         ]
         for row in rows
     ]
@@ -111,3 +108,9 @@ def show(tuned: Tuned, json: bool = False) -> None:
     print(f"report: {tuned.folder / 'report.html'}")
     if (tuned.folder / "model").is_dir():
         print(f"model:  {tuned.folder / 'model'}  ({tuned.setting}, {tuned.runner})")
+
+
+def _delta(mean: float | None, low: float | None, high: float | None) -> str:
+    if mean is None or low is None or high is None:
+        return ""
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

@@ -80,8 +80,15 @@ def tune(
     facts = _facts(model, found, options)
     chosen = model.at(verdict.chosen.option.candidate.setting).eval()
 
-    titles = {"title": f"{_name(model)}: {aim}", "command": command, "metric_name": found.metric or "top-1"}
-    report = Report(**titles, verdict=verdict.lines, facts=facts, rows=rows, samples=_samples(model, found, verdict))
+    report = Report(
+        title=f"{_name(model)}: {aim}",
+        command=command,
+        verdict=verdict.lines,
+        facts=facts,
+        metric_name=found.metric or "top-1",
+        rows=rows,
+        samples=_samples(model, found, verdict),
+    )
     write_text(folder / "report.html", render_report(report))
     write_text(folder / "frontier.csv", _csv(rows))
     details = [_details(row, m) for row, m in zip(rows, found.measured, strict=True)]
@@ -96,19 +103,20 @@ def tune(
 
 def _row(m: Measured, found: Search, verdict: Verdict) -> Row:
     score, speed = m.score, m.speed
-    top1 = score.top1 if score else None
-    delta = score.delta if score else None
+    nothing = (None, None, None)
+    top1, top1_low, top1_high = score.top1.three() if score else nothing
+    delta, delta_low, delta_high = score.delta.three() if score and score.delta else nothing
     return Row(
         setting=m.option.name,
         family=m.option.candidate.family,
         gmacs=score.gmacs if score else speed.gmacs,
         mac_ratio=score.mac_ratio if score else speed.mac_ratio,
-        top1=top1 and top1.mean,
-        top1_low=top1 and top1.low,
-        top1_high=top1 and top1.high,
-        delta=delta and delta.mean,
-        delta_low=delta and delta.low,
-        delta_high=delta and delta.high,
+        top1=top1,
+        top1_low=top1_low,
+        top1_high=top1_high,
+        delta=delta,
+        delta_low=delta_low,
+        delta_high=delta_high,
         agreement=score.agreement.mean if score else None,
         speedup=speed.speedup,
         conversion=speed.conversion,

@@ -20,6 +20,10 @@ class Interval:
     low: float
     high: float
 
+    def three(self) -> tuple[float, float, float]:
+        """(mean, low, high)."""
+        return self.mean, self.low, self.high
+
 
 def proportion(hits: Tensor) -> Interval:
     """Share of hits [n] (bool), with Wilson's interval."""

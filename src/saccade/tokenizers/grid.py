@@ -25,7 +25,7 @@ class Grid(Tokenizer):
     def __init__(self, patch: tuple[int, int], size: tuple[int, int] | None, spec: ResizeSpec, fit: str) -> None:
         super().__init__()
         self.patch, self.size, self.spec, self.fit = patch, size, spec, fit
-        self._ready: dict[tuple, tuple[Tensor, Tensor | None]] = {}
+        self._ready: dict[tuple, tuple[tuple[Tensor, Tensor | None], list[Tensor]]] = {}
 
     def input_size(self, native: tuple[int, int]) -> tuple[int, int]:
         return self.size or native
@@ -53,8 +53,8 @@ class Grid(Tokenizer):
         # An inference tensor has no version; weights born in inference mode are not edited outside of it.
         versions = tuple(0 if w.is_inference() else w._version for w in sources) if keep else ()
         now = (grid, versions, *((w.data_ptr(), w.dtype, w.device) for w in sources)) if keep else ()
-        if keep and now in self._ready:
-            return self._ready[now]
+        if keep and (ready := self._ready.get(now)) is not None:  # another thread may be dropping it
+            return ready[0]
         old = tuple(vit.patch_embed.grid_size)
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         made = (
@@ -63,8 +63,10 @@ class Grid(Tokenizer):
         )
         if keep:
             if len(self._ready) >= 16:  # many sizes, or weights that keep changing: forget the oldest
-                self._ready.pop(next(iter(self._ready)), None)
-            self._ready[now] = made
+                for oldest in tuple(self._ready)[:1]:  # another thread may be at it too
+                    self._ready.pop(oldest, None)
+            # With the weights, or their memory could go to others, which would be found under the same address.
+            self._ready[now] = made, [w.detach() for w in sources]
         return made
 
     def __getstate__(self) -> dict:
@@ -98,8 +100,8 @@ class Grid(Tokenizer):
 
 def place(vit: ViT, x: Tensor, positions: Tensor | None) -> Tensor:
     """Add positions and prefix tokens as timm's ``_pos_embed`` does (Apache-2.0): x [B, N, D] -> [B, P+N, D]."""
-    names = ("cls_token", "dist_token", "reg_token")
-    prefix = [token.expand(x.shape[0], -1, -1) for name in names if (token := getattr(vit, name, None)) is not None]
+    known = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+    prefix = [token.expand(x.shape[0], -1, -1) for token in known if token is not None]
     if positions is not None and vit.no_embed_class:
         x = x + positions
     x = torch.cat([*prefix, x], dim=1) if prefix else x
@@ -109,7 +111,8 @@ def place(vit: ViT, x: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+    x = images if images.dtype == torch.float64 else images.float()  # not made for half precision on the CPU
+    return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).to(images.dtype)
 
 
 def _at_least(value: int, least: int) -> int:

@@ -1,0 +1,28 @@
+"""What every test of the project shares: one thread, quiet and repeatable property tests, the data folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
+torch.set_num_threads(1)  # small models: a second thread only waits
+
+settings.register_profile(
+    "saccade", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("saccade")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real weights and images: ``$SACCADE_DATA``, or ``shared/data`` beside the repository; skips without them."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SACCADE_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder {folder} (set SACCADE_DATA)")
+    return folder

@@ -1,0 +1,401 @@
+"""Model folders: what is saved is loaded bit by bit, whole or not at all; anything else is refused with a reason."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import stat
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import LayerNorm
+
+from oracles import FAMILIES, make_images, make_vit, randomise
+from saccade import checkpoint
+from saccade.checkpoint import create_model, load, load_weights, save
+from saccade.errors import UserError
+from saccade.model import AdaptiveViT
+
+SETTINGS = [
+    "",
+    "tome(r=2)",
+    "evit(0.6, fuse=True)",
+    "imagepiece(merge=0.2, keep=0.8)",
+    "random(0.5, seed=3)",
+    "grid(32)",
+]
+
+
+@pytest.fixture
+def model() -> AdaptiveViT:
+    return AdaptiveViT(make_vit(), "evit(0.6)")
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    save(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def same(found: AdaptiveViT, expected: AdaptiveViT) -> bool:
+    images = make_images(expected.vit)
+    with torch.no_grad():
+        return torch.equal(found(images).logits, expected(images).logits)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_round_trip_is_bit_identical_and_keeps_the_setting(setting, tmp_path):
+    model = AdaptiveViT(make_vit(), setting)
+    model.save(tmp_path / "a" / "b")
+    found = load(tmp_path / "a" / "b")
+    assert same(found, model) and found.setting == model.setting and not found.training
+    assert found.state_dict().keys() == model.state_dict().keys()
+    assert sorted(os.listdir(tmp_path / "a" / "b")) == ["config.json", "model.safetensors"]
+    assert os.listdir(tmp_path / "a") == ["b"], "no temporary folder is left"
+
+
+# What no weight's shape shows is not compared when saving, and not kept: the model that loads computes something else.
+UNSEEN = pytest.mark.xfail(strict=True, reason="save() keeps and compares only what shows in the shapes of the weights")
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[UNSEEN] * (f == "average-all")) for f in FAMILIES])
+def test_round_trip_of_every_family(family, tmp_path):
+    """Where the arguments that are kept do not rebuild the model, saving says so."""
+    model = AdaptiveViT(make_vit(family), "tome(r=2)")
+    try:
+        save(model, tmp_path / "model")
+    except UserError as error:
+        assert "cannot be rebuilt" in str(error)
+        assert family in ("qk-norm", "inner-norms", "no-positions"), "these differ from their name in more than is kept"
+        assert not list(tmp_path.iterdir())
+    else:
+        assert same(load(tmp_path / "model"), model)
+
+
+@UNSEEN
+@pytest.mark.parametrize("kwargs", [{"act_layer": "relu"}, {"norm_layer": partial(LayerNorm, eps=0.1)}], ids=str)
+def test_a_model_that_would_be_rebuilt_differently_is_not_saved(kwargs, tmp_path):
+    model = AdaptiveViT(make_vit(**kwargs))
+    try:
+        save(model, tmp_path / "model")
+    except UserError:
+        return
+    assert same(load(tmp_path / "model"), model)
+
+
+def test_loads_under_another_setting(folder, model):
+    assert same(load(folder, "tome(r=2)"), model.at("tome(r=2)"))
+    assert same(load(folder, ""), model.at(""))
+    assert str(load(folder, "tome(r=2)").setting) == "tome(r=2)"
+    with pytest.raises(UserError, match="did you mean"):
+        load(folder, "tomee")
+
+
+def test_weights_open_in_plain_timm_strictly(folder, model):
+    state = load_file(folder / "model.safetensors")
+    assert all(name.startswith("vit.") for name in state)
+    plain = make_vit(seed=1)
+    plain.load_state_dict({name.removeprefix("vit."): value for name, value in state.items()}, strict=True)
+    images = make_images(plain)
+    with torch.no_grad():
+        assert torch.equal(plain(images), model.vit(images))
+
+
+def test_config_is_timms_with_ours_under_one_key(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "vit_tiny_patch16_224"
+    assert config["saccade"] == {"format": 1, "setting": "evit(0.6)"}
+    assert config["pretrained_cfg"]["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_extra_facts_are_kept(model, tmp_path):
+    save(model, tmp_path / "m", note="x", classes=["a", "b"])
+    ours = json.loads((tmp_path / "m" / "config.json").read_text())["saccade"]
+    assert (ours["note"], ours["classes"]) == ("x", ["a", "b"])
+    assert same(load(tmp_path / "m"), model)
+
+
+def test_preprocessing_is_kept(model, tmp_path):
+    model.vit.pretrained_cfg = {**model.vit.pretrained_cfg, "mean": [0.1, 0.2, 0.3], "crop_pct": 0.5}
+    save(model, tmp_path / "m")
+    found = load(tmp_path / "m").vit.pretrained_cfg
+    assert (found["mean"], found["crop_pct"]) == ([0.1, 0.2, 0.3], 0.5)
+
+
+def test_a_model_that_does_not_know_its_name_is_refused(tmp_path):
+    vit = timm.models.VisionTransformer(img_size=32, depth=1, embed_dim=48, num_heads=3)
+    vit.pretrained_cfg = {}
+    with pytest.raises(UserError, match="create_model"):
+        save(AdaptiveViT(vit), tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+# --- whole or not at all --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_in_the_middle_leaves_what_was_there(existing, model, folder, tmp_path, monkeypatch):
+    target = folder if existing else tmp_path / "new"
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    other = AdaptiveViT(make_vit(seed=9), "tome(r=1)")
+
+    def half(state, file, metadata):
+        Path(file).write_bytes(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(OSError, match="no space left"):
+        save(other, target)
+    assert sorted(os.listdir(tmp_path)) == ["model"], "nothing is left behind"
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert same(load(folder), model)
+
+
+@pytest.mark.xfail(strict=True, reason="nothing ties config.json to model.safetensors")
+def test_a_failure_between_the_two_files_is_noticed(model, folder, monkeypatch):
+    """The config of one model and the weights of another must not open as if they belonged together."""
+    replaced = os.replace
+
+    def once(source, target):
+        replaced(source, target)
+        raise KeyboardInterrupt
+
+    other = AdaptiveViT(make_vit(seed=9, num_heads=6), "tome(r=1)")
+    monkeypatch.setattr(os, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        save(other, folder)
+    monkeypatch.undo()
+    try:
+        found = load(folder)
+    except UserError:
+        return
+    assert same(found, model) or same(found, other)
+
+
+def test_saving_over_a_folder_keeps_what_else_is_in_it(model, folder):
+    (folder / "notes.txt").write_text("mine")
+    other = AdaptiveViT(make_vit(seed=9), "tome(r=1)")
+    save(other, folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert same(load(folder), other)
+
+
+def test_files_can_be_read_by_others_as_the_umask_says(model, tmp_path):
+    old = os.umask(0o022)
+    try:
+        save(model, tmp_path / "m")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "m").stat().st_mode) == 0o755
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "m").iterdir()} == {0o644}
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def rewrite(folder: Path, change) -> None:
+    state = load_file(folder / "model.safetensors")
+    state = {name: value.clone() for name, value in state.items()}
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+def test_wrong_keys_are_listed(folder):
+    def change(state):
+        del state["vit.head.bias"], state["vit.cls_token"]
+        state["vit.head.extra"] = torch.zeros(1)
+        state["vit.norm.weight"] = torch.ones(7)
+
+    rewrite(folder, change)
+    with pytest.raises(UserError) as refused:
+        load(folder)
+    for part in (
+        "2 missing (vit.cls_token, vit.head.bias)",
+        "1 unexpected (vit.head.extra)",
+        "(7,) for vit.norm.weight (96,)",
+    ):
+        assert part in str(refused.value)
+
+
+def test_a_long_list_of_keys_is_cut(folder):
+    rewrite(folder, lambda state: state.update({f"x{i}": torch.zeros(1) for i in range(50)}))
+    with pytest.raises(UserError, match=r"50 unexpected \(.* and 44 more\)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    rewrite(folder, lambda state: state["vit.head.bias"].fill_(value))
+    with pytest.raises(UserError, match=r"NaN or infinity in 1 of \d+ tensors \(vit.head.bias\)"):
+        load(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("the pickle was opened",))
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.bin", "w.pt", "w.safetensors"])
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_pickle_is_refused_and_not_opened(model, tmp_path, name, writer):
+    if writer == "torch":
+        torch.save({"a": Bomb()}, tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="may run code"):
+        load_weights(model.vit, tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["empty", "cut", "header", "text", "length"])
+def test_damaged_weights_are_refused(folder, kind):
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    damaged = {
+        "empty": b"",
+        "cut": data[: len(data) // 2],
+        "header": data[:20] + b"\xff" * 40 + data[60:],
+        "text": b"hello",
+        "length": b"\xff" * 8 + data[8:],
+    }
+    file.write_bytes(damaged[kind])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "folder"])
+def test_missing_files_are_named(folder, missing):
+    if missing == "folder":
+        with pytest.raises(UserError, match="is not a model folder"):
+            load(folder / "nowhere")
+    else:
+        (folder / missing).unlink()
+        with pytest.raises(UserError, match="config.json" if missing == "config.json" else "no weights file"):
+            load(folder)
+
+
+def with_config(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(change(config)))
+
+
+FOREIGN = {
+    "a list": lambda c: [1, 2],
+    "a number": lambda c: 3,
+    "nothing": lambda c: {},
+    "timm's own": lambda c: {k: v for k, v in c.items() if k != "saccade"},
+    "no architecture": lambda c: {k: v for k, v in c.items() if k != "architecture"},
+    "no arguments": lambda c: {k: v for k, v in c.items() if k != "model_args"},
+    "ours is text": lambda c: {**c, "saccade": "yes"},
+    "ours is a list": lambda c: {**c, "saccade": [1]},
+    "no format": lambda c: {**c, "saccade": {"setting": ""}},
+    "no setting": lambda c: {**c, "saccade": {"format": 1}},
+    "setting is a number": lambda c: {**c, "saccade": {"format": 1, "setting": 3}},
+    "setting is malformed": lambda c: {**c, "saccade": {"format": 1, "setting": "tome("}},
+    "unknown architecture": lambda c: {**c, "architecture": "vit_none"},
+    "architecture is a number": lambda c: {**c, "architecture": 5},
+    "unsupported architecture": lambda c: {**c, "architecture": "resnet10t", "model_args": {}},
+    "arguments are a list": lambda c: {**c, "model_args": [1]},
+    "unknown argument": lambda c: {**c, "model_args": {**c["model_args"], "zzz": 1}},
+    "bad argument": lambda c: {**c, "model_args": {**c["model_args"], "depth": "many"}},
+    "preprocessing is null": lambda c: {**c, "pretrained_cfg": None},
+    "preprocessing is a list": lambda c: {**c, "pretrained_cfg": [1]},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_configs_are_refused(folder, kind):
+    with_config(folder, FOREIGN[kind])
+    with pytest.raises(UserError) as refused:
+        load(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "\x00", "[" * 100_000, "\u00e9"], ids=["empty", "cut", "zero", "deep", "accent"]
+)
+def test_a_config_that_is_no_json_is_refused(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="is not a Saccade config"):
+        load(folder)
+
+
+def test_a_newer_format_is_refused_with_both_numbers(folder):
+    with_config(folder, lambda c: {**c, "saccade": {**c["saccade"], "format": 99}})
+    with pytest.raises(UserError, match="format 99; this version reads format 1"):
+        load(folder)
+
+
+@pytest.mark.parametrize("argument", [{"pretrained": True}, {"checkpoint_path": "other.pth"}, {"weights": "other"}])
+def test_a_config_cannot_have_other_files_opened(folder, argument, monkeypatch):
+    """A folder from elsewhere says what the model is; it must not say what to download or to unpickle."""
+    opened: list = []
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *a, **k: opened.append("download"))
+    monkeypatch.setattr(timm.models._factory, "load_checkpoint", lambda *a, **k: opened.append("checkpoint"))
+    monkeypatch.setattr(checkpoint, "read_weights", lambda file: opened.append(str(file)) or {})
+    with_config(folder, lambda c: {**c, "model_args": {**c["model_args"], **argument}})
+    with pytest.raises(UserError):
+        load(folder)
+    assert not opened
+
+
+# --- creating -------------------------------------------------------------------------------------------------------
+
+
+def test_create_model_from_a_weights_file(tmp_path):
+    vit = make_vit()
+    save_file(vit.state_dict(), tmp_path / "w.safetensors")
+    kwargs = {"depth": 3, "embed_dim": 96, "num_heads": 3, "img_size": 64, "num_classes": 10}
+    model = create_model("vit_tiny_patch16_224", "tome(r=2)", weights=tmp_path / "w.safetensors", **kwargs)
+    assert same(model, AdaptiveViT(vit, "tome(r=2)")) and not model.training
+    with pytest.raises(UserError, match="unexpected"):
+        create_model("vit_tiny_patch16_224", weights=tmp_path / "w.safetensors", **{**kwargs, "depth": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "says"),
+    [
+        ("vit_tinny_patch16_224", {}, "did you mean"),
+        ("", {}, "has no model ''"),
+        ("vit_tiny_patch16_224", {"zzz": 1}, "cannot create"),
+        ("vit_tiny_patch16_224", {"embed_dim": 10, "num_heads": 3}, "cannot create"),
+        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer is not supported"),
+        ("vit_tiny_patch16_224", {"weights": "/nowhere.safetensors"}, "no weights file '/nowhere.safetensors'"),
+        ("vit_tiny_patch16_224", {"pretrained": True}, "cannot fetch"),
+    ],
+)
+def test_create_model_refuses_with_a_reason(name, kwargs, says, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", offline)
+    with pytest.raises(UserError, match=says):
+        create_model(name, **kwargs)
+
+
+def test_half_precision_weights_become_the_models_own(tmp_path):
+    vit = make_vit()
+    save_file({name: value.half() for name, value in vit.state_dict().items()}, tmp_path / "w.safetensors")
+    found = randomise(copy.deepcopy(vit), seed=4)
+    load_weights(found, tmp_path / "w.safetensors")
+    assert all(w.dtype == torch.float32 for w in found.parameters())
+    assert all(torch.equal(w, e.half().float()) for w, e in zip(found.parameters(), vit.parameters(), strict=True))
+
+
+def test_real_weights_load(data_dir):
+    file = data_dir / "vit_tiny_patch16_224.safetensors"
+    if not file.is_file():
+        pytest.skip(f"no {file}")
+    model = create_model("vit_tiny_patch16_224", "evit(0.7)", weights=file)
+    plain = timm.create_model("vit_tiny_patch16_224").eval()
+    plain.load_state_dict(load_file(file), strict=True)
+    images = make_images(plain, 2)
+    with torch.no_grad():
+        assert torch.equal(model.at("").head(model.at("").encode(images)[0]), plain(images))
+        found = model(images)
+    assert found.trace.tokens() == [197] * 3 + [139] * 3 + [98] * 3 + [69] * 3 and found.logits.isfinite().all()

@@ -1,0 +1,304 @@
+"""Gates: masked and sparse execution are one definition. Spec `selection` A1, A2, A3, A6, A9, A10, B2, B3 and B5."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from oracles import RandomGates, add_gates, attention_by_hand, make_images, make_tokens, make_vit, relative
+from saccade.gates import Gates, residual, straight_through
+from saccade.model import AdaptiveViT
+from saccade.plan import Gater, Method, Plan
+
+FAMILIES = ["vit", "deit3", "distilled", "dinov2-registers", "siglip", "class-average", "inner-norms", "dinov2-swiglu"]
+
+
+class Fixed(Gater):
+    """These gates, whatever comes."""
+
+    def __init__(self, **gates: torch.Tensor) -> None:
+        super().__init__()
+        self.gates = Gates(**gates)
+
+    def forward(self, tokens):
+        return self.gates
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return make_vit("deit3", depth=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("setting", ["", "tome(r=2)"])
+def test_a1_masked_equals_sparse(family, setting):
+    vit = make_vit(family, num_heads=6)
+    gates = {block: RandomGates(block, 6) for block in range(3)}
+    model = add_gates(AdaptiveViT(vit, setting), gates)
+    images = make_images(vit, 5)
+    with torch.no_grad():
+        masked, sparse = (model.encode(images, sparse=way)[0] for way in (False, True))
+        assert relative(sparse.x, masked.x) <= 1e-5
+        assert relative(model.head(sparse), model.head(masked)) <= 1e-5
+        plain, _ = AdaptiveViT(vit, setting).encode(images)
+        assert relative(sparse.x, plain.x) > 0.01, "the gates do something"
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@torch.no_grad()
+def test_a2_everything_off_is_the_identity(vit, sparse):
+    images = make_images(vit, 3)
+    off = Fixed(attn=torch.zeros(3), mlp=torch.zeros(3))
+    tokens, trace = add_gates(AdaptiveViT(vit), dict.fromkeys(range(3), off)).encode(images, sparse=sparse)
+    assert torch.equal(tokens.x, vit.norm_pre(vit._pos_embed(vit.patch_embed(images))))
+    if sparse:
+        assert trace.macs().tolist() == [trace.embed + trace.head] * 3
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@torch.no_grad()
+def test_a2_everything_on_is_the_plain_block(vit, sparse):
+    images = make_images(vit, 3)
+    on = Fixed(patch=torch.ones(3, 16), head=torch.ones(3, 3), attn=torch.ones(3), mlp=torch.ones(3))
+    tokens, _ = add_gates(AdaptiveViT(vit), dict.fromkeys(range(3), on)).encode(images, sparse=sparse)
+    assert relative(tokens.x, AdaptiveViT(vit).encode(images)[0].x) <= 1e-6
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@torch.no_grad()
+def test_a2_only_the_prefix_takes_part(vit, sparse):
+    images = make_images(vit, 3)
+    nobody = Fixed(patch=torch.zeros(3, 16))
+    tokens, _ = add_gates(AdaptiveViT(vit), dict.fromkeys(range(3), nobody)).encode(images, sparse=sparse)
+    start = vit._pos_embed(vit.patch_embed(images))
+    assert torch.equal(tokens.patches, start[:, 1:]), "idle tokens ride the residual, bit by bit"
+    assert relative(tokens.x[:, :1], vit.blocks(start[:, :1])) <= 1e-6
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@torch.no_grad()
+def test_a2_a6_without_heads_only_the_bias_of_the_projection_is_left(vit, sparse):
+    images = make_images(vit, 2)
+    none = Fixed(head=torch.zeros(2, 3), mlp=torch.zeros(2))
+    tokens, _ = add_gates(AdaptiveViT(vit), {0: none}).encode(images, sparse=sparse)
+    x = vit._pos_embed(vit.patch_embed(images))
+    x = x + vit.blocks[0].ls1(vit.blocks[0].attn.proj.bias.expand_as(x))
+    assert relative(tokens.x, vit.blocks[1:](x)) <= 1e-6
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@torch.no_grad()
+def test_a6_a_head_that_is_off_gives_nothing(vit, sparse):
+    """Equal to the block whose projection does not read that head's columns."""
+    images = make_images(vit, 2)
+    head = torch.tensor([[1.0, 0, 1], [0, 1, 1]])
+    tokens, _ = add_gates(AdaptiveViT(vit), {0: Fixed(head=head, mlp=torch.zeros(2))}).encode(images, sparse=sparse)
+    x = vit._pos_embed(vit.patch_embed(images))
+    block, width = vit.blocks[0], vit.blocks[0].attn.head_dim
+    rows = []
+    for b in range(2):
+        attn = make_vit("deit3", depth=1).blocks[0].attn
+        attn.load_state_dict(block.attn.state_dict())
+        for h in range(3):
+            attn.proj.weight[:, h * width : (h + 1) * width] *= head[b, h]
+        rows.append(x[b] + block.ls1(attention_by_hand(attn, block.norm1(x[b]))[0]))
+    assert relative(tokens.x, vit.blocks[1:](torch.stack(rows))) <= 1e-5
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@torch.no_grad()
+def test_patches_that_take_part_are_a_smaller_block(vit, sparse):
+    """A gate on patches equals timm's block on those tokens alone."""
+    images = make_images(vit, 3)
+    patch = (torch.rand(3, 16, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    patch[0] = 1
+    tokens, _ = add_gates(AdaptiveViT(vit), {1: Fixed(patch=patch)}).encode(images, sparse=sparse)
+    x = vit.blocks[0](vit._pos_embed(vit.patch_embed(images)))
+    for b in range(3):
+        places = [0, *(1 + patch[b].nonzero().squeeze(1)).tolist()]
+        x[b, places] = vit.blocks[1](x[b : b + 1, places])[0]
+    assert relative(tokens.x, vit.blocks[2](x)) <= 1e-5
+
+
+@torch.no_grad()
+def test_a3_an_image_does_not_depend_on_its_batch(vit):
+    images = make_images(vit, 5)
+    gates = RandomGates(0, 3)(make_tokens(5, 16))
+    fields = {"patch": gates.patch, "head": gates.head, "attn": gates.attn, "mlp": gates.mlp}
+    whole = add_gates(AdaptiveViT(vit), dict.fromkeys(range(3), Fixed(**fields)))(images).logits
+    for b in range(5):
+        mine = Fixed(**{name: value[b : b + 1] for name, value in fields.items()})
+        alone = add_gates(AdaptiveViT(vit), dict.fromkeys(range(3), mine))(images[b : b + 1]).logits
+        assert relative(alone, whole[b : b + 1]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a9_half_precision(dtype):
+    vit = make_vit("deit3", num_heads=6).to(dtype)
+    model = add_gates(
+        AdaptiveViT(vit, "tome(r=2)"), {block: RandomGates(block, 6, ("patch", "head", "mlp")) for block in (1, 2)}
+    )
+    images = make_images(vit, 4).to(dtype)
+    masked, sparse = (model.encode(images, sparse=way)[0].x.float() for way in (False, True))
+    assert masked.isfinite().all() and float((masked - sparse).norm() / masked.norm()) <= 2e-2
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 9), st.integers(0, 3), st.booleans())
+def test_a10_gather_and_scatter_are_exact(seed, images, patches, prefix, with_images):
+    """With a branch that multiplies by three, masked and sparse differ in nothing, and idle rows stay bit by bit."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.rand(images, patches, generator=generator) < 0.5).float()
+    on = (torch.rand(images, generator=generator) < 0.7).float() if with_images else None
+    tokens = make_tokens(images, patches, prefix, seed=seed, mask=mask)
+
+    def branch(x, bias, heads):
+        return 2 * x
+
+    dense, _ = residual(tokens, branch, on=on)
+    sparse, count = residual(tokens, branch, on=on, sparse=True)
+    assert torch.equal(dense, sparse)
+    runs = tokens.of_all(mask, 1.0) * (1 if on is None else on.unsqueeze(1))
+    assert torch.equal(sparse, torch.where(runs.unsqueeze(-1) > 0, 3 * tokens.x, tokens.x))
+    assert count == (runs.sum(1).max() if runs.any() else 0) or prefix + patches == 0
+
+
+def test_sparse_execution_computes_no_more_than_it_says(vit):
+    seen = []
+
+    def branch(x, bias, heads):
+        seen.append(tuple(x.shape))
+        return torch.zeros_like(x)
+
+    mask = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
+    tokens = make_tokens(3, 4, 2, mask=mask)
+    for on, shape in (([1, 1, 1], (3, 6, 8)), ([1, 0, 1], (2, 4, 8)), ([0, 0, 1], (1, 3, 8))):
+        assert residual(tokens, branch, on=torch.tensor(on), sparse=True)[1] == shape[1]
+        assert seen.pop() == shape
+    assert residual(tokens, branch, on=torch.zeros(3), sparse=True)[1] == 0 and not seen
+    assert residual(replace(tokens, mask=None), branch, on=torch.tensor([0, 1, 0]), sparse=True)[1] == 6
+    assert seen.pop() == (1, 6, 8)
+
+
+# --- straight-through -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-40, 40), min_size=1, max_size=8), st.sampled_from([0.1, 0.3, 0.5, 0.6, 0.9]))
+def test_b2_values_are_zero_or_one_and_the_gradient_is_the_sigmoids(values, threshold):
+    logits = torch.tensor(values, requires_grad=True)
+    gate = straight_through(logits, threshold)
+    soft = logits.sigmoid()
+    assert gate.tolist() == (soft > threshold).float().tolist()
+    gate.sum().backward()
+    torch.testing.assert_close(logits.grad, (soft * (1 - soft)).detach(), rtol=0, atol=1e-6)
+
+
+def test_b3_half_is_off():
+    assert straight_through(torch.tensor([-1.0, 0.0, 1e-6, 3.0])).tolist() == [0, 0, 1, 1]
+
+
+class Learned(Gater):
+    """Linear gates on what comes in, as AdaViT's."""
+
+    def __init__(self, width: int, heads: int, bias: float = 0.0) -> None:
+        super().__init__()
+        self.of_patch = torch.nn.Linear(width, 1)
+        self.of_class = torch.nn.Linear(width, heads + 2)
+        for layer in (self.of_patch, self.of_class):
+            torch.nn.init.constant_(layer.bias, bias)
+
+    def forward(self, tokens):
+        patch = straight_through(self.of_patch(tokens.patches).squeeze(-1))
+        other = straight_through(self.of_class(tokens.x[:, 0]))
+        return Gates(patch, other[:, :-2], other[:, -2], other[:, -1])
+
+
+@pytest.mark.parametrize("bias", [0.0, 50.0, -50.0])
+@pytest.mark.parametrize("training", [True, False])
+def test_b5_gradients_reach_the_gates_and_nothing_is_nan(vit, bias, training):
+    torch.manual_seed(0)
+    gater = Learned(96, 3, bias)
+    model = AdaptiveViT(vit)
+    model.plan = Plan([Method([(1, gater)])])
+    out = model.train(training)(make_images(vit, 4))
+    out.logits.square().sum().backward()
+    grads = {name: weight.grad for name, weight in model.named_parameters()}
+    assert all(grad is None or grad.isfinite().all() for grad in grads.values()) and out.logits.isfinite().all()
+    if training and bias == 0:
+        assert all(grads[f"plan.methods.0.steps.0.{name}"].abs().sum() > 0 for name, _ in gater.named_parameters())
+    model.zero_grad()
+    model.eval()
+
+
+@pytest.mark.parametrize("way", ["fused", "unfused"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("patch", [torch.zeros(2, 16), torch.ones(2, 16) * torch.tensor([[0.0], [1]])])
+@pytest.mark.parametrize("family", ["vit", "siglip"])
+def test_b5_nothing_takes_part(family, patch, sparse, way, monkeypatch):
+    """No patch of an image, and in one of the two families no prefix token either."""
+    monkeypatch.setenv("SACCADE_ATTENTION", way)
+    vit = make_vit(family)
+    gate = patch.clone().requires_grad_()
+    tokens, _ = add_gates(AdaptiveViT(vit), {1: Fixed(patch=gate)}).encode(make_images(vit), sparse=sparse)
+    assert tokens.x.isfinite().all()
+    tokens.x.square().sum().backward()
+    assert sparse or gate.grad.isfinite().all()
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in vit.parameters())
+    if family == "siglip":  # image 0 leaves the block as it came
+        off = Fixed(attn=torch.zeros(2), mlp=torch.zeros(2))
+        unchanged, _ = add_gates(AdaptiveViT(vit), {1: off}).encode(make_images(vit))
+        assert relative(tokens.x[0], unchanged.x[0]) <= 1e-6
+
+
+def test_the_gradient_of_a_gate_is_that_of_its_product(vit):
+    """d/dg of ``x + g · branch(x)``: the branch's update, for the attention and for the MLP branch."""
+    images = make_images(vit, 2)
+    gates = {name: torch.ones(2, requires_grad=True) for name in ("attn", "mlp")}
+    model = add_gates(AdaptiveViT(vit), {2: Fixed(**gates)})
+    tokens, _ = model.encode(images, sparse=False)
+    weight = torch.randn_like(tokens.x)
+    (tokens.x * weight).sum().backward()
+    block = vit.blocks[2]
+    with torch.no_grad():
+        x = vit.blocks[:2](vit._pos_embed(vit.patch_embed(images)))
+        attended = block.ls1(block.attn(block.norm1(x)))
+        x = x + attended
+        updated = block.ls2(block.mlp(block.norm2(x)))
+    assert relative(gates["mlp"].grad, (updated * weight).sum((1, 2))) <= 1e-5
+    through_mlp = torch.func.jvp(lambda y: y + block.ls2(block.mlp(block.norm2(y))), (x,), (attended,))[1]
+    assert relative(gates["attn"].grad, (through_mlp * weight).sum((1, 2)).detach()) <= 1e-4
+
+
+# --- several methods ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_where_several_methods_gate_a_part_runs_where_all_agree(vit):
+    images = make_images(vit, 4)
+    one, two = RandomGates(1, 3, ("patch", "attn")), RandomGates(2, 3, ("attn", "mlp", "patch"))
+    a, b = (gater(make_tokens(4, 16)) for gater in (one, two))
+    both = Fixed(patch=a.patch * b.patch, attn=a.attn * b.attn, mlp=b.mlp)
+    model = AdaptiveViT(vit)
+    for order in ([one, two], [two, one]):
+        model.plan = Plan([Method([(1, gater)]) for gater in order])
+        expected = add_gates(AdaptiveViT(vit), {1: both})(images).logits
+        assert torch.equal(model(images).logits, expected)
+    model.plan = Plan([Method([(1, one), (1, two)])])
+    assert torch.equal(model(images).logits, expected)
+
+
+@torch.no_grad()
+def test_training_multiplies_and_evaluation_skips(vit):
+    model = add_gates(AdaptiveViT(vit), {block: RandomGates(block, 3) for block in range(3)})
+    images = make_images(vit, 4)
+    skipped = model(images)
+    multiplied = model.train()(images)
+    model.eval()
+    assert relative(multiplied.logits, skipped.logits) <= 1e-5
+    assert (multiplied.trace.macs() > skipped.trace.macs()).all()
+    assert torch.equal(model.train()(images).logits, multiplied.logits)
+    model.eval()

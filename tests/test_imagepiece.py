@@ -1,0 +1,236 @@
+"""ImagePiece against its procedure by hand: spec `merging` checks 11, 12, 14 and 17."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from oracles import (
+    logits_by_hand,
+    make_images,
+    make_tokens,
+    make_vit,
+    merge_by_hand,
+    prune_by_hand,
+    relative,
+    retokenize_by_hand,
+)
+from saccade.errors import UserError
+from saccade.methods.imagepiece import Retokenize
+from saccade.model import AdaptiveViT
+from saccade.reduction import Reduction, reduce
+
+
+def retokenizer(p=0.3, merge=0.08, metric="key", weighted=True) -> Retokenize:
+    return Retokenize(p, merge, metric, weighted, "cls_attn", 16)
+
+
+def judged_tokens(patches: int, seed: int = 0, images: int = 3):
+    torch.manual_seed(seed)
+    state = {"key": torch.randn(images, patches, 16), "cls_attn": torch.rand(images, patches)}
+    return make_tokens(images, patches, seed=seed, size=torch.randint(1, 5, (images, patches)).float(), **state)
+
+
+@pytest.mark.parametrize(("patches", "p", "merge"), [(196, 0.3, 0.08), (50, 0.5, 0.2), (13, 1.0, 0.3), (9, 0.35, 0.5)])
+def test_equals_the_procedure_by_hand(patches, p, merge):
+    tokens = judged_tokens(patches)
+    found = reduce(tokens, retokenizer(p, merge)(tokens))
+    for b in range(3):
+        args = tokens.patches[b], tokens.cls_attn[b], tokens.key[b], tokens.size[b].tolist()
+        x, size, _ = retokenize_by_hand(*args, p, merge, prefix=0)
+        torch.testing.assert_close(found.patches[b], x, rtol=0, atol=1e-5)
+        assert found.size[b].tolist() == size
+
+
+@pytest.mark.parametrize("family", ["vit", "distilled", "deit3", "qk-norm"])
+@pytest.mark.parametrize("keep", [1.0, 0.7])
+def test_whole_model_equals_the_procedure_by_hand(family, keep):
+    vit = make_vit(family, depth=6)
+    prefix = vit.num_prefix_tokens
+
+    def step(block, x, attention, key, size):
+        if block in (2, 3, 4):
+            return prune_by_hand(x, attention[0], size, keep, prefix)
+        return retokenize_by_hand(x, attention[0], key, size, 0.6, 0.2, prefix)[:2] if block < 2 else (x, size)
+
+    images = make_images(vit)
+    with torch.no_grad():
+        found = AdaptiveViT(vit, f"imagepiece(p=0.6, merge=0.2, keep={keep})")(images).logits
+    assert relative(found, logits_by_hand(vit, images, step)) <= 1e-5
+
+
+@pytest.mark.parametrize("patches", [196, 181, 100, 50])
+def test_check_11_only_the_least_attended_merge(patches):
+    tokens = judged_tokens(patches)
+    bottom = math.floor(0.3 * patches)
+    reduction = retokenizer()(tokens)
+    for b in range(3):
+        order = tokens.cls_attn[b].argsort().tolist()
+        into = reduction.keep[b, reduction.dst[b]].tolist()
+        merged = {*reduction.src[b].tolist(), *into}
+        assert merged <= set(order[:bottom])
+        attentive = order[-math.ceil(0.7 * patches) :]
+        assert not merged & set(attentive), "the share of merged tokens in the top 70 % is 0"
+    found = reduce(tokens, reduction)
+    for b in range(3):
+        into = set(reduction.dst[b].tolist())
+        for slot, token in enumerate(reduction.keep[b].tolist()):
+            assert (slot in into) or torch.equal(found.patches[b, slot], tokens.patches[b, token])
+
+
+def test_check_11_while_tome_merges_attentive_tokens():
+    """The negative control: on random data about 70 % of what ToMe merges is in the top 70 %."""
+    tokens = judged_tokens(196)
+    groups = merge_by_hand(tokens.patches[0], tokens.key[0], [1.0] * 196, 13, has_class=False)[2]
+    merged = {i for group in groups if len(group) > 1 for i in group}
+    attentive = set(tokens.cls_attn[0].argsort().tolist()[-137:])
+    assert 0.5 < len(merged & attentive) / len(merged) < 0.9
+
+
+@pytest.mark.parametrize("patches", [196, 167, 33, 14])
+def test_check_12_sides_interleave_and_the_best_edges_win(patches):
+    tokens = judged_tokens(patches)
+    method = retokenizer()
+    reduction = method(tokens)
+    bottom, r = math.floor(0.3 * patches), math.floor(0.08 * patches)
+    assert reduction.src.shape == (3, r) and method.count(patches) == patches - r
+    for b in range(3):
+        order = tokens.cls_attn[b].argsort().tolist()[:bottom]
+        side_a, side_b = order[0::2], order[1::2]
+        assert len(side_a) - len(side_b) in (0, 1)
+        into = reduction.keep[b, reduction.dst[b]].tolist()
+        assert set(reduction.src[b].tolist()) <= set(side_a) and set(into) <= set(side_b)
+        unit = tokens.key[b] / tokens.key[b].norm(dim=-1, keepdim=True)
+        best = {i: max(float(unit[i] @ unit[j]) for j in side_b) for i in side_a}
+        assert set(reduction.src[b].tolist()) == set(sorted(side_a, key=lambda i: -best[i])[:r])
+        for i, j in zip(reduction.src[b].tolist(), into, strict=True):
+            assert float(unit[i] @ unit[j]) == pytest.approx(best[i], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "counts"),
+    [
+        ("imagepiece(keep=0.8)", [181, 167, 154, 124, 115, 106, 85, 79, 73, 59, 59, 59]),
+        ("imagepiece() | evit(0.8)", [181, 167, 154, 124, 115, 106, 85, 79, 73, 59, 59, 59]),
+        ("evit(0.7)", [196] * 3 + [138] * 3 + [97] * 3 + [68] * 3),
+    ],
+)
+def test_check_14_trajectory(setting, counts):
+    vit = make_vit(depth=12, embed_dim=24, img_size=224)
+    with torch.no_grad():
+        trace = AdaptiveViT(vit, setting)(make_images(vit, 1)).trace
+    assert trace.tokens() == [count + 1 for count in counts]
+
+
+@pytest.mark.parametrize(("keep", "tokens"), [(0.8, 60), (0.7, 41), (0.6, 27), (0.5, 16), (0.4, 9), (0.3, 5)])
+def test_check_14_output_tokens(keep, tokens):
+    """Spec §1.7; the paper publishes 26 at the speed that fits 0.6."""
+    vit = make_vit(depth=12, embed_dim=24, img_size=224)
+    with torch.no_grad():
+        assert AdaptiveViT(vit, f"imagepiece(keep={keep})")(make_images(vit, 1)).trace.tokens()[-1] == tokens
+
+
+@pytest.mark.parametrize("r", [1, 5, 24])
+def test_check_17_with_all_tokens_judged_alike_it_is_tome(r):
+    """p = 1, r of N, and the order of attention replaced by the order of places."""
+    patches = 50
+    tokens = judged_tokens(patches)
+    by_place = torch.linspace(0, 1, patches).expand(3, -1)
+    found = reduce(tokens, retokenizer(1.0, r / patches)(replace(tokens, cls_attn=by_place)))
+    for b in range(3):
+        sizes = tokens.size[b].tolist()
+        x, sizes, groups = merge_by_hand(tokens.patches[b], tokens.key[b], sizes, r, has_class=False)
+        ours = sorted(range(found.num_patches), key=lambda i: float(found.patches[b, i, 0]))
+        theirs = sorted(range(len(groups)), key=lambda i: float(x[i, 0]))
+        torch.testing.assert_close(found.patches[b, ours], x[theirs], rtol=0, atol=1e-5)
+        assert found.size[b, ours].tolist() == [sizes[i] for i in theirs]
+
+
+@torch.no_grad()
+def test_check_17_without_merging_it_is_evit_and_without_both_it_is_nothing():
+    vit = make_vit(depth=6)
+    images = make_images(vit)
+    pruned, _ = AdaptiveViT(vit, "evit(0.7)").encode(images)
+    assert torch.equal(AdaptiveViT(vit, "imagepiece(merge=0, keep=0.7)").encode(images)[0].x, pruned.x)
+    dense, _ = AdaptiveViT(vit).encode(images)
+    assert torch.equal(AdaptiveViT(vit, "imagepiece(merge=0)").encode(images)[0].x, dense.x)
+    kept = AdaptiveViT(vit, "imagepiece(p=0.6, merge=0.2)")(images).trace.tokens()
+    assert kept == AdaptiveViT(vit, "imagepiece(p=0.6, merge=0.2, keep=1)")(images).trace.tokens()
+
+
+@torch.no_grad()
+def test_a_block_that_does_both_prunes_first():
+    vit = make_vit(depth=4)
+    images = make_images(vit)
+
+    def step(block, x, attention, key, size):
+        if block != 1:
+            return x, size
+        score = attention[0]
+        pruned, size = prune_by_hand(x, score, size, 0.75)
+        kept = [i for i in range(len(x)) if any(torch.equal(x[i], row) for row in pruned)]
+        return retokenize_by_hand(pruned, score[kept], key[kept], size, 0.6, 0.3)[:2]
+
+    model = AdaptiveViT(vit, "imagepiece(p=0.6, merge=0.3, keep=0.75, merge_at=1, prune_at=1)")
+    assert relative(model(images).logits, logits_by_hand(vit, images, step)) <= 1e-5
+
+
+def test_plain_mean_where_not_weighted():
+    tokens = judged_tokens(10, images=1)
+    reduction = retokenizer(1.0, 0.1, weighted=False)(tokens)
+    found = reduce(tokens, reduction)
+    source, slot = int(reduction.src), int(reduction.dst)
+    into = int(reduction.keep[0, slot])
+    mean = (tokens.patches[0, source] + tokens.patches[0, into]) / 2
+    torch.testing.assert_close(found.patches[0, slot], mean)
+    assert found.size[0, slot] == tokens.size[0, source] + tokens.size[0, into]
+
+
+def test_the_metric_may_be_the_features():
+    tokens = judged_tokens(20)
+    by_x = retokenizer(1.0, 0.2, metric="x")(tokens)
+    same = retokenizer(1.0, 0.2)(replace(tokens, key=tokens.patches))
+    assert torch.equal(by_x.src, same.src) and torch.equal(by_x.dst, same.dst)
+    assert not torch.equal(by_x.src, retokenizer(1.0, 0.2)(tokens).src)
+
+
+@pytest.mark.parametrize("patches", range(1, 12))
+def test_check_08_few_tokens(patches):
+    """k < 2, odd k, and more merges asked for than there are pairs."""
+    for p in (0.0, 0.1, 0.3, 0.5, 1.0):
+        for merge in (0.0, 0.08, 0.5, 1.0):
+            method = retokenizer(p, merge)
+            tokens = judged_tokens(patches)
+            bottom = math.floor(p * patches + 1e-9)
+            most = math.ceil(bottom / 2) if bottom > 1 else 0
+            assert method.count(patches) == patches - min(math.floor(merge * patches + 1e-9), most)
+            if method.count(patches) < patches:
+                reduction = method(tokens)
+                assert isinstance(reduction, Reduction)
+                found = reduce(tokens, reduction)
+                assert found.num_patches == method.count(patches) and found.x.isfinite().all()
+                torch.testing.assert_close(found.size.sum(1), tokens.size.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("imagepiece(p=1.5)", r"p=1.5 .*\[0, 1\]"),
+        ("imagepiece(p=-0.1)", r"p=-0.1"),
+        ("imagepiece(merge=2)", r"merge=2 .*\[0, 1\]"),
+        ("imagepiece(merge='a')", r"merge='a'"),
+        ("imagepiece(keep=0)", r"keep=0 .*\[0.001, 1\]"),
+        ("imagepiece(metric='q')", r"metric='q' is not one of key, x"),
+        ("imagepiece(score='x')", r"score='x'"),
+        ("imagepiece(merge_at=9)", r"block 9 is not one of 0 … 2"),
+        ("imagepiece(prune_at=[1, 3])", r"block 3"),
+        ("imagepiece(weighted='no')", r"weighted='no'"),
+        ("imagepiece(weighted=1)", r"weighted=1"),
+    ],
+)
+def test_knobs_out_of_range(setting, says):
+    with pytest.raises(UserError, match=rf"^imagepiece: .*{says}|^imagepiece: {says}"):
+        AdaptiveViT(make_vit(), setting)
