@@ -1,6 +1,6 @@
 """Which attention path is faster here, and what reading and matching cost: the measurements behind ``kernel_for``.
 
-    python benchmarks/attention.py [--threads 2]
+python benchmarks/attention.py [--threads 2]
 """
 
 from __future__ import annotations
@@ -56,11 +56,10 @@ def shares(batch: int = 8, n: int = 197) -> None:
     x = torch.randn(batch, n, 384)
     q, k = torch.randn(2, batch, n, 3, 6, 64)[:, :, :, 0].permute(0, 1, 3, 2, 4).unbind(0)
     key = torch.randn(batch, n - 1, 64)
-    places = torch.arange(n - 1).expand(batch, -1)
     ways = [
         lambda: block(x),
         lambda: class_attention(q[:, :, 0], k, None),
-        lambda: best_edges(key, places[:, 1::2], places[:, ::2], 13),
+        lambda: best_edges(key[:, 1::2], key[:, ::2], 13),
         lambda: attend(block.attn, x, read=frozenset({"key"})).key,
         lambda: attend(block.attn, x),
     ]

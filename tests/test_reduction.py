@@ -300,8 +300,7 @@ def test_check_08_matching_of_degenerate_features(kind, dtype):
         feature[:, 1::2] = feature[:, 0::2]
     if kind == "huge":
         feature *= 1e4
-    a, b = (torch.arange(first, 10, 2).expand(2, -1) for first in (0, 1))
-    merged, rest, partner = best_edges(feature.to(dtype), a, b, 3)
+    merged, rest, partner = best_edges(feature[:, 0::2].to(dtype), feature[:, 1::2].to(dtype), 3)
     assert merged.shape == partner.shape == (2, 3) and rest.shape == (2, 2)
     assert torch.equal(torch.cat([merged, rest], 1).sort(1).values, torch.arange(5).expand(2, -1))
     assert ((partner >= 0) & (partner < 5)).all()
@@ -382,8 +381,7 @@ def test_check_09_gradient_of_the_fusing_weights():
 
 def test_check_09_no_gradient_through_the_choice():
     feature = torch.randn(1, 6, 4, requires_grad=True)
-    a, b = torch.tensor([[0, 2, 4]]), torch.tensor([[1, 3, 5]])
-    assert not any(t.requires_grad for t in best_edges(feature, a, b, 2))
+    assert not any(t.requires_grad for t in best_edges(feature[:, 0::2], feature[:, 1::2], 2))
 
 
 @given(seeds, st.integers(2, 10), some_fields)

@@ -50,23 +50,22 @@ class KeepAttended(Reducer):
         return Reduction(keep, rest=rest, rest_weight=score.gather(1, rest)) if self.fuse else Reduction(keep)
 
 
-def best_edges(feature: Tensor, a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each token of A proposes its most similar token of B; the r best proposals win (ToMe §3.1).
 
     Cosine similarity in fp32; a zero feature is similar to nothing (0); among equals the first of A wins. No gradient
     flows through the choice.
 
     Args:
-        feature: [B, N, d]; a: [B, |A|] and b: [B, |B|], disjoint places of tokens.
+        a: features [B, |A|, d]; b: features [B, |B|, d].
 
     Returns:
         ranks within A of those that merge [B, r] and of those that do not [B, |A| - r], and the ranks within B that
         the former merge into [B, r].
     """
     with torch.no_grad():
-        feature = F.normalize(feature.float(), dim=-1, eps=1e-6)
-        of_a, of_b = (feature.gather(1, i.unsqueeze(-1).expand(-1, -1, feature.shape[-1])) for i in (a, b))
-        best, partner = (of_a @ of_b.transpose(1, 2)).max(dim=-1)  # [B, |A|]
+        a, b = (F.normalize(x.float(), dim=-1, eps=1e-6) for x in (a, b))
+        best, partner = (a @ b.transpose(1, 2)).max(dim=-1)  # [B, |A|]
         order = best.argsort(dim=1, descending=True, stable=True)
         merged = order[:, :r]
         return merged, order[:, r:], partner.gather(1, merged)

@@ -63,6 +63,7 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
     x = rows(tokens.x, torch.cat([untouched, r.keep + prefix], dim=1))
     key = None if tokens.key is None else rows(tokens.key, r.keep)
     size, valid, mask = tokens.size, tokens.valid, tokens.mask
+    merging = replace(r, rest=None)
     slot = torch.full((images, tokens.num_patches), -1, dtype=torch.int64, device=x.device)
     slot = slot.scatter(1, r.keep, torch.arange(r.keep.shape[1], device=x.device).expand_as(r.keep))
 
@@ -70,18 +71,19 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         if size is None:
             size = x.new_ones(images, tokens.num_patches, dtype=torch.float32)
         weight = size if r.weight is None else r.weight
-        share = weight.gather(1, r.src) / _sums(weight, replace(r, rest=None)).gather(1, r.dst)
+        total = _sums(weight, merging)
+        share = weight.gather(1, r.src) / total.gather(1, r.dst)
         x = _join(x, r.dst + prefix, rows(tokens.x, r.src + prefix), share)
         if key is not None and tokens.key is not None:
             key = _join(key, r.dst, rows(tokens.key, r.src), share)
         slot = slot.scatter(1, r.src, r.dst)
-
-    if size is not None:
-        size = _sums(size, replace(r, rest=None))
+        size = total if weight is size else _sums(size, merging)
+    elif size is not None:
+        size = size.gather(1, r.keep)
     if valid is not None:
         valid = valid.gather(1, r.keep)
     if mask is not None:  # a merged token takes part where any of its parts does
-        mask = _sums(mask, replace(r, rest=None)).clamp(max=1)
+        mask = _sums(mask, merging).clamp(max=1)
 
     if r.rest is not None and r.rest_weight is not None:
         weight = r.rest_weight.unsqueeze(-1)  # [B, Q, 1]

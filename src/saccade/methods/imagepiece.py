@@ -16,7 +16,7 @@ from torch import Tensor
 from saccade.decide import KeepAttended, best_edges, check_score
 from saccade.errors import UserError
 from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction
+from saccade.reduction import Reduction, rows
 from saccade.tokens import Tokens
 
 METRICS = ("key", "x")
@@ -52,7 +52,7 @@ class Retokenize(Reducer):
             score = score.masked_fill(~tokens.valid, torch.inf)
         meaningless = score.argsort(dim=1, stable=True)[:, :bottom]  # least attended first
         a, b = meaningless[:, 0::2], meaningless[:, 1::2]
-        merged, _, partner = best_edges(feature, a, b, r)
+        merged, _, partner = best_edges(rows(feature, a), rows(feature, b), r)
         src, into = a.gather(1, merged), b.gather(1, partner)
         gone = torch.zeros_like(score, dtype=torch.int64).scatter(1, src, 1)
         keep = gone.argsort(dim=1, stable=True)[:, : tokens.num_patches - r]  # all others, in their order

@@ -30,13 +30,12 @@ class BipartiteMerge(Reducer):
         assert tokens.key is not None
         n, prefix = tokens.num_patches, tokens.num_prefix
         # A are the even places of the whole sequence, prefix included, as in the paper; then the new order is [A | B].
-        images, device = tokens.x.shape[0], tokens.x.device
-        a = torch.arange(prefix % 2, n, 2, device=device).expand(images, -1)
-        b = torch.arange(1 - prefix % 2, n, 2, device=device).expand(images, -1)
-        merged, unmerged, partner = best_edges(tokens.key, a, b, n - self.count(n))
+        first_a, first_b = prefix % 2, 1 - prefix % 2
+        merged, unmerged, partner = best_edges(tokens.key[:, first_a::2], tokens.key[:, first_b::2], n - self.count(n))
         unmerged = unmerged.sort(dim=1).values
-        keep = torch.cat([a.gather(1, unmerged), b], dim=1)
-        return Reduction(keep, src=a.gather(1, merged), dst=unmerged.shape[1] + partner)
+        every_b = torch.arange(first_b, n, 2, device=merged.device).expand(len(merged), -1)
+        keep = torch.cat([2 * unmerged + first_a, every_b], dim=1)
+        return Reduction(keep, src=2 * merged + first_a, dst=unmerged.shape[1] + partner)
 
 
 def resolve(r: int | tuple[int, ...] | tuple[int, float], inflection: float, depth: int) -> list[int]:
