@@ -54,6 +54,20 @@ def test_check_18_empty_setting_is_timm(vit):
     assert torch.equal(features, reference)
 
 
+@pytest.mark.parametrize("family", ["vit", "deit3", "siglip", "distilled"])
+def test_check_18_training_is_timms_too(family):
+    """The same random numbers are drawn for every kind of dropout, in the same order."""
+    rates = ("drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+    vit = make_vit(family, **dict.fromkeys(rates, 0.3)).train()
+    images = make_images(vit)
+    torch.manual_seed(0)
+    expected = vit(images)
+    torch.manual_seed(0)
+    model = AdaptiveViT(vit)
+    assert torch.equal(model.head(model.encode(images)[0]), expected)
+    assert relative(vit.eval()(images), expected) > 0.1, "dropout does something"
+
+
 def test_macs_are_those_of_the_operators(vit):
     vit.requires_grad_(False)  # torch's counter stumbles over views of parameters that require a gradient
     images = make_images(vit, 2)

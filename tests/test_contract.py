@@ -130,6 +130,7 @@ def test_off_is_timm_exactly(vit, images, text):
 @pytest.mark.parametrize("text", MENUS + in_pairs())
 def test_every_cell_is_owned_once_and_the_prefix_is_untouched(vit, images, reductions, text):
     tokens, trace = AdaptiveViT(vit, text).encode(images)
+    assert tokens.key is tokens.cls_attn is tokens.received is tokens.mask is None, "these are of one block only"
     cells = tokens.grid[0] * tokens.grid[1]
     everything = torch.full((len(images),), cells)
     assert tokens.x.isfinite().all()
@@ -414,3 +415,22 @@ def test_padding_stays_padding_through_every_reducer(vit):
     padded, _ = encode(vit, replace(tokens, valid=valid), Plan())
     alone, _ = encode(vit, replace(tokens, x=tokens.x[:1, :-2], owner=tokens.owner[:1, :-2]), Plan())
     assert relative(padded.x[:1, :-2], alone.x) <= 1e-5
+
+
+# --- the baseline ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_random_places_depend_on_seed_and_block_and_on_nothing_else(vit, images):
+    def kept(text: str, batch=images) -> list[list[bool]]:
+        return (AdaptiveViT(vit, text).encode(batch)[1].blocks[-1].owner >= 0).tolist()
+
+    places = kept("random(0.5, at=1)")
+    assert places[0] == places[1] == places[2], "the same for every image"
+    assert kept("random(0.5, at=1)", images.flip(0) * 2) == places
+    assert kept("random(0.5, at=2)") != places and kept("random(0.5, at=1, seed=1)") != places
+    assert sum(places[0]) == 32
+    often = (
+        torch.tensor([kept(f"random(0.5, at=1, seed={seed})", images[:1])[0] for seed in range(200)]).float().mean(0)
+    )
+    assert ((often > 0.3) & (often < 0.7)).all(), "no place is favoured: 5.6 standard deviations"

@@ -110,10 +110,12 @@ def test_at_least_one_token_is_kept():
 
 
 def test_padding_is_dropped_first():
-    valid = torch.tensor([[True, False, True, False]])
-    tokens = make_tokens(1, 4, cls_attn=torch.tensor([[0.1, 0.0, 0.2, 0.0]]), valid=valid)
-    found = reduce(tokens, KeepAttended(0.5, "cls_attn")(tokens))
-    assert found.valid.tolist() == [[True, True]] and found.owner.tolist() == [[0, -1, 1, -1]]
+    """Also before tokens that nobody attends to."""
+    valid = torch.tensor([[False, True, False, True]])
+    for scores in ([0.0, 0.1, 0.0, 0.2], [0.0, 0.0, 0.0, 0.0]):
+        tokens = make_tokens(1, 4, cls_attn=torch.tensor([scores]), valid=valid)
+        found = reduce(tokens, KeepAttended(0.5, "cls_attn")(tokens))
+        assert found.valid.tolist() == [[True, True]] and found.owner.tolist() == [[-1, 0, -1, 1]]
 
 
 def test_any_blocks_can_drop():

@@ -44,6 +44,7 @@ def test_a1_masked_equals_sparse(family, setting):
         masked, sparse = (model.encode(images, sparse=way)[0] for way in (False, True))
         assert relative(sparse.x, masked.x) <= 1e-5
         assert relative(model.head(sparse), model.head(masked)) <= 1e-5
+        assert masked.mask is sparse.mask is None, "gates are of one block only"
         plain, _ = AdaptiveViT(vit, setting).encode(images)
         assert relative(sparse.x, plain.x) > 0.01, "the gates do something"
 

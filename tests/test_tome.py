@@ -72,6 +72,18 @@ def test_check_03_prefix_is_never_merged(prefix, r):
         tokens = reduced
 
 
+@pytest.mark.xfail(strict=True, reason="tome does not look at Tokens.valid")
+def test_padding_is_not_merged_with_tokens():
+    """In a ragged batch no token may vanish into padding, and no padding may count in a token."""
+    torch.manual_seed(0)
+    valid = torch.ones(2, 20, dtype=torch.bool)
+    valid[0, 12:] = False
+    tokens = make_tokens(2, 20, key=torch.randn(2, 20, 4), valid=valid)
+    reduction = BipartiteMerge(6, 4)(tokens)
+    into = reduction.keep.gather(1, reduction.dst)
+    assert torch.equal(valid.gather(1, reduction.src), valid.gather(1, into))
+
+
 @pytest.mark.parametrize("patches", range(1, 30))
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
 def test_check_04_clip(patches, prefix):

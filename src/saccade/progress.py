@@ -10,13 +10,14 @@ from rich.progress import Progress as Bars
 
 
 class Progress:
-    """Bars with elapsed and remaining time; ``shown=False`` shows nothing (the default in the library)."""
+    """Bars with elapsed and remaining time, on a terminal; ``shown=False`` (the default): silent."""
 
     def __init__(self, shown: bool = False) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        text = TextColumn("{task.description}")
+        text = TextColumn("{task.description}", markup=False)
         console = Console(stderr=True)
-        self._bars = Bars(text, *columns, console=console, disable=not shown, transient=True)
+        self._shown = shown
+        self._bars = Bars(text, *columns, console=console, disable=not (shown and console.is_terminal), transient=True)
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -31,7 +32,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        if not self._bars.disable:
+        if self._shown:
             self._bars.console.print(line, highlight=False, markup=False)
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
 from saccade.errors import UserError
+
+Misuse: Any = typer.BadParameter.__bases__[0]  # the parser's class for all usage errors; its home moves
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Adaptive compute for Vision Transformers: measure which setting is worth it, and deploy it.",
@@ -21,14 +25,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake is one line on standard error and exit code 2, never a traceback."""
     from saccade.cli import bench, demo, eval, list, tune, view  # noqa: F401  (each adds its verb)
 
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(spread_values(sys.argv[1:] if arguments is None else arguments))
+        code = app(spread_values(given or ["--help"]), prog_name="saccade", standalone_mode=False)
     except UserError as error:
         print(f"saccade: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except Misuse as error:
+        print(f"saccade: {error.format_message()} (see saccade --help)", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         print("saccade: interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(code or 0)
 
 
 def spread_values(arguments: list[str]) -> list[str]:
@@ -39,6 +49,6 @@ def spread_values(arguments: list[str]) -> list[str]:
         if repeating and argument.isdigit() and spread[-1] != "--batch":
             spread.append("--batch")
         elif not argument.isdigit():
-            repeating = argument == "--batch"
+            repeating = argument == "--batch" or argument.startswith("--batch=")
         spread.append(argument)
     return spread

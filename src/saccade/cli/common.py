@@ -70,7 +70,7 @@ def open_device(name: str) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from None
     return device
@@ -87,7 +87,9 @@ def print_table(title: str, columns: list[str], rows: list[list[str]], caption: 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
+    table = Table(
+        title=Text(title), caption=Text(caption) if caption else None, title_justify="left", caption_justify="left"
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
     for row in rows:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, class_indices, open_images
+from saccade.errors import UserError
 from saccade.measure.stats import Interval, bootstrap, mcnemar, proportion
 from saccade.model import AdaptiveViT
 from saccade.progress import Progress
@@ -49,13 +50,16 @@ class Judge:
         self.failures: dict[str, str] = {}
         self._loaders: dict[tuple[int, int], Loader] = {}
         self._reference: dict[int, Tensor] = {}  # place -> the dense model's log-probabilities [K]
+        self._asked: set[int] = set()  # places that the dense model was asked about; some cannot be read
 
     def predict(self, model: AdaptiveViT, indices: Sequence[int], step: Step = lambda done: None) -> Predictions:
-        """Run a model on images; those that cannot be read are left out, counted and named in ``failures``."""
+        """Run a model on images; those that cannot be read, by it or by the dense model, are left out and named in
+        ``failures``. None may be left."""
         if model is not self.dense:
             self._consult(indices)
+            indices = [i for i in indices if i in self._reference]
         weight = next(model.parameters())
-        parts = []
+        parts = [self._nothing()]
         for images, places in self._batches(model.input_size(), indices):
             with torch.inference_mode():
                 out = model(images.to(weight.device, weight.dtype))
@@ -70,7 +74,16 @@ class Judge:
             tokens = torch.tensor(out.trace.tokens(), dtype=torch.float64).mean().expand(len(places))
             parts.append(Predictions(places, top, nll, kl, out.trace.macs().cpu(), tokens))
             step(len(places))
+        if model is self.dense:
+            self._asked.update(indices)
         return Predictions.join(parts)
+
+    def need(self, found: Predictions, setting: str) -> None:
+        """Raises UserError if there is not one image."""
+        if not len(found.indices):
+            reasons = ", ".join(f"{name} ({reason})" for name, reason in list(self.failures.items())[:3])
+            reasons = reasons or "no images were asked for"
+            raise UserError(f"nothing to measure {setting} on in {self.images.path}: {reasons}")
 
     def hits(self, found: Predictions) -> Tensor:
         """Whether the best class is the true one (the dense model's, without labels), [n] bool."""
@@ -87,8 +100,7 @@ class Judge:
 
     def _consult(self, indices: Sequence[int]) -> None:
         """Have the dense model's opinion of these images."""
-        unseen = [i for i in indices if i not in self._reference]
-        if unseen:
+        if unseen := [i for i in indices if i not in self._asked]:
             self.predict(self.dense, unseen)
 
     def _batches(self, size: tuple[int, int], indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -96,9 +108,19 @@ class Judge:
             room = CACHE_BYTES // 8  # several input sizes stay decoded
             self._loaders[size] = Loader(self.images, Preprocess.of(self.dense.vit, size), cache_bytes=room)
         loader = self._loaders[size]
-        for batch in loader.batches(self.batch, indices):
-            yield batch.images, torch.tensor(batch.indices)
+        try:
+            for batch in loader.batches(self.batch, indices):
+                yield batch.images, torch.tensor(batch.indices)
+        except UserError:
+            if len(loader.failures) < len(indices):  # else: not one could be read, which `failures` tells
+                raise
         self.failures.update(loader.failures.items)
+
+    def _nothing(self) -> Predictions:
+        """Predictions of no image."""
+        none, best = torch.empty(0), min(5, self.dense.vit.num_classes)
+        places, top = torch.empty(0, dtype=torch.int64), torch.empty(0, best, dtype=torch.int64)
+        return Predictions(places, top, none, none, none.double(), none.double())
 
 
 @dataclass(frozen=True)
@@ -127,8 +149,12 @@ class Score:
 
 
 def score(setting: str, found: Predictions, dense: Predictions, judge: Judge) -> Score:
-    """Summarise predictions of a setting against those of the dense model, on the images that both could read."""
+    """Summarise predictions of a setting against those of the dense model, on the images that both could read.
+
+    Raises UserError where there is no such image.
+    """
     found, dense = paired(found, dense)
+    judge.need(found, setting)
     hit, truth = judge.hits(found), judge.truth(found)
     delta = p_value = None
     if judge.labels is not None:
@@ -199,6 +225,7 @@ def evaluate(
     for name, view in views.items():
         advance(0, what=name)
         found[name] = judge.predict(view, chosen, advance)
+        judge.need(found[name], name)
     return [score(name, p, found["dense"], judge) for name, p in found.items()], judge.failures
 
 

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+import saccade
 from saccade.files import replacing
 from saccade.measure.accuracy import Predictions
 from saccade.model import AdaptiveViT
@@ -42,8 +43,8 @@ class Cache:
 
 def _digest(model: AdaptiveViT, facts: tuple[object, ...]) -> str:
     """A name for these weights and facts."""
-    seal = hashlib.sha256(repr((facts, torch.__version__)).encode())
+    seal = hashlib.sha256(repr((facts, torch.__version__, saccade.__version__)).encode())
     for name, weight in sorted(model.state_dict().items()):
         seal.update(name.encode())
-        seal.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        seal.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return seal.hexdigest()[:24]

@@ -69,7 +69,7 @@ def candidates(model: AdaptiveViT, ratio: float | None = None, progress: Progres
     for setting in near:
         step(what=f"pricing {setting}")
         combined.append(Candidate(setting, "reduction", price(model, setting), True))
-    combined = [c for c in combined if 0.97 <= dense / c.macs / ratio <= 1.3]
+    combined = [c for c in combined if c.macs < dense and 0.97 <= dense / c.macs / ratio <= 1.3]
     combined.sort(key=lambda c: abs(dense / c.macs / ratio - 1.05))
     return sorted(alone + combined[:PAIRS], key=lambda c: -c.macs)
 
@@ -105,9 +105,10 @@ class Target:
         if len(named) != 1:
             raise UserError(f"give one of target, gmacs, ms and max_drop; {len(named)} were given")
         (name, value) = named.popitem()
+        unit = {"target": "x", "max_drop": "%"}.get(name, "")
         try:
             text = str(value).strip().lower()
-            number = float(text.rstrip("x%")) / (100 if text.endswith("%") else 1)
+            number = float(text.removesuffix(unit)) / (100 if unit == "%" and text.endswith(unit) else 1)
         except ValueError:
             raise UserError(f"{name}={value!r} is not a number; write it like 2x, 2.3 or 1%") from None
         kind = {"target": "speedup"}.get(name, name.removeprefix("max_"))

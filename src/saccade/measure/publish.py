@@ -16,8 +16,7 @@ import torch
 import saccade
 from saccade.checkpoint import save
 from saccade.data import ImageSet
-from saccade.errors import UserError
-from saccade.files import write_json, write_text
+from saccade.files import check_folder, write_json, write_text
 from saccade.measure.candidates import Target
 from saccade.measure.tune import Measured, Search, search
 from saccade.measure.verdict import Verdict, conclude
@@ -71,8 +70,7 @@ def tune(
     """
     aim = Target.of(target, gmacs=gmacs, ms=ms, max_drop=max_drop)
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is a file; give a folder by out=")
+    check_folder(folder)
     path = os.fspath(data) if isinstance(data, os.PathLike) else data
     found = search(model, path, aim, cache=folder / "cache", progress=progress, **options)
     verdict = conclude(found)

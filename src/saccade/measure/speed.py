@@ -96,7 +96,7 @@ class Speed:
     @property
     def worth_it(self) -> bool:
         """False where the setting saves MACs and no time."""
-        return self.speedup >= 1.0
+        return self.speedup >= 1.0 or self.mac_ratio <= 1.01
 
 
 Entry = tuple[AdaptiveViT, Runner]

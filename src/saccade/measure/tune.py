@@ -12,7 +12,7 @@ from pathlib import Path
 
 from saccade.data import ImageSet, Preprocess, open_images
 from saccade.errors import UserError
-from saccade.measure.accuracy import Judge, Predictions, Score, score, spread
+from saccade.measure.accuracy import Judge, Predictions, Score, paired, score, spread
 from saccade.measure.cache import Cache
 from saccade.measure.candidates import Candidate, Target, candidates
 from saccade.measure.race import front, race, shuffled_halves
@@ -129,6 +129,8 @@ def search(
     progress.say(f"{len(entrants)} settings; {len(select)} images to choose by, {len(report)} to report on")
     selected = {Option(c): p for c, p in race(entrants, select, _plainly(predict), SURVIVORS).items()}
     dense = next(iter(selected))
+    judge.need(selected[dense], dense.name)
+    selected = {o: paired(p, selected[dense])[0] for o, p in selected.items()}
     ways = [Runner("bf16"), *([Runner("fp32", True), Runner("bf16", True)] if compiled else [])]
     speeds = _time(model, [*selected, *(Option(dense.candidate, way) for way in ways)], batch, seconds, progress)
 
@@ -139,7 +141,7 @@ def search(
         speeds |= _time(model, [dense, *halved], batch, seconds / 3, progress) | {dense: speeds[dense]}
     for option in speeds:
         if option not in selected:
-            selected[option] = predict(option, select)
+            selected[option] = paired(predict(option, select), selected[dense])[0]
 
     said = {option: predict(option, report) for option in speeds}
     measured = [
@@ -162,7 +164,7 @@ Predict = Callable[[Option, Sequence[int]], Predictions]
 
 def _predictor(model: AdaptiveViT, judge: Judge, cache: Path | None, progress: Progress) -> Predict:
     """Predictions of an option on images, from the cache where they are there; one copy of the model a number type."""
-    store = Cache(cache, model, judge.images.fingerprint(), Preprocess.of(model.vit)) if cache else None
+    store = Cache(cache, model, judge.images.fingerprint(), Preprocess.of(model.vit), model.backbone) if cache else None
     copies: dict[str, AdaptiveViT] = {}
 
     def predict(option: Option, indices: Sequence[int]) -> Predictions:
@@ -177,6 +179,8 @@ def _predictor(model: AdaptiveViT, judge: Judge, cache: Path | None, progress: P
             return judge.predict(view, indices, advance)
 
         found = store.get(f"{option.candidate.setting} {dtype}", indices, compute) if store else compute()
+        if lost := sorted({*indices} - {*found.indices.tolist()}):
+            judge.predict(view, lost)  # names them again where the rest came from the cache
         advance.finish()
         return found
 

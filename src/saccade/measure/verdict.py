@@ -21,11 +21,12 @@ class Verdict:
 def conclude(search: Search) -> Verdict:
     """Choose by the selection half, judge by the reporting half."""
     dense = search.measured[0]
-    fastest = max(search.measured, key=lambda m: m.speed.speedup)
+    serious = [m for m in search.measured if m.option.candidate.family != "random"]
+    fastest = max(serious, key=lambda m: m.speed.speedup)
     if search.judge is None:
         return Verdict(dense, [_speed_only(search)], met=True)
     judge = search.judge
-    fit = [m for m in search.measured if m.option.candidate.family != "random" and m.meets(search.target, dense)]
+    fit = [m for m in serious if m.meets(search.target, dense)]
     if not fit:
         answer = f"No: nothing here is {search.target}. The fastest is {_told(fastest)}."
         return Verdict(fastest, [answer], met=False)
@@ -38,9 +39,20 @@ def conclude(search: Search) -> Verdict:
         assert chosen is not None
         lines = [f"Only token reduction gets there: use {_told(chosen)}."] if best_reduced else []
         lines = lines or [f"No token reduction gets there, plain dense does: use {_told(chosen)}."]
+    elif search.target.kind == "drop":
+        chosen = max(best_plain, best_reduced, key=order)
+        other = best_reduced if chosen is best_plain else best_plain
+        no = (
+            "No token reduction is needed: plain dense is the fastest within that loss. "
+            if chosen is best_plain
+            else ""
+        )
+        lines = [f"{no}Use {_told(chosen)}.", f"The rival is {_told(other)}."]
     else:
         gap = difference(best_reduced, best_plain, judge)
-        chosen = best_reduced if order(best_reduced) > order(best_plain) else best_plain
+        # Reduction has to be preferred by the one half and confirmed by the other.
+        preferred = order(best_reduced) > order(best_plain) and gap.mean > 0
+        chosen = best_reduced if preferred else best_plain
         lines = _compared(best_reduced, best_plain, gap, chosen)
     usual = [m for m in fit if m.option.runner == dense.option.runner]
     lines += _same_runner(usual, order, judge, {chosen.option.name})
@@ -58,13 +70,13 @@ def difference(a: Measured, b: Measured, judge: Judge) -> Interval:
 def _compared(reduced: Measured, plain: Measured, gap: Interval, chosen: Measured) -> list[str]:
     assert reduced.score is not None
     versus = f"`{reduced.option.name}` − `{plain.option.name}` = {points(gap)} on {reduced.score.images} images"
-    if gap.low > 0:
-        return [f"Use {_told(reduced)}.", f"It beats plain dense at that budget: {versus}."]
-    if gap.mean <= 0 or chosen is plain:
+    if chosen is plain:
         return [
             f"No: plain dense is as good at that budget. Use {_told(plain)}.",
             f"The best token reduction there is {_told(reduced)}: {versus}.",
         ]
+    if gap.low > 0:
+        return [f"Use {_told(reduced)}.", f"It beats plain dense at that budget: {versus}."]
     return [
         f"Not decided: plain dense is as good at that budget as far as {reduced.score.images} images tell ({versus}).",
         f"By a hair, use {_told(reduced)}; the plain rival is {_told(plain)}.",

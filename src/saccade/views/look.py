@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from saccade.data import Preprocess, decode
-from saccade.files import replacing
+from saccade.files import check_folder, replacing
 from saccade.model import AdaptiveViT
 from saccade.views.tokenmap import draw_blocks, draw_tokens
 
@@ -37,6 +37,8 @@ def view(
         UserError: bad setting; ImageError: an image that cannot be read.
     """
     chosen = model if setting is None else model.at(setting).eval()
+    if out is not None:
+        check_folder(Path(out).parent)  # before the work
     photo, first, owners, grid = _look(chosen, image)
     counts = [int(owner.max()) + 1 for owner in owners]
     titles = ["the tokenizer's", *(f"block {i} · {n} tokens" for i, n in enumerate(counts))]
@@ -58,9 +60,12 @@ Looked = tuple[Image.Image, Tensor, list[Tensor], tuple[int, int]]
 
 def _look(model: AdaptiveViT, image: Image.Image | str | os.PathLike) -> Looked:
     """The photo as the model sees it, the tokenizer's owner map, those after each block, and the grid."""
-    photo = decode(Path(image), str(image)) if isinstance(image, (str, os.PathLike)) else image
+    if isinstance(image, Image.Image):
+        name, photo = str(getattr(image, "filename", "") or "image"), image.convert("RGB")
+    else:
+        name, photo = str(image), decode(Path(image), str(image))
     prepare = Preprocess.of(model.vit, model.input_size())
-    crop = prepare.crop(photo, str(getattr(photo, "filename", "") or "image"))
+    crop = prepare.crop(photo, name)
     weight = next(model.parameters())
     with torch.inference_mode():
         _, trace = model.encode(prepare.normalise(crop).unsqueeze(0).to(weight.device, weight.dtype))
