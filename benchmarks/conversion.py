@@ -48,7 +48,8 @@ def main() -> None:
         floor = FLOORS.get(row.setting, (None, None))[row.batch >= 32] if row.batch >= 8 else None
         quartiles = f"{row.speedup:.3f} ({row.speedup_low:.3f}–{row.speedup_high:.3f})"
         cells = [row.setting, row.batch, quartiles, f"{row.mac_ratio:.3f}", f"{row.conversion:.3f}"]
-        print("| " + " | ".join(map(str, [*cells, floor or "", row.runs, row.kernels])) + " |")
+        cells += [floor or "", row.runs, row.kernels]
+        print("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
 
     print("\n| model | batch | dense here ÷ timm's forward (quartiles) | runs |\n|---|---|---|---|")
     for name, batch in ((arguments.model, 1), (arguments.model, 8), ("vit_base_patch16_siglip_gap_224", 8)):
