@@ -33,7 +33,7 @@ class BipartiteMerge(Reducer):
         first_a, first_b = prefix % 2, 1 - prefix % 2
         merged, unmerged, partner = best_edges(tokens.key[:, first_a::2], tokens.key[:, first_b::2], n - self.count(n))
         unmerged = unmerged.sort(dim=1).values
-        every_b = torch.arange(first_b, n, 2, device=merged.device).expand(len(merged), -1)
+        every_b = torch.arange(first_b, n, 2, device=merged.device).expand(merged.shape[0], -1)
         keep = torch.cat([2 * unmerged + first_a, every_b], dim=1)
         return Reduction(keep, src=2 * merged + first_a, dst=unmerged.shape[1] + partner)
 
