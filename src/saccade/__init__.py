@@ -36,6 +36,7 @@ _HOME = {
     "eval": "measure.accuracy:evaluate",
     "bench": "measure.speed",
     "tune": "measure.publish",
+    "train": "training.train",
     "view": "views",
     "Trace": "trace",
     "UserError": "errors",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from saccade.attention import Attended, attend
 from saccade.gates import Gates, residual
@@ -23,7 +27,8 @@ def encode(
             reads (exact, and about 7 % of a 12-layer ViT); the tokens returned are then the prefix alone.
         sparse: gates skip what is off. False: compute everything and multiply (the differentiable training form).
     """
-    trace = []
+    trace: list[BlockTrace] = []
+    run = _recomputed if vit.grad_checkpointing and torch.is_grad_enabled() else _kept
     for i, block in enumerate(vit.blocks):
         tokens, overhead = plan.reduce(i, "block", tokens)
         gates, gating = plan.gates(i, tokens)
@@ -34,10 +39,10 @@ def encode(
             break
         before = tokens.x.shape[1]
         read = plan.readings(i, tokens.num_patches)
-        tokens, attended, kernel = attention_branch(block, tokens, gates or Gates(), read, sparse)
+        tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, sparse)
         tokens, deciding = plan.reduce(i, "attn", tokens)
         tokens = tokens.without(READINGS)
-        tokens, updated = mlp_branch(block, tokens, gates or Gates(), sparse)
+        tokens, updated = run(mlp_branch, block, tokens, gates or Gates(), sparse)
 
         ran = BlockTrace(
             cost=block_cost(block),
@@ -53,6 +58,16 @@ def encode(
         )
         trace.append(ran)
     return tokens, tuple(trace)
+
+
+def _kept(branch: Callable, *args: Any) -> Any:
+    """Run a branch; its activations stay for the backward pass."""
+    return branch(*args)
+
+
+def _recomputed(branch: Callable, *args: Any) -> Any:
+    """Run a branch twice instead (timm's ``set_grad_checkpointing``)."""
+    return checkpoint(branch, *args, use_reentrant=False)
 
 
 def attention_branch(

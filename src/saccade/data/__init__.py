@@ -4,7 +4,7 @@ from saccade.data.decode import ImageError, decode
 from saccade.data.labels import class_indices, class_names
 from saccade.data.loader import CACHE_BYTES, Batch, Failures, Loader
 from saccade.data.preprocess import Preprocess
-from saccade.data.source import ImageSet, open_images
+from saccade.data.source import ImageSet, open_images, splits
 
 __all__ = [
     "CACHE_BYTES",
@@ -18,4 +18,5 @@ __all__ = [
     "class_names",
     "decode",
     "open_images",
+    "splits",
 ]

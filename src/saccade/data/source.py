@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -64,11 +65,23 @@ class ImageSet:
         return replace(self, names=[self.names[i] for i in chosen], labels=labels)
 
     def fingerprint(self) -> str:
-        """12 hex digits of the names and file sizes, in order: equal for a folder and its zip."""
-        digest = hashlib.sha256()
+        """12 hex digits of the names and file sizes, in order: equal for a folder and its zip.
+
+        A store whose pixels names and sizes do not tell adds its ``version``.
+        """
+        digest = hashlib.sha256(getattr(self.store, "version", "").encode())
         for name in self.names:
             digest.update(f"{name}\0{self.store.size(name)}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:12]
+
+
+def splits(path: str | Path) -> list[str]:
+    """Splits that ``open_images`` can be asked for; none where the images are not laid out in splits.
+
+    Raises UserError as ``open_images`` does for a path that cannot be listed.
+    """
+    _, names = _list(Path(path))
+    return sorted({name.split("/")[0] for name in names if name.count("/") == 2})
 
 
 def open_images(path: str | Path, split: str | None = None) -> ImageSet:
@@ -76,7 +89,8 @@ def open_images(path: str | Path, split: str | None = None) -> ImageSet:
 
     How deep the images lie tells the layout. Hidden files, ``__MACOSX`` and files that are no images by extension are
     passed over. Where there are splits and none is asked for, the first held-out one is taken: val, validation, test
-    or dev. Nothing is decoded here.
+    or dev. Nothing is decoded here. Where nothing of that name lies in the working folder, ``scenes`` is the built-in
+    image set (``saccade.data.scenes``).
 
     Raises UserError for a missing path, no images, images at different depths, or a split that is not there.
     """
@@ -107,6 +121,11 @@ def open_images(path: str | Path, split: str | None = None) -> ImageSet:
 
 
 def _list(path: Path) -> tuple[Store, list[str]]:
+    if path == Path("scenes") and not os.path.lexists(path):
+        from saccade.data.scenes import Rendered  # that file imports this one
+
+        rendered = Rendered()
+        return rendered, rendered.names()
     if path.is_file() and _is_image(path.name):
         return Folder(path.parent), [path.name]
     store: Store

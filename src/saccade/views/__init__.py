@@ -3,14 +3,19 @@
 from saccade.views.look import token_map, view
 from saccade.views.report import Report, Row, Sample, render_report
 from saccade.views.tokenmap import draw_blocks, draw_tokens, token_colours
+from saccade.views.training import Checked, Share, TrainingReport, render_training
 
 __all__ = [
+    "Checked",
     "Report",
     "Row",
     "Sample",
+    "Share",
+    "TrainingReport",
     "draw_blocks",
     "draw_tokens",
     "render_report",
+    "render_training",
     "token_colours",
     "token_map",
     "view",

@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from saccade.views.labels import Label, place_labels
-from saccade.views.svg import TEXT, Axis, Line, segment, span, tag
+from saccade.views.svg import Axis, Line, canvas, frame, segment, span, tag
 from saccade.views.words import escape, known, number, percent, points, times
 
 if TYPE_CHECKING:
@@ -25,6 +25,21 @@ MARKERS = {  # drawn around (0, 0); shape and colour both tell the family
     "reduction": '<circle r="4.6"/>',
     "dense": '<rect x="-4.4" y="-4.4" width="8.8" height="8.8"/>',
     "random": '<path d="M-4 -4L4 4M-4 4L4 -4"/>',
+}
+MARKERS |= {  # one of many that have no family: told apart by shape too, for who sees few colours
+    f"series s{k}": f'<path d="{path}"/>'
+    for k, path in enumerate(
+        (
+            "M-4.6 0a4.6 4.6 0 1 0 9.2 0a4.6 4.6 0 1 0 -9.2 0z",
+            "M-4.2 -4.2h8.4v8.4h-8.4z",
+            "M0 -5.4L5 3.6H-5z",
+            "M0 -5.8L5.2 0L0 5.8L-5.2 0z",
+            "M0 5.4L5 -3.6H-5z",
+            "M-1.8 -5.4h3.6v3.6h3.6v3.6h-3.6v3.6h-3.6v-3.6h-3.6v-3.6h3.6z",
+            "M-5 -3.2L0 -5.4L5 -3.2V3.2L0 5.4L-5 3.2z",
+            "M-5.6 -2.4h11.2v4.8h-11.2z",
+        )
+    )
 }
 
 
@@ -195,24 +210,16 @@ class _Plot:
 
     def frame(self, x_name: str, y_name: str, gain: bool, ratio: bool = False) -> list[str]:
         """Grid lines, tick labels and the names of both axes; ``ratio``: the vertical axis counts times."""
-        x, y = self.x, self.y
-        ys = y.ticks(6)
-        step = min((b - a for a, b in pairwise(ys)), default=1.0)
+        step = min((b - a for a, b in pairwise(self.y.ticks(6))), default=1.0)
         digits = 3 if step < 0.1 else 2
-        out = []
-        for v in ys:
-            text = f"{number(v, digits)}×" if ratio else percent(v, "") if step < 0.0099 else f"{100 * v:.0f}"
-            out.append(segment("grid", (x.start, y(v), x.end, y(v))))
-            out.append(tag("text", text, kind="tick", x=x.start - 8, y=y(v) + 4, text_anchor="end"))
-        for v in x.ticks(6 if x.end > 400 else 5):
-            text = f"{v:.10g}" + ("×" if gain else "")
-            out.append(segment("tickline", (x(v), y.start, x(v), y.start + 5)))
-            out.append(tag("text", text, kind="tick", x=x(v), y=y.start + 18, text_anchor="middle"))
-        out.append(segment("axis", (x.start, y.start, x.end, y.start)))
-        out.append(tag("text", escape(y_name), kind="name", x=4, y=13))
-        at, anchor, text = (x.end, "end", f"{x_name} →") if gain else (x.start, "start", f"← {x_name}")
-        out.append(tag("text", escape(text), kind="name", x=at, y=y.start + 38, text_anchor=anchor))
-        return out
+
+        def share(v: float) -> str:
+            return f"{number(v, digits)}×" if ratio else percent(v, "") if step < 0.0099 else f"{100 * v:.0f}"
+
+        def cost(v: float) -> str:
+            return f"{v:.10g}" + ("×" if gain else "")
+
+        return frame(self.x, self.y, (x_name, y_name), (cost, share), "→" if gain else "←")
 
     def path(self, kind: str, found: Sequence[tuple[float, float]]) -> str:
         spots = " ".join(f"{self.x(a):.1f},{self.y(b):.1f}" for a, b in found)
@@ -259,8 +266,7 @@ class _Plot:
         return self.x(p.x), self.y(p.y) if p.y >= self.y.low else self.y.start - 22
 
     def svg(self, parts: list[str], name: str) -> str:
-        view = f"0 0 {self.x.end + 14:.0f} {self.y.start + 44:.0f}"
-        return tag("svg", "\n".join(parts), viewBox=view, font_size=TEXT, role="img", aria_label=name)
+        return canvas(self.x.end + 14, self.y.start + 44, parts, name)
 
 
 def _label(label: Label, p: _Point) -> str:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from statistics import median
-from string import Template
 
 from PIL import Image
 
+from saccade.views.page import (
+    how_it_was,
+    render_figure,
+    render_figures,
+    render_legend,
+    render_page,
+    render_tiles,
+    section,
+)
 from saccade.views.pictures import render_samples
 from saccade.views.plots import Figure, conversion_figure, frontier_figures, marker
 from saccade.views.svg import tag
 from saccade.views.table import render_table
-from saccade.views.words import escape, known, number, percent, points, prose, times
+from saccade.views.words import escape, known, number, percent, points, times
 
 FAMILIES = {"dense": "dense, smaller or coarser", "reduction": "token reduction", "random": "random baseline"}
 
@@ -76,25 +83,16 @@ def render_report(report: Report) -> str:
     conversion = conversion_figure(rows)
     if conversion:
         saved = ("" if figures else _legend(rows, False)) + _saved(conversion, rows)
-    template = Template(files("saccade.views").joinpath("report.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(report.title),
-        tone="good" if chosen and chosen.family == "reduction" else "plain",
-        answer=prose(first),
-        reasons="".join(f"<p>{prose(line)}</p>" for line in rest),
-        tiles=_tiles(chosen, report.metric_name) if chosen else "",
-        frontier=_section("frontier", "The frontier", _legend(rows, True) + _figures(figures)) if figures else "",
-        conversion=_section("time", "Does saved compute become saved time?", saved) if saved else "",
-        table=_section("settings", "All settings", _table(report)) if rows else "",
-        samples=_section("maps", "What each token stands for", render_samples(report.samples))
-        if report.samples
-        else "",
-        measured=_section("how", "How it was measured", _measured(report)),
-    )
-
-
-def _section(name: str, heading: str, body: str) -> str:
-    return f'<section id="{name}"><h2>{heading}</h2>\n{body}\n</section>'
+    sections = [
+        section("frontier", "The frontier", _legend(rows, True) + render_figures(figures)) if figures else "",
+        section("time", "Does saved compute become saved time?", saved) if saved else "",
+        section("settings", "All settings", _table(report)) if rows else "",
+        section("maps", "What each token stands for", render_samples(report.samples)) if report.samples else "",
+        section("how", "How it was measured", how_it_was(report.command, report.facts, report.notes)),
+    ]
+    tone = "good" if chosen and chosen.family == "reduction" else "plain"
+    cells = _tiles(chosen, report.metric_name) if chosen else ""
+    return render_page(report.title, tone, first, rest, cells, sections)
 
 
 def _tiles(row: Row, metric: str) -> str:
@@ -120,8 +118,7 @@ def _tiles(row: Row, metric: str) -> str:
         tiles.append((metric, percent(row.top1), limits))
     elif known(row.p50_ms):
         tiles.append(("median latency", f"{number(row.p50_ms)} ms", ""))
-    cells = "".join(f'<div><dt>{escape(n)}</dt><dd>{v}</dd><dd class="sub">{s}</dd></div>' for n, v, s in tiles)
-    return f'<dl class="tiles">{cells}</dl>'
+    return render_tiles(tiles)
 
 
 def _legend(rows: Sequence[Row], frontier: bool) -> str:
@@ -132,21 +129,7 @@ def _legend(rows: Sequence[Row], frontier: bool) -> str:
         keys.append(('<path class="frontier-line" d="M-9 6H0V-6H9"/>', "frontier"))
     if frontier and any(known(r.top1_low, r.top1_high) for r in rows):
         keys.append(('<path class="whisker" d="M0 -8V8M-3 -8h6M-3 8h6"/>', "95 % interval"))
-    items = "".join(
-        f'<li><svg class="key" viewBox="-10 -10 20 20" aria-hidden="true">{shape}</svg>{text}</li>'
-        for shape, text in keys
-    )
-    return f'<ul class="legend">{items}</ul>'
-
-
-def _figures(figures: Sequence[Figure]) -> str:
-    return f'<div class="figures">{"".join(_figure(f) for f in figures)}</div>'
-
-
-def _figure(figure: Figure) -> str:
-    svgs = "".join(f'<div class="{name}">{svg}</div>' for name, svg in figure.svgs.items())
-    title = figure.title[:1].upper() + figure.title[1:]
-    return f"<figure><figcaption><b>{escape(title)}</b> {escape(figure.hint)}</figcaption>{svgs}</figure>"
+    return render_legend(keys)
 
 
 def _saved(figure: Figure, rows: Sequence[Row]) -> str:
@@ -170,7 +153,7 @@ def _saved(figure: Figure, rows: Sequence[Row]) -> str:
     text += f'<p class="cap">Median conversion</p><ul class="medians">{"".join(lines)}</ul>' if lines else ""
     if slow:
         text += f"<p>Fewer MACs but slower than dense: {', '.join(f'<code>{escape(s)}</code>' for s in slow)}.</p>"
-    return f'<div class="figures">{_figure(figure)}<div class="aside">{text}</div></div>'
+    return f'<div class="figures">{render_figure(figure)}<div class="aside">{text}</div></div>'
 
 
 def _table(report: Report) -> str:
@@ -180,16 +163,3 @@ def _table(report: Report) -> str:
     table = render_table(report.rows, report.metric_name)
     box = tag("div", table, kind="scroll", tabindex=0, role="region", aria_label="All settings")
     return tag("p", hint, kind="hint") + box
-
-
-def _measured(report: Report) -> str:
-    facts = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in report.facts.items()
-    )
-    notes = "".join(f"<li>{prose(note)}</li>" for note in report.notes)
-    command = f'<pre tabindex="0"><code>{escape(report.command)}</code></pre>' if report.command else ""
-    return (
-        command
-        + (f'<dl class="facts">{facts}</dl>' if facts else "")
-        + (f'<ul class="notes">{notes}</ul>' if notes else "")
-    )

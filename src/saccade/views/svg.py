@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from saccade.views.words import escape
@@ -68,3 +68,27 @@ def span(values: Sequence[float], pad: float = 0.06, log: bool = False) -> tuple
         return low / margin, high * margin
     margin = (high - low) * pad or abs(high) * 0.1 or 1.0
     return low - margin, high + margin
+
+
+def frame(
+    x: Axis, y: Axis, names: tuple[str, str], text: tuple[Callable[[float], str], Callable[[float], str]], arrow: str
+) -> list[str]:
+    """Grid lines, tick labels and the names of both axes; ``arrow``: the end that the horizontal name stands at."""
+    out = []
+    for v in y.ticks(6):
+        out.append(segment("grid", (x.start, y(v), x.end, y(v))))
+        out.append(tag("text", text[1](v), kind="tick", x=x.start - 8, y=y(v) + 4, text_anchor="end"))
+    for v in x.ticks(6 if x.end > 400 else 5):
+        out.append(segment("tickline", (x(v), y.start, x(v), y.start + 5)))
+        out.append(tag("text", text[0](v), kind="tick", x=x(v), y=y.start + 18, text_anchor="middle"))
+    out.append(segment("axis", (x.start, y.start, x.end, y.start)))
+    out.append(tag("text", escape(names[1]), kind="name", x=4, y=13))
+    at, anchor, name = (x.end, "end", f"{names[0]} →") if arrow == "→" else (x.start, "start", f"← {names[0]}")
+    out.append(tag("text", escape(name), kind="name", x=at, y=y.start + 38, text_anchor=anchor))
+    return out
+
+
+def canvas(width: float, height: float, parts: Sequence[str], name: str) -> str:
+    """A whole plot with its accessible name."""
+    view = f"0 0 {width:.0f} {height:.0f}"
+    return tag("svg", "\n".join(parts), viewBox=view, font_size=TEXT, role="img", aria_label=name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from saccade.views.plots import marker
 from saccade.views.svg import tag
@@ -15,46 +15,70 @@ if TYPE_CHECKING:
     from saccade.views.report import Row
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class Column:
+class Column(Generic[T]):
     """A heading with its explanation, the number that sorts, and how a cell looks."""
 
     name: str
     help: str
-    value: Callable[[Row], float | None]
-    cell: Callable[[Row], str]
+    value: Callable[[T], float | None]
+    cell: Callable[[T], str]
     kind: str = ""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands at the left of a row: a setting, its marker, and the tags that it has earned."""
+
+    setting: str
+    family: str
+    marks: Sequence[str] = ()
+    note: str = ""
+    label: str = ""  # the marker's accessible name; empty: it says nothing that the setting does not
 
 
 def render_table(rows: Sequence[Row], metric: str) -> str:
     """The whole ``<table>``."""
-    columns = [c for c in _columns(rows, metric) if any(known(c.value(r)) for r in rows)]
-    notes = any(r.note for r in rows)
-    head = '<th scope="col" aria-sort="none"><button>setting</button></th>'
-    head += "".join(
+
+    def head(row: Row) -> Head:
+        marks = [name for name, on in (("chosen", row.chosen), ("frontier", row.on_frontier)) if on]
+        return Head(row.setting, row.family, marks, row.note, row.family)
+
+    return lay_out(rows, head, _columns(rows, metric))
+
+
+def lay_out(rows: Sequence[T], head: Callable[[T], Head], columns: Sequence[Column[T]]) -> str:
+    """Any table of settings, one row each."""
+    columns = [c for c in columns if any(known(c.value(r)) for r in rows)]
+    notes = any(head(r).note for r in rows)
+    top = '<th scope="col" aria-sort="none"><button>setting</button></th>'
+    top += "".join(
         f'<th scope="col" class="num" aria-sort="none"><button title="{escape(c.help)}">{escape(c.name)}</button></th>'
         for c in columns
     )
-    head += '<th scope="col">note</th>' if notes else ""
-    body = "".join(_row(i, r, columns, notes) for i, r in enumerate(rows))
-    return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
+    top += '<th scope="col">note</th>' if notes else ""
+    body = "".join(_row(i, r, head(r), columns, notes) for i, r in enumerate(rows))
+    return f"<table><thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table>"
 
 
-def _row(index: int, row: Row, columns: list[Column], notes: bool) -> str:
-    marks = [name for name, on in (("chosen", row.chosen), ("frontier", row.on_frontier)) if on]
-    tags = "".join(tag("span", name, kind=f"tag {name}") for name in marks)
-    key = tag("svg", marker(row.family), kind="key", viewBox="-10 -10 20 20", role="img", aria_label=row.family)
-    name = f"<div>{key}<span><code>{escape(row.setting)}</code> {tags}</span></div>"
-    cells = tag("th", name, scope="row", data_v=row.setting)
+def _row(index: int, row: T, head: Head, columns: Sequence[Column[T]], notes: bool) -> str:
+    tags = "".join(tag("span", name, kind=f"tag {name}") for name in head.marks)
+    named = {"role": "img", "aria_label": head.label} if head.label else {"aria_hidden": "true"}
+    key = tag("svg", marker(head.family), kind="key", viewBox="-10 -10 20 20", **named)
+    name = f"<div>{key}<span><code>{escape(head.setting)}</code> {tags}</span></div>"
+    cells = tag("th", name, scope="row", data_v=head.setting)
     for c in columns:
         value = c.value(row)
         v = f"{value:.9g}" if value is not None and known(value) else ""
         cells += f'<td class="num {c.kind}" data-v="{v}">{c.cell(row) if v else NONE}</td>'
-    cells += tag("td", prose(row.note), kind="remark") if notes else ""
-    return tag("tr", cells, kind=" ".join(marks), data_row=index) + "\n"
+    cells += tag("td", prose(head.note), kind="remark") if notes else ""
+    return tag("tr", cells, kind=" ".join(head.marks), data_row=index) + "\n"
 
 
-def _columns(rows: Sequence[Row], metric: str) -> list[Column]:
+def _columns(rows: Sequence[Row], metric: str) -> list[Column[Row]]:
     deltas = [r.delta for r in rows if r.delta is not None and known(r.delta)]
     ends = [v for r in rows for v in (r.delta, r.delta_low, r.delta_high) if v is not None and known(v)]
     # One scale for all rows, wide enough for most: a hopeless setting stands at its end and presses no others together.

@@ -34,6 +34,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def whole(value: float | None) -> str:
+    """A count, every digit of it: ``4 000``."""
+    return NONE if value is None or not math.isfinite(value) else f"{value:,.0f}".replace(",", "\u202f")
+
+
 def times(value: float | None) -> str:
     """``1.52×``"""
     return NONE if value is None or not math.isfinite(value) else f"{value:.2f}×"
@@ -50,3 +55,21 @@ def points(value: float | None) -> str:
         return NONE
     text = f"{100 * value:+.1f}"
     return "0.0" if float(text) == 0 else text.replace("-", "−")
+
+
+def compact(value: float) -> str:
+    """A tick: as short as it can be, thousands parted, tiny and huge ones with an exponent: ``0.5``, ``3e−5``."""
+    if value and not 1e-3 <= abs(value) < 1e7:
+        digits, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else (f"{value:.3g}", "")
+        text = digits + (f"e{int(exponent)}" if exponent else "")
+    else:
+        text = f"{value:,.6g}" if abs(value) < 1e5 else f"{value:,.0f}"
+    return text.replace(",", "\u202f").replace("-", "−")
+
+
+def amount(value: float | None) -> str:
+    """A count of any size: ``1 240``, ``3.21 million``, ``1.05 billion``."""
+    for unit, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if value is not None and math.isfinite(value) and abs(value) >= unit:
+            return f"{number(value / unit)} {name}"
+    return number(value)

@@ -1,0 +1,65 @@
+"""``saccade train``: one training script for every setting."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from saccade.cli import app
+from saccade.cli.common import Json, print_json, print_table
+
+
+@app.command("train")
+def command(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A shipped config (see below) or a TOML file.")],
+    changes: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Like data.path=photos.zip optim.lr=1e-3.")
+    ] = None,
+    out: Annotated[
+        str, typer.Option(help="Folder for checkpoints, metrics.csv, report.html and model/.")
+    ] = "runs/train",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in that folder.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the config as it would be run, and stop.")] = False,
+    json: Json = False,
+) -> None:
+    """Fine-tune any setting, or train one model for many; Ctrl-C stops after a checkpoint, --resume goes on.
+
+    Example: saccade train finetune model.weights=w.safetensors data.path=photos.zip "sampling.settings=['evit(0.5)']"
+    """
+    from saccade.progress import Progress
+    from saccade.training.config import read_config, shipped
+
+    settled = read_config(config, changes or [])
+    if show:
+        head = [line for line in shipped().get(config, "").splitlines() if line.startswith("#")]
+        print("\n".join([*head, settled.model_dump_json(indent=2)]) if not json else settled.model_dump_json(indent=2))
+        return
+    from saccade.training.train import train
+
+    line = "saccade train " + shlex.join([config, *(changes or []), "--out", out])
+    with Progress(shown=True) as progress:
+        trained = train(settled, out=out, resume=resume, command=line, progress=progress)
+    facts = {
+        "folder": str(trained.folder),
+        "step": trained.step,
+        "gmacs": trained.gmacs,
+        "seconds": trained.seconds,
+        "images_per_s": trained.images_per_s,
+        "waiting": trained.waiting,
+    }
+    if json:
+        print_json({**facts, "checks": [vars(row) for row in trained.checks], "not_read": trained.failures})
+        return
+    rows = [[c.setting, f"{c.top1:.2%} [{c.low:.1%}, {c.high:.1%}]", f"{c.gmacs:.3f}"] for c in trained.checks]
+    caption = (
+        f"{trained.seconds / 60:.1f} minutes, {trained.gmacs:,.0f} GMACs, {trained.images_per_s:.0f} images/s, "
+        f"{trained.waiting:.0%} of the time waiting for images. {trained.folder}: model/, report.html"
+    )
+    print_table(f"Model of step {trained.step}, on held-out images", ["setting", "top-1", "GMACs"], rows, caption)
+    if trained.failures:
+        print(f"{len(trained.failures)} images could not be read and were left out:", file=sys.stderr)
+        for name, reason in trained.failures.items():
+            print(f"  {name}: {reason}", file=sys.stderr)

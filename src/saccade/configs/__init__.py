@@ -1,0 +1,1 @@
+"""Training runs that come with the package; see ``saccade train``."""

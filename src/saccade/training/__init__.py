@@ -1,0 +1,1 @@
+"""Training: what a step sees, and what becomes of it."""

@@ -1,0 +1,61 @@
+"""The images that are trained on, and those that are only looked at to check."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from saccade.data import ImageSet, open_images, splits
+from saccade.data.cache import Decoded, estimated_bytes
+from saccade.data.source import HELD_OUT
+from saccade.errors import UserError
+from saccade.progress import Progress
+from saccade.training.config import Data
+
+ROOM = 8 / 7  # the usual 256 for 224: crops are rarely enlarged
+
+CHECKING = tuple(name for name in HELD_OUT if name != "test")  # "test" is for the last word, after training
+
+
+def open_sets(data: Data) -> tuple[ImageSet, ImageSet | None]:
+    """Training images, and held-out ones of which none is trained on; None where ``holdout`` is 0.
+
+    The held-out ones are the validation split, or else a share of the training images, chosen by their names alone.
+
+    Raises:
+        UserError: no path, no such split, or a held-out one to train on.
+    """
+    if not data.path:
+        raise UserError("no images to train on: give data.path=FOLDER_OR_ZIP")
+    if data.split in HELD_OUT:
+        raise UserError(f"data.split={data.split!r} is a held-out split and never trained on: give another")
+    known = splits(data.path)
+    images = open_images(data.path, data.split if known else None)
+    if data.holdout == 0:
+        return images, None
+    for name in CHECKING:
+        if name in known:
+            return images, open_images(data.path, name)
+    kept = [_place(name) < data.holdout for name in images.names]
+    if all(kept) or not any(kept):
+        raise UserError(
+            f"{len(images)} images in {Path(data.path)} are too few for data.holdout={data.holdout:g}: set it to 0"
+        )
+    return (
+        images.subset(i for i, out in enumerate(kept) if not out),
+        images.subset(i for i, out in enumerate(kept) if out),
+    )
+
+
+def decode_once(data: Data, images: ImageSet, side: int, folder: Path, progress: Progress) -> Decoded | None:
+    """The images decoded into one file, a little larger than they are looked at; None where they are too many."""
+    side = round(side * ROOM)
+    if estimated_bytes(images, side) > data.cache_gb * 1e9:
+        return None
+    return Decoded.make(images, side, folder, workers=max(1, data.workers), progress=progress)
+
+
+def _place(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone, so that adding images moves none of the others."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,0 +1,140 @@
+"""What is trained: one ViT, and beside it what its settings learn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import timm
+import torch
+from torch import nn
+
+from saccade.checkpoint import create_model, load, load_weights
+from saccade.data import ImageSet, class_indices
+from saccade.errors import UserError
+from saccade.model import AdaptiveViT
+from saccade.plan import ViT
+from saccade.tokenizers.embed import ResizeSpec, resize_kernel, resize_positions
+from saccade.training.config import Distill, Source
+
+
+class Student(nn.Module):
+    """One ViT under several settings: ``views[i]`` runs the i-th; parameters are counted once.
+
+    The state dict holds ``vit.*`` (timm's keys) and, for settings that learn, ``settings.<i>.*``.
+    """
+
+    def __init__(self, model: AdaptiveViT, settings: Sequence[str]) -> None:
+        super().__init__()
+        self.vit: ViT = model.vit
+        self.views = tuple(model if str(model.setting) == name else model.at(name) for name in settings)
+        learned = {str(i): nn.ModuleList([view.tokenizer, view.plan]) for i, view in enumerate(self.views)}
+        self.settings: nn.Module = nn.ModuleDict(learned)
+
+    def train(self, mode: bool = True) -> Student:
+        super().train(mode)
+        for view in self.views:
+            view.training = mode
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.vit.patch_embed.proj.weight.device
+
+    def macs(self) -> list[float]:
+        """Forward MACs per image of each setting, for images of the model's own size (mean, where they differ)."""
+        backbone = self.views[0].backbone
+        images = torch.zeros(1, backbone.channels, *backbone.input_size, device=self.device)
+        mode = self.training
+        self.eval()
+        with torch.no_grad():
+            costs = [view(images).trace.macs().mean().item() for view in self.views]
+        self.train(mode)
+        return costs
+
+
+def open_source(source: Source) -> AdaptiveViT:
+    """The model that training starts from. Raises UserError for anything amiss."""
+    if os.path.isdir(source.name):
+        if source.weights or source.pretrained or source.args:
+            raise UserError(f"{source.name!r} is a model folder: leave out model.weights, model.pretrained, model.args")
+        model = load(source.name, "dense")
+    else:
+        model = create_model(source.name, weights=source.weights, pretrained=source.pretrained, **source.args)
+    vit = model.vit
+    if source.size is not None and tuple(vit.patch_embed.img_size) != (source.size, source.size):
+        vit = resized(vit, source.size)
+    if source.crop_pct is not None:
+        vit.pretrained_cfg = {**vit.pretrained_cfg, "crop_pct": source.crop_pct}
+    return AdaptiveViT(vit)
+
+
+def resized(vit: ViT, size: int) -> ViT:
+    """A ViT whose own input size is ``size`` pixels: its position table is resized, as ``grid`` does it."""
+    patch = vit.patch_embed.patch_size
+    if size % patch[0] or size % patch[1]:
+        raise UserError(f"model.size={size} is no multiple of the patch size {patch[0]}x{patch[1]}")
+    old, new = tuple(vit.patch_embed.grid_size), (size // patch[0], size // patch[1])
+    table = vit.pos_embed
+    vit.patch_embed.set_input_size(img_size=size)
+    if table is not None:
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        vit.pos_embed = nn.Parameter(resize_positions(table.detach(), old, new, prefix, ResizeSpec()))
+    return vit
+
+
+def fit_head(vit: ViT, images: ImageSet) -> list[int]:
+    """The class of each image for the model's head, which is renewed (with zeros) where it has other classes."""
+    classes = images.classes
+    if images.labels is None or classes is None:
+        raise UserError(f"no labels in {images.path}: training needs images laid out as class/name.jpg")
+    try:
+        return class_indices(images, vit.num_classes)
+    except UserError:
+        pass
+    vit.reset_classifier(len(classes))
+    for head in (vit.head, getattr(vit, "head_dist", None)):
+        if isinstance(head, nn.Linear):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+    return images.labels
+
+
+def open_teacher(rule: Distill) -> nn.Module:
+    """A timm model of any kind, frozen, in evaluation mode."""
+    if os.path.isdir(rule.teacher):
+        teacher: nn.Module = load(rule.teacher, "dense").vit
+    elif rule.teacher.split(".")[0] in timm.list_models():
+        if not (rule.teacher_weights or rule.teacher_pretrained):
+            raise UserError(f"the teacher {rule.teacher} would have random weights: give distill.teacher_weights")
+        teacher = timm.create_model(rule.teacher, pretrained=rule.teacher_pretrained)
+        if rule.teacher_weights:
+            load_weights(teacher, rule.teacher_weights)
+    else:
+        raise UserError(f"there is no teacher {rule.teacher!r}: give a folder or a timm model name")
+    return teacher.eval().requires_grad_(False)
+
+
+def start_from(student: ViT, teacher: nn.Module) -> None:
+    """Give a ViT its teacher's weights; patch kernel and position table are resized to its own.
+
+    Raises UserError where another tensor has another shape.
+    """
+    state = dict(teacher.state_dict())
+    own = student.state_dict()
+    if not hasattr(teacher, "patch_embed") or own.keys() != state.keys():
+        raise UserError(f"distill.init: {type(teacher).__name__} and the student are not the same architecture")
+    kernel, table = "patch_embed.proj.weight", "pos_embed"
+    spec = ResizeSpec()
+    if own[kernel].shape != state[kernel].shape:
+        state[kernel] = resize_kernel(state[kernel], tuple(own[kernel].shape[-2:]), spec)
+    if table in own and own[table].shape != state[table].shape:
+        sides: list[ViT] = [teacher, student]
+        old, new = (tuple(vit.patch_embed.grid_size) for vit in sides)
+        prefix = 0 if student.no_embed_class else student.num_prefix_tokens
+        state[table] = resize_positions(state[table], old, new, prefix, spec)
+    wrong = [k for k in own if own[k].shape != state[k].shape]
+    if wrong:
+        shapes = f"{tuple(state[wrong[0]].shape)} for {tuple(own[wrong[0]].shape)}"
+        raise UserError(f"distill.init: {wrong[0]} of the teacher has another shape, {shapes}")
+    student.load_state_dict(state)

@@ -1,0 +1,217 @@
+"""``train``: the one training script of the library, from the config to the saved model, straight down."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saccade.checkpoint import load, save
+from saccade.errors import UserError
+from saccade.files import check_folder, write_json
+from saccade.model import AdaptiveViT
+from saccade.progress import Progress
+from saccade.training.augment import isolated
+from saccade.training.check import Checker
+from saccade.training.config import Config, read_config
+from saccade.training.devices import Stopping, open_fabric
+from saccade.training.feed import Feed
+from saccade.training.learner import Learner
+from saccade.training.sets import decode_once, open_sets
+from saccade.training.state import newest, publish, read_state, sweep, write_state
+from saccade.training.student import Student, fit_head, open_source
+from saccade.training.summary import Summary, equality
+from saccade.training.watch import Board, Meter, Table
+from saccade.views import Checked
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What ``train`` hands back."""
+
+    model: AdaptiveViT  #      under the first setting: the best checked one, or the last where nothing was checked
+    folder: Path  #            ``folder / "model"`` holds it
+    step: int  #               at which it was taken
+    checks: list[Checked]  #   its accuracy under each setting; empty where nothing was checked
+    gmacs: float  #            spent in all, 10^9, forward and backward
+    seconds: float  #          in all, resumed parts together
+    images_per_s: float  #     checks not counted
+    waiting: float  #          share of the time in which the model waited for images
+    failures: dict[str, str]  # images that could not be read, and why
+
+
+def train(
+    config: str | Path | Mapping[str, Any] | Config,
+    changes: Iterable[str] = (),
+    *,
+    out: str | os.PathLike = "runs/train",
+    resume: bool = False,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Trained:
+    """Train one set of weights for one or several settings; writes a folder that can be looked at and resumed.
+
+    ``out`` holds ``config.json``, ``metrics.csv``, ``checks.csv``, ``report.html``, ``checkpoints/`` and, in the end,
+    ``model/``. Every batch, draw and random number is a function of (seed, step), so that a resumed run equals an
+    uninterrupted one, bit for bit on a CPU.
+
+    Args:
+        config: the name of a shipped config, a TOML file, a mapping, or a Config.
+        changes: ``key=value``, like ``optim.lr=1e-3``.
+        out: the folder.
+        resume: go on from the last checkpoint in ``out``, or begin where there is none.
+
+    Raises:
+        UserError: bad config, data or folder; a folder that holds a run, without ``resume``; a loss that is not finite.
+        KeyboardInterrupt: was asked to stop; a checkpoint has been written.
+    """
+    config = config if isinstance(config, Config) else read_config(config, changes)
+    with isolated(config.run.seed), Stopping() as stopping:
+        return _train(config, Path(out), resume, command, progress or Progress(), stopping)
+
+
+def _train(config: Config, folder: Path, resume: bool, command: str, progress: Progress, stopping: Stopping) -> Trained:
+    run, settings = config.run, config.sampling.settings
+    fabric = open_fabric(run)
+    rank, world, first = fabric.global_rank, fabric.world_size, fabric.global_rank == 0
+    if run.batch % (world * run.accumulate):
+        raise UserError(f"run.batch={run.batch} is no multiple of {world} processes × {run.accumulate} parts")
+
+    # The folder, and what an earlier run left in it.
+    check_folder(folder)
+    checkpoints = folder / "checkpoints"
+    last = newest(checkpoints, "last")
+    if last is not None and not resume:
+        raise UserError(f"{str(folder)!r} holds a run: go on with --resume, or give another --out")
+    tensors, facts = read_state(last) if last is not None else ({}, {})
+    described = config.model_dump(mode="json")
+    _same(described, facts.get("config", described), folder)
+    start = facts.get("step", 0)
+
+    # Images, model, teacher: all batches and draws are functions of (seed, step).
+    images, held = open_sets(config.data)
+    source = open_source(config.model)
+    labels = fit_head(source.vit, images)
+    student = Student(source, settings).to(fabric.device)
+    if first:
+        sweep(checkpoints)
+        write_json(folder / "config.json", described)
+    size = source.input_size()
+    decoded = decode_once(config.data, images, max(size), folder / "cache", progress) if first else None
+    fabric.barrier()
+    decoded = decoded or decode_once(config.data, images, max(size), folder / "cache", progress)
+    per_epoch = max(1, (len(images) - (len(decoded.failures) if decoded else 0)) // run.batch)
+    steps = run.steps or max(1, round(run.epochs * per_epoch))
+    learner = Learner(config, student, steps, config.optim.freeze * per_epoch, rank, world)
+    view = config.augment.view(learner.size, learner.preprocess.interpolation, learner.preprocess.mean)
+    share = {"rank": rank, "world": world, "workers": config.data.workers, "decoded": decoded}
+    feed = Feed(images, labels, view, batch=run.batch, seed=run.seed, **share)
+    if last is not None:
+        learner.restore(tensors)
+        learner.spent, learner.taught = facts["spent"], facts["taught"]
+
+    # What is watched, by the first process alone.
+    checker = None
+    if held is not None and first:
+        checker = Checker(held, fit_head(student.vit, held), config.data.check_limit, run.batch)
+    summary = Summary(config, folder, command, learner, images, held, facts)
+    metrics, checks, meter = (
+        Table(folder / "metrics.csv", start, first),
+        Table(folder / "checks.csv", start, first),
+        Meter(world),
+    )
+    board = Board(folder / "tensorboard" if run.tensorboard and first else None)
+    if config.distill.init and start == 0 and first:
+        summary.note(equality(learner, next(iter(feed.run(0, 1)))), progress)
+
+    def keep(step: int) -> None:
+        """Write a checkpoint of all that must be remembered after ``step`` steps."""
+        if first:
+            now, known = learner.tensors(), {"step": step, "config": described, **summary.facts()}
+            publish(checkpoints, "last", step, lambda part: write_state(part, now, known))
+            if run.keep_every and step % run.keep_every == 0:
+                publish(checkpoints, f"kept-{step}", step, lambda part: write_state(part, now, known))
+
+    def look(step: int) -> None:
+        """Check every setting on the held-out images, and keep the best model."""
+        if checker is None:
+            return
+        found = checker(learner.best, settings, step, progress)
+        for row in found:
+            checks.add(vars(row))
+        progress.say(f"step {step}: " + ", ".join(f"{row.setting} {row.top1:.1%}" for row in found))
+        mean = sum(row.top1 for row in found) / len(found)
+        if mean > summary.best:
+            summary.best = mean
+            card = summary.card(step, found)
+            publish(checkpoints, "best", step, lambda part: save(learner.best.views[0].eval(), part, **card))
+        summary.write(metrics.rows, checks.rows, feed.failures, running=step < steps)
+
+    # The loop.
+    student.train()
+    check_every = max(1, round(run.check_every * per_epoch))
+    bar = progress.start("training", steps)
+    bar(start)
+    meter.restart(feed)
+    for step, views in enumerate(feed.run(start, steps), start + 1):  # ``step``: how many will have been done
+        meter.add(learner.step(step - 1, views, fabric.autocast), run.batch)
+        bar(1, what=f"training, loss {meter.loss:.3f}, {meter.rate:.0f} images/s")
+        stop = stopping.agreed(world, fabric.device)
+        saving = step % run.save_every == 0 or step == steps or stop
+        if step % run.log_every == 0 or saving:
+            row = meter.take(feed)
+            summary.time(row)
+            row = {"step": step, "epoch": step / per_epoch, "lr": learner.lr, **row, "gmacs": learner.gmacs}
+            row["images"] = summary.images
+            if not math.isfinite(row["loss"]):
+                raise UserError(
+                    f"the loss is {row['loss']} at step {step}: lower optim.lr={config.optim.lr:g}, or raise "
+                    f"optim.warmup; --resume goes on from the last checkpoint, before it"
+                )
+            metrics.add(row)
+            board.add(row)
+        if step % check_every == 0 or step == steps:
+            look(step)
+            student.train()
+            meter.restart(feed)
+        if saving:
+            keep(step)
+        if stop and step < steps:
+            summary.write(metrics.rows, checks.rows, feed.failures, running=True)
+            raise KeyboardInterrupt
+
+    # The model.
+    board.close()
+    bar.finish()
+    best = newest(checkpoints, "best")
+    step, found = (steps, []) if best is None else summary.of_best(best, checks.rows)
+    if first:
+        model = learner.best.views[0].eval() if best is None else load(best)
+        save(model, folder / "model", **summary.card(step, found))
+    fabric.barrier()
+    summary.write(metrics.rows, checks.rows, feed.failures, running=False)
+    return Trained(
+        model=load(folder / "model"),
+        folder=folder,
+        step=step,
+        checks=found,
+        gmacs=learner.gmacs,
+        seconds=summary.seconds,
+        images_per_s=summary.images / max(summary.seconds, 1e-9),
+        waiting=summary.waited / max(summary.seconds, 1e-9),
+        failures=dict(feed.failures.items),
+    )
+
+
+def _same(now: dict[str, Any], before: dict[str, Any], folder: Path) -> None:
+    """A run goes on as it began, or not at all."""
+    for section, values in now.items():
+        for key, value in values.items():
+            old = before.get(section, {}).get(key)
+            if old != value:
+                raise UserError(
+                    f"{str(folder)!r} was run with {section}.{key}={old!r}, now {value!r}: give another --out"
+                )
