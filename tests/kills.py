@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning_fabric  # noqa: F401  (once, not in every child)
 import torch
 
 import saccade
@@ -66,11 +67,12 @@ def look(folder: Path) -> int:
 def main(folder: Path, images: str, kills: int) -> None:
     torch.set_num_threads(1)
     rng = random.Random(0)
-    whole = folder / "whole"
+    whole, began = folder / "whole", time.perf_counter()
     if os.fork() == 0:
         script.train(config(images), out=whole)
         os._exit(0)
     os.wait()
+    long = time.perf_counter() - began
     expected, _ = read_state(newest(whole / "checkpoints", "last"))
     out, done, steps = folder / "killed", 0, []
     ends = 0
@@ -80,7 +82,7 @@ def main(folder: Path, images: str, kills: int) -> None:
             sys.stdout = sys.stderr = open(os.devnull, "w")
             script.train(config(images), out=out, resume=True)
             os._exit(0)
-        time.sleep(rng.uniform(0.0, 0.5))
+        time.sleep(rng.uniform(0.0, 0.7 * long))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         steps.append(look(out))

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from data_helpers import encode, picture, write_folder
-from saccade.data import ImageSet, Preprocess, open_images, scenes, splits
-from saccade.data.scenes import ACROSS, CLASSES, SIZE, SPLITS, Rendered, render
+from saccade.data import ImageSet, Preprocess, open_images, splits
+from saccade.data.scenes import ACROSS, CLASSES, SIZE, SPLITS, Rendered, render, scenes
 from saccade.errors import UserError
 
 module = import_module("saccade.data.scenes")

@@ -14,13 +14,13 @@ from saccade.data.source import ImageSet, _choose_split
 from saccade.errors import UserError, nearest
 
 VERSION = 1  # to be raised with every change of the pixels, so that caches of predictions do not outlive it
-SIZE = 140
+SIZE = 128
 SPLITS = {"train": 40_000, "val": 2_000, "test": 10_000}
 NAME = "scenes"
 
 LEAST_SIZE = 64
-ACROSS = (22, 42)  # pixels at SIZE, longer side of the object's box
-DISTRACTORS = (4, 7)
+ACROSS = (27, 58)  # pixels at SIZE, longer side of the object's box
+DISTRACTORS = (1, 3)
 STANDS_OUT = 0.3  # distance in RGB 0..1 from most of what lies around
 COLOURS = 6
 VARIANTS = 8
