@@ -3,9 +3,9 @@
 Claims    1. Every reduction here was published with training; training-free use loses accuracy that fine-tuning
           recovers. 2. One set of weights trained over many settings is as good at each of them as a model trained for
           that setting alone, for at most half as much again (FlexiViT, arXiv 2212.08013, says so of patch sizes).
-Method    ViT-Tiny (AugReg) to Caltech-101 at 160 px. Specialists: dense, and one under each setting. Elastic: every step
-          runs dense, which teaches, and one drawn setting. The same images, steps and learning rates for all. Test
-          top-1 with 95 % intervals, paired over the test images and, for the elastic model, pooled over seeds.
+Method    ViT-Tiny (AugReg) to Caltech-101 at 160 px. Specialists: dense, and one under each setting. Elastic: every
+          step runs dense, which teaches, and one drawn setting. The same images, steps and learning rates for all.
+          Test top-1 with 95 % intervals, paired over the test images, means over the seeds.
 Command   python studies/training.py caltech160.zip vit_tiny_patch16_224.safetensors --out runs/caltech [--seeds 0 1]
 Cost      about 40 minutes of one core for each seed
 Expected  1. at least half of each gap is closed. 2. within 0.5 points everywhere.

@@ -79,7 +79,8 @@ def main(folder: Path, images: str, kills: int) -> None:
     for _ in range(kills):
         child = os.fork()
         if child == 0:
-            sys.stdout = sys.stderr = open(os.devnull, "w")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(1, 2)
             script.train(config(images), out=out, resume=True)
             os._exit(0)
         time.sleep(rng.uniform(0.0, 0.7 * long))

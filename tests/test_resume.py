@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_helpers import encode, picture, write_folder
 
 import saccade
+from data_helpers import encode, picture, write_folder
 from saccade.errors import UserError
 from saccade.training.augment import isolated
 from saccade.training.state import newest, read_state
@@ -278,8 +278,7 @@ def test_two_processes_equal_one_of_the_same_batch(photos, tmp_path):
         run={"steps": 10, "log_every": 1, "threads": 1},
     )
     saccade.train(plain, out=tmp_path / "one")
-    (tmp_path / "config.json").write_text(json.dumps(plain))
-    code = f"import json, saccade; saccade.train(json.load(open({str(tmp_path / 'config.json')!r})), out={str(tmp_path / 'two')!r})"
+    code = f"import saccade; saccade.train({plain!r}, out={str(tmp_path / 'two')!r})"
     (tmp_path / "job.py").write_text(code)
     launch = [
         sys.executable,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import saccade
+from data_helpers import encode, picture, write_folder
 from saccade.errors import UserError
-from saccade.training.config import Config, Knot, Optim, Sampling, read_config, shipped
-from saccade.training.learner import Learner
+from saccade.training.config import Config, Data, Knot, Optim, Sampling, read_config, shipped
 from saccade.training.loss import from_teacher
 from saccade.training.optim import build_optimizer, rate
 from saccade.training.sampling import Sampler
+from saccade.training.sets import open_sets
 from saccade.training.state import newest, publish, read_state, sweep, write_state
 from saccade.training.student import Student, resized, start_from
-from saccade.training.watch import Meter, Table, read_table
+from saccade.training.watch import Table, read_table
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 10}
 
@@ -169,7 +171,7 @@ def test_rate_warms_up_and_ends_low():
     rule = Optim(lr=1.0, warmup=0.1, final=0.05)
     rates = [rate(step, 100, rule) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False)) and 0.05 < rates[-1] < 0.06
+    assert all(a > b for a, b in pairwise(rates[10:])) and 0.05 < rates[-1] < 0.06
     oracle = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * 45 / 90))
     assert rates[55] == pytest.approx(oracle)
 
@@ -272,3 +274,66 @@ def test_a_table_survives_new_columns_torn_lines_and_steps_run_again(tmp_path):
     again = Table(path, 20, True)
     assert [row["step"] for row in again.rows] == [10, 20] == [row["step"] for row in read_table(path)]
     assert not Table(tmp_path / "none.csv", 0, False).rows and not (tmp_path / "none.csv").exists()
+
+
+# The command
+
+
+def run_command(capsys, *arguments: str) -> tuple[int, str, str]:
+    from saccade.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_the_command_trains_and_says_what_came_out(tmp_path, capsys):
+    arguments = [
+        *(
+            "train",
+            "scenes",
+            "--out",
+            str(tmp_path / "run"),
+            "--json",
+            "model.args={embed_dim=32, depth=2, num_heads=2,",
+        ),
+    ]
+    arguments[-1] += " patch_size=16, img_size=64, num_classes=10}"
+    changes = ["sampling.settings=['dense', 'evit(0.5)']", "sampling.weights=uniform", "data.cache_gb=0", "run.steps=2"]
+    code, out, _ = run_command(capsys, *arguments, *changes, "data.workers=0", "data.check_limit=20", "run.batch=4")
+    assert code == 0
+    found = json.loads(out)
+    assert found["step"] == 2 and {row["setting"] for row in found["checks"]} == {"dense", "evit(0.5)"}
+    assert saccade.load(tmp_path / "run" / "model").trained == ("dense", "evit(0.5)")
+
+
+def test_the_command_shows_a_config_and_refuses_in_one_line(tmp_path, capsys):
+    code, out, _ = run_command(capsys, "train", "finetune", "optim.lr=3e-4", "--show")
+    assert code == 0 and "# Command:" in out and '"lr": 0.0003' in out
+    for arguments, words in (
+        (["train", "finetun"], "did you mean 'finetune'"),
+        (["train", "finetune", "--out", str(tmp_path)], "data.path"),
+        (["train", "finetune", "data.path=scenes", "data.split=val", "--out", str(tmp_path)], "never trained on"),
+        (["train", "finetune", "data.path=scenes", "model.name=resnet18", "--out", str(tmp_path)], "ResNet"),
+    ):
+        code, _, err = run_command(capsys, *arguments)
+        assert code == 2 and err.count("\n") == 1 and words in err, err
+
+
+def test_what_is_checked_on_is_never_trained_on(tmp_path):
+    files = {f"{c}/{i:03d}.png": encode(picture(8, 8, seed=i)) for c in "ab" for i in range(60)}
+    plain = write_folder(tmp_path / "plain", files)
+    train, held = open_sets(Data(path=str(plain), holdout=0.25))
+    assert not {*train.names} & {*held.names} and len(train) + len(held) == 120 and 15 < len(held) < 45
+    more = write_folder(tmp_path / "more", {**files, "a/x.png": encode(picture(8, 8, seed=1))})
+    assert {*held.names} <= {*open_sets(Data(path=str(more), holdout=0.25))[1].names}  # none changes sides
+    split = write_folder(
+        tmp_path / "split", {f"{s}/{n}": d for s in ("train", "val", "test") for n, d in files.items()}
+    )
+    train, held = open_sets(Data(path=str(split)))
+    assert (train.split, held.split) == ("train", "val")
+    assert open_sets(Data(path=str(split), holdout=0.0))[1] is None
+    tested = write_folder(tmp_path / "tested", {f"{s}/{n}": d for s in ("train", "test") for n, d in files.items()})
+    train, held = open_sets(Data(path=str(tested)))
+    assert train.split == held.split == "train" and not {*train.names} & {*held.names}  # "test" stays unseen

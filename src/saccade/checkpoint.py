@@ -101,7 +101,8 @@ def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
 
     ``vit.*`` without its prefix opens in plain timm, strictly. ``config.json`` is timm's, with ours under one key.
     """
-    config = {**_timm_config(model.vit), "saccade": {"format": FORMAT, "setting": str(model.setting), **extra}}
+    ours = {"format": FORMAT, "setting": str(model.setting), "settings": list(model.trained)}
+    config = {**_timm_config(model.vit), "saccade": {**ours, **extra}}
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -140,6 +141,7 @@ def load(folder: str | os.PathLike, setting: str | None = None) -> AdaptiveViT:
     model = create_model(name, ours["setting"], **args)
     model.vit.pretrained_cfg = {**model.vit.pretrained_cfg, **preprocessing}
     load_weights(model, path / WEIGHTS)
+    model.trained = tuple(s for s in ours.get("settings", ()) if isinstance(s, str))
     return model if setting is None else model.at(setting)
 
 

@@ -33,15 +33,17 @@ class AdaptiveViT(nn.Module):
     Args:
         vit: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``; others are refused by name.
         setting: ``"tome(r=13)"``, ``"grid(32) | evit(0.7)"``, …; empty: the unreduced model.
+        trained: settings that the weights were trained for, where that is known; ``tune`` tries them too.
 
     Raises:
         UserError: unsupported class or block, unknown method, knob out of range.
     """
 
-    def __init__(self, vit: ViT, setting: str | Setting = "") -> None:
+    def __init__(self, vit: ViT, setting: str | Setting = "", trained: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.backbone: Backbone = backbone_of(vit)
         self.setting = Setting.parse(setting)
+        self.trained = trained
         self.vit: ViT = vit
         self.tokenizer, self.plan = build(self.backbone, self.setting)
         self.training = vit.training
@@ -50,7 +52,7 @@ class AdaptiveViT(nn.Module):
 
     def at(self, setting: str | Setting) -> AdaptiveViT:
         """The same parameters under another setting: a light view, nothing is copied or mutated."""
-        return AdaptiveViT(self.vit, setting)
+        return AdaptiveViT(self.vit, setting, self.trained)
 
     def forward(self, images: Tensor) -> Output:
         """images [B, C, h, w], normalised -> logits, tokens, trace; nothing is computed that the logits do not need."""

@@ -12,6 +12,7 @@ from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.plan import registry
 from saccade.progress import Progress
+from saccade.setting import Setting
 
 PAIRS = 40  # combinations that are raced, those priced nearest to the budget
 
@@ -45,6 +46,11 @@ def candidates(model: AdaptiveViT, ratio: float | None = None, progress: Progres
     methods = {n: menus[n] for n, entry in known.items() if entry.kind == "method" and not entry.baseline}
 
     reducing = [s for menu in methods.values() for s in menu]
+    for setting in model.trained:
+        plain = all(known[call.name].kind == "tokenizer" for call in Setting.parse(setting).calls if call.name in known)
+        own = grids if plain else reducing
+        if setting not in ("dense", *grids, *reducing):
+            own.append(setting)
     dense = price(model, "dense")
     step = (progress or Progress()).start("pricing settings", len(grids) + len(controls) + len(reducing))
     alone = [Candidate("dense", "dense", dense, False)]
