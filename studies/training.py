@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from jobs import hits, train_all
+from safetensors.torch import load_file, save_file
 
 import saccade
 from saccade.data import open_images
@@ -71,12 +72,14 @@ def main() -> None:
     train_all(runs, out, arguments.at_once)
 
     images = open_images(arguments.data, "test")
-    seen: dict[str, torch.Tensor] = {}
+    tested = out / "hits.safetensors"  # of finished runs, which do not change
+    seen: dict[str, torch.Tensor] = load_file(tested) if tested.exists() else {}
 
     def of(run: str, setting: str) -> torch.Tensor:
         key = f"{run}|{setting}"
         if key not in seen:
             seen[key] = hits(saccade.load(out / run / "model"), setting, images)
+            save_file(seen, tested)
         return seen[key]
 
     facts = {run: json.loads(next((out / run / "checkpoints").glob("last-*/state.json")).read_text()) for run in runs}

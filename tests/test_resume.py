@@ -238,6 +238,28 @@ def test_distilling_from_a_folder_starts_equal_to_it(whole, photos, tmp_path):
     assert rows[-1]["loss/label"] == 0.0 and rows[-1]["loss/teacher"] > 0 and rows[-1]["loss/features"] > 0
 
 
+def test_a_teacher_of_another_size_sees_the_same_view(photos, tmp_path):
+    """Finer patches and larger inputs than the student's; its features are wider, so a linear map is learned."""
+    teacher = {"embed_dim": 48, "depth": 2, "num_heads": 2, "img_size": 48, "patch_size": 6, "num_classes": 3}
+    saccade.create_model("vit_tiny_patch16_224", **teacher).save(str(tmp_path / "teacher"))
+    settled = config(
+        photos,
+        distill={"teacher": str(tmp_path / "teacher"), "features": 1.0, "kind": "hard"},
+        run={"steps": 4, "save_every": 2},
+    )
+    saccade.train(settled, out=tmp_path / "run")
+    tensors = state(tmp_path / "run")
+    assert tensors["project.weight"].shape == (48, 32)
+    assert json.loads((newest(tmp_path / "run" / "checkpoints", "last") / "state.json").read_text())["taught"] > 0
+    assert all(row["loss/features"] > 0 for row in read_table(tmp_path / "run" / "metrics.csv"))
+
+
+def test_tensorboard_is_optional(photos, tmp_path):
+    pytest.importorskip("tensorboard")
+    saccade.train(config(photos, run={"steps": 2, "tensorboard": True}), out=tmp_path / "run")
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
 def test_a_teacher_of_other_classes_is_refused(whole, photos, tmp_path):
     settled = config(photos, distill={"teacher": str(whole[1] / "model")}, data={"path": photos})
     folder = tmp_path / "two"

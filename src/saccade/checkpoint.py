@@ -50,8 +50,7 @@ def create_model(
     Raises:
         UserError: unknown name, unsupported model, missing or wrong weights.
     """
-    if name.split(".")[0] not in timm.list_models():
-        raise UserError(f"timm {timm.__version__} has no model {name!r}{_close(name)}")
+    check_name(name)
     try:
         vit = timm.create_model(name, pretrained=pretrained, **kwargs)
     except Exception as error:
@@ -62,6 +61,12 @@ def create_model(
     if weights is not None:
         load_weights(vit, weights)
     return model.eval()
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless timm has a model of this name."""
+    if name.split(".")[0] not in timm.list_models():
+        raise UserError(f"timm {timm.__version__} has no model {name!r}{_close(name)}")
 
 
 def load_weights(module: nn.Module, file: str | os.PathLike) -> None:
@@ -101,7 +106,9 @@ def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
 
     ``vit.*`` without its prefix opens in plain timm, strictly. ``config.json`` is timm's, with ours under one key.
     """
-    ours = {"format": FORMAT, "setting": str(model.setting), "settings": list(model.trained)}
+    ours: dict[str, Any] = {"format": FORMAT, "setting": str(model.setting)}
+    if model.trained:
+        ours["settings"] = list(model.trained)
     config = {**_timm_config(model.vit), "saccade": {**ours, **extra}}
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def open_model(
     """
     import torch
 
-    from saccade.checkpoint import CONFIG, create_model, load
+    from saccade.checkpoint import CONFIG, check_name, create_model, load
 
     if threads:
         torch.set_num_threads(threads)
@@ -56,6 +56,7 @@ def open_model(
     else:
         if weights and pretrained:
             raise UserError("give one of --weights and --pretrained")
+        check_name(name)
         if trained and not (weights or pretrained):
             raise UserError(f"{name} would have random weights: give --weights FILE or --pretrained")
         model = create_model(name, weights=weights, pretrained=pretrained)

@@ -34,6 +34,7 @@ def command(
             "1.5x",
             out=out,
             limit=1000,
+            batch=32,
             seconds=5.0,
             compiled=False,
             command="saccade demo",
