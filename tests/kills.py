@@ -1,4 +1,4 @@
-"""Kill -9 a training run at random moments, N times; prints what survived. Run by test_resume.py, in its own process.
+"""Kill -9 a training run N times at random moments; prints what survived. Run by test_resume.py, in its own process.
 
 python tests/kills.py FOLDER IMAGES N
 """
@@ -76,7 +76,7 @@ def main(folder: Path, images: str, kills: int) -> None:
     expected, _ = read_state(newest(whole / "checkpoints", "last"))
     out, done, steps = folder / "killed", 0, []
     ends = 0
-    for _ in range(kills):
+    while done < kills:
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
