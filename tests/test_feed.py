@@ -20,6 +20,7 @@ from saccade.data.cache import Decoded, estimated_bytes
 from saccade.errors import UserError
 from saccade.progress import Progress
 from saccade.training.augment import Augment, isolated
+from saccade.training.classify import Labelled
 from saccade.training.feed import Feed, Views, throughput
 
 SIZE = (24, 32)
@@ -41,7 +42,8 @@ def images(tmp_path: Path) -> ImageSet:
 def feed(images: ImageSet, batch: int = 4, seed: int = 3, workers: int = 0, **options) -> Feed:
     assert images.labels is not None
     view = options.pop("augment", SMALL).view(SIZE, "bilinear", MEAN)
-    return Feed(images, images.labels, view, batch=batch, seed=seed, workers=workers, **options)
+    examples = Labelled(images, images.labels, view, options.pop("decoded", None))
+    return Feed(examples, batch=batch, seed=seed, workers=workers, **options)
 
 
 def same(left: Sequence[Views], right: Sequence[Views]) -> bool:
@@ -97,7 +99,8 @@ def test_places_are_those_of_run(images):
 
 
 def test_labels_can_be_others_than_the_folders(images):
-    it = Feed(images, list(range(100, 112)), SMALL.view(SIZE, "bilinear", MEAN), batch=4, seed=0, workers=0)
+    examples = Labelled(images, list(range(100, 112)), SMALL.view(SIZE, "bilinear", MEAN))
+    it = Feed(examples, batch=4, seed=0, workers=0)
     views = next(it.run(0, 1))
     assert views.labels.tolist() == [100 + i for i in views.indices]
 
@@ -178,7 +181,7 @@ def test_workers_are_gone_when_the_run_is(images, how):
 
 
 def test_an_error_of_the_view_comes_through(images):
-    it = Feed(images, images.labels, Fragile(), batch=4, seed=0, workers=1)
+    it = Feed(Labelled(images, images.labels, Fragile()), batch=4, seed=0, workers=1)
     before = set(multiprocessing.active_children())
     with pytest.raises(ZeroDivisionError):
         list(it.run(0, 3))
@@ -220,7 +223,7 @@ def test_bad_options_are_named(images, options, words):
 
 def test_labels_of_another_length_are_refused(images):
     with pytest.raises(ValueError, match="2 labels"):
-        Feed(images, [0, 1], SMALL.view(SIZE, "bilinear", MEAN), batch=4, seed=0)
+        Labelled(images, [0, 1], SMALL.view(SIZE, "bilinear", MEAN))
 
 
 # --- bad images -------------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_a10_gather_and_scatter_are_exact(seed, images, patches, prefix, with_im
     on = (torch.rand(images, generator=generator) < 0.7).float() if with_images else None
     tokens = make_tokens(images, patches, prefix, seed=seed, mask=mask)
 
-    def branch(x, bias, heads):
+    def branch(x, bias, heads, rows):
         return 2 * x
 
     dense, _ = residual(tokens, branch, on=on)
@@ -165,23 +165,29 @@ def test_a10_gather_and_scatter_are_exact(seed, images, patches, prefix, with_im
     assert torch.equal(dense, sparse)
     runs = tokens.of_all(mask, 1.0) * (1 if on is None else on.unsqueeze(1))
     assert torch.equal(sparse, torch.where(runs.unsqueeze(-1) > 0, 3 * tokens.x, tokens.x))
-    assert count == (runs.sum(1).max() if runs.any() else 0) or prefix + patches == 0
+    assert torch.equal(torch.as_tensor(count).expand(images), runs.sum(1).long())
 
 
 def test_sparse_execution_computes_no_more_than_it_says(vit):
     seen = []
 
-    def branch(x, bias, heads):
+    def branch(x, bias, heads, rows):
         seen.append(tuple(x.shape))
         return torch.zeros_like(x)
 
     mask = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
     tokens = make_tokens(3, 4, 2, mask=mask)
-    for on, shape in (([1, 1, 1], (3, 6, 8)), ([1, 0, 1], (2, 4, 8)), ([0, 0, 1], (1, 3, 8))):
-        assert residual(tokens, branch, on=torch.tensor(on), sparse=True)[1] == shape[1]
+    for on, counts, shape in (
+        ([1, 1, 1], [4, 6, 3], (13, 8)),  # packed
+        ([1, 0, 1], [4, 0, 3], (7, 8)),
+        ([0, 0, 1], [0, 0, 3], (1, 3, 8)),  # a rectangle
+    ):
+        found = residual(tokens, branch, on=torch.tensor(on), sparse=True)[1]
+        assert torch.as_tensor(found).tolist() == counts
         assert seen.pop() == shape
     assert residual(tokens, branch, on=torch.zeros(3), sparse=True)[1] == 0 and not seen
-    assert residual(replace(tokens, mask=None), branch, on=torch.tensor([0, 1, 0]), sparse=True)[1] == 6
+    found = residual(replace(tokens, mask=None), branch, on=torch.tensor([0, 1, 0]), sparse=True)[1]
+    assert torch.as_tensor(found).tolist() == [0, 6, 0]
     assert seen.pop() == (1, 6, 8)
 
 

@@ -7,18 +7,25 @@ checked in ``test_embed.py``.
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import time
+import tracemalloc
 
 import pytest
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from oracles import make_images, make_vit, relative
+from oracles import counted_macs, make_images, make_vit, relative
+from saccade.backbone import set_resize
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
+from saccade.tokenizers.embed import METHODS, PRESETS, ResizeSpec, resize_kernel
+from saccade.tokenizers.kept import _KEPT, MOST
 
 PATCHES = (8, 10, 12, 15, 16, 20, 24, 30, 40, 48, 60)
 
@@ -113,14 +120,55 @@ def test_10_every_patch_size_and_then_the_first_again(vit, images):
 
 
 @torch.no_grad()
-def test_12_cache_is_bounded_and_serves_what_it_would_make(vit, images):
-    model = AdaptiveViT(vit, "grid(16)")
-    for side in range(64, 64 + 8 * 40, 8):
+def test_12_what_is_kept_is_bounded_and_serves_what_would_be_made(images):
+    vit = make_vit("flexivit", img_size=240, depth=2)
+    model = AdaptiveViT(vit, "grid(12)")
+    for side in range(60, 60 + 12 * 40, 12):
         resized = F.interpolate(images, (side, 96))
         first = model(resized).logits
         assert torch.equal(model(resized).logits, first)
-        assert torch.equal(AdaptiveViT(vit, "grid(16)")(resized).logits, first)
-    assert len(model.tokenizer._ready) <= 16
+        assert torch.equal(AdaptiveViT(copy.deepcopy(vit), "grid(12)")(resized).logits, first)
+    assert len(_KEPT[vit]) == MOST
+
+
+@torch.no_grad()
+def test_12_views_share_what_is_kept_and_a_vit_that_is_gone_takes_it_along(monkeypatch):
+    made = []
+
+    def spied(*arguments):
+        made.append(arguments)
+        return resize_kernel(*arguments)
+
+    monkeypatch.setattr("saccade.tokenizers.grid.resize_kernel", spied)
+    gc.collect()
+    before, vit = len(_KEPT), make_vit(img_size=96)
+    images = make_images(vit)
+    for _ in range(3):
+        for setting in ("grid(24)", "grid(24, fit='pad') | tome(r=1)", "grid(12)", "grid(24, stride=12)"):
+            AdaptiveViT(vit).at(setting)(images)
+    assert len(made) == 2, "24 and 12"
+    AdaptiveViT(vit, "grid(24, how='vanilla')")(images), AdaptiveViT(vit, "grid(24, resize='timm')")(images)
+    assert len(made) == 4 and len(_KEPT) == before + 1
+    del vit
+    gc.collect()
+    assert len(_KEPT) == before
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("optimiser", [torch.optim.AdamW, torch.optim.SGD])
+def test_12_a_step_of_training_is_seen(optimiser, fused):
+    """Fused optimisers write without a new version of the tensor."""
+    vit = make_vit(img_size=96)
+    images, model = make_images(vit), AdaptiveViT(vit, "grid(24)")
+    step = optimiser(vit.parameters(), lr=0.1, fused=fused)
+    for _ in range(2):
+        with torch.no_grad():
+            before = model(images).logits
+        AdaptiveViT(vit, "grid(12)")(images).logits.square().sum().backward()
+        step.step()
+        with torch.no_grad():
+            assert torch.equal(model(images).logits, AdaptiveViT(copy.deepcopy(vit), "grid(24)")(images).logits)
+            assert not torch.equal(model(images).logits, before)
 
 
 @torch.no_grad()
@@ -131,7 +179,7 @@ def test_12_new_weights_are_seen():
     model = AdaptiveViT(vit, "grid(24)")
 
     def fresh() -> torch.Tensor:
-        return AdaptiveViT(vit, "grid(24)")(images).logits
+        return AdaptiveViT(copy.deepcopy(vit), "grid(24)")(images).logits
 
     model(images)
     kernel, table = vit.patch_embed.proj.weight, vit.pos_embed
@@ -180,7 +228,7 @@ def test_12_deepcopy_and_pickle(vit, images):
     model = AdaptiveViT(vit, "grid(20)")
     expected = model(images).logits
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not twin.tokenizer._ready, "what can be made again is not carried along"
+        assert twin.vit not in _KEPT, "what can be made again is not carried along"
         assert torch.equal(twin(images).logits, expected)
         twin.vit.patch_embed.proj.weight.mul_(2)
         assert not torch.equal(twin(images).logits, expected)
@@ -243,7 +291,211 @@ def test_16_threads_and_more_sizes_than_the_cache_holds(vit):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(model.tokenizer._ready) <= 16 + 16
+    assert len(_KEPT[vit]) <= MOST + 16
+
+
+def test_16_ten_sizes_of_one_model_in_sixteen_threads(vit):
+    """Every thread takes another size each time, from a view of its own: bit for bit what one thread gives."""
+    model, images = AdaptiveViT(vit), make_images(vit, 1)
+    settings = [f"grid({patch})" for patch in PATCHES[:10]]
+    with torch.no_grad():
+        expected = [AdaptiveViT(copy.deepcopy(vit), setting)(images).logits for setting in settings]
+    wrong: list = []
+
+    def work(start: int) -> None:
+        with torch.no_grad():
+            for step in range(10):
+                i = (start * 3 + step * 7) % 10
+                try:
+                    if not torch.equal(model.at(settings[i])(images).logits, expected[i]):
+                        wrong.append(i)
+                except Exception as error:
+                    wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Operators(TorchDispatchMode):
+    """What torch is asked to run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_switching_the_patch_size_costs_next_to_nothing():
+    """After first use a switch makes a view: kilobytes of Python, no tensor, under a millisecond of processor time."""
+    vit = make_vit("flexivit", img_size=240, depth=1, embed_dim=384, num_heads=6, patch_size=32)
+    model = AdaptiveViT(vit)
+
+    def weights(patch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        view = model.at(f"grid({patch})")
+        return view.tokenizer.weights(vit, (240 // patch, 240 // patch))
+
+    with Operators() as made:
+        first = {patch: weights(patch) for patch in PATCHES[:10]}
+    assert made.seen
+    gc.collect()
+    tracemalloc.start()
+    for patch in PATCHES[:10]:
+        tracemalloc.reset_peak()
+        held = tracemalloc.get_traced_memory()[0]
+        with Operators() as run:
+            again = weights(patch)
+        assert not run.seen
+        assert tracemalloc.get_traced_memory()[1] - held < 2**20
+        assert all(a is b for a, b in zip(first[patch], again, strict=True))
+    tracemalloc.stop()
+    times = []
+    for patch in PATCHES[:10] * 5:
+        start = time.thread_time()
+        weights(patch)
+        times.append(time.thread_time() - start)
+    assert sorted(times)[25] < 1e-3
+
+
+# --- overlapping patches --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "deit3", "dinov2-registers", "distilled", "siglip", "no-positions"])
+@pytest.mark.parametrize(("patch", "stride", "size"), [(16, 8, (64, 96)), (12, (4, 6), (60, 72)), (20, 10, (50, 70))])
+def test_flexible_stride_is_a_convolution_with_another_stride(family, patch, stride, size):
+    """By hand: unfold the image, multiply by the kernel, add positions resized to the grid of the places."""
+    vit = make_vit(family)
+    images = make_images(vit, 2, size)
+    model = AdaptiveViT(vit, f"grid({patch}, stride={stride}, resize='timm')")
+    tokens, trace = model.encode(images)
+    sh, sw = (stride, stride) if isinstance(stride, int) else stride
+    grid = (size[0] - patch) // sh + 1, (size[1] - patch) // sw + 1
+    assert tokens.grid == trace.grid == grid and torch.equal(tokens.owner[1], torch.arange(grid[0] * grid[1]))
+    kernel, bias = resample_patch_embed(vit.patch_embed.proj.weight, [patch, patch]), vit.patch_embed.proj.bias
+    seen = F.unfold(images, patch, stride=(sh, sw)).transpose(1, 2)
+    x = seen @ kernel.flatten(1).T + (0 if bias is None else bias)
+    prefix, table = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")], vit.pos_embed
+    prefix = [token.expand(2, -1, -1) for token in prefix if token is not None]
+    if table is not None:
+        inside = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        table = resample_abs_pos_embed(table, list(grid), old_size=[4, 4], num_prefix_tokens=inside)
+        x = torch.cat([*prefix, x], 1) + table if inside else torch.cat([*prefix, x + table], 1)
+    else:
+        x = torch.cat([*prefix, x], 1)
+    assert relative(tokens.x, vit.blocks(vit.norm_pre(x))) <= 1e-4
+    dense = model.dense(images)
+    assert dense.shape == (2, 96, *grid)
+    assert relative(dense.flatten(2).mT, vit.norm(tokens.patches)) <= 1e-5
+    assert float(trace.macs().sum()) - 2 * trace.head == pytest.approx(
+        counted_macs(lambda: model.encode(images)), rel=1e-3
+    )
+
+
+@torch.no_grad()
+def test_a_stride_of_the_patch_size_is_no_stride():
+    vit = make_vit()
+    images = make_images(vit, 2, (70, 45))
+    for fit in ("resize", "pad", "crop"):
+        plain = AdaptiveViT(vit, f"grid(12, fit='{fit}')")(images)
+        found = AdaptiveViT(vit, f"grid(12, fit='{fit}', stride=12)")(images)
+        assert torch.equal(found.logits, plain.logits) and torch.equal(found.trace.macs(), plain.trace.macs())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("fit", "pixels"),
+    [("resize", (68, 56)), ("pad", (68, 68)), ("crop", (56, 56)), ("error", None)],
+)
+def test_overlapping_patches_that_do_not_end_at_the_border(fit, pixels):
+    """Patches of 32 every 12: 32, 44, 56, 68 … pixels are covered without a rest."""
+    vit = make_vit()
+    images = make_images(vit, 1, (64, 60))
+    model = AdaptiveViT(vit, f"grid(32, stride=12, fit='{fit}')")
+    if pixels is None:
+        with pytest.raises(UserError, match="32x32 do not divide 64x60"):
+            model(images)
+        return
+    tokens, _ = model.encode(images)
+    assert tokens.grid == ((pixels[0] - 20) // 12, (pixels[1] - 20) // 12)
+    assert tokens.x.isfinite().all()
+    small, _ = model.encode(make_images(vit, 1, (5, 40)))
+    assert small.grid[0] == 1
+
+
+def test_overlapping_patches_export_and_learn():
+    vit = make_vit()
+    images = make_images(vit)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AdaptiveViT(vit, "grid(16, stride=8)")
+
+        def forward(self, x):
+            return self.model(x).logits
+
+    model = Logits().eval()
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("b")},))
+    with torch.no_grad():
+        assert relative(program.module()(images[:1]), model(images[:1])) <= 1e-5
+    model(images).sum().backward()
+    assert vit.patch_embed.proj.weight.grad.abs().sum() > 0 and vit.pos_embed.grad.abs().sum() > 0
+
+
+# --- how, and with which spec -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", METHODS)
+def test_a_setting_chooses_how_the_kernel_is_resized(vit, images, how):
+    model = AdaptiveViT(vit, f"grid(10, how='{how}', rho=0.8)")
+    kernel, _ = model.tokenizer.weights(vit, (24, 24))
+    expected = resize_kernel(vit.patch_embed.proj.weight, (10, 10), PRESETS["default"], how, 0.8)
+    assert torch.equal(kernel, expected)
+    assert torch.equal(model(images).logits, AdaptiveViT(vit, "grid(10)")(images).logits) == (how == "pi")
+
+
+def test_weights_that_were_trained_with_a_spec_are_resized_by_it():
+    vit = make_vit()
+    images = make_images(vit)
+    with torch.no_grad():
+        free, google = (AdaptiveViT(vit, setting)(images).logits for setting in ("grid(8)", "grid(8, resize='google')"))
+        assert not torch.equal(free, google)
+        set_resize(vit, PRESETS["google"])
+        model = AdaptiveViT(vit)
+        assert model.backbone.resize == PRESETS["google"]
+        for setting in ("grid(8)", "grid(8, resize='google')", "grid(8, resize=None)"):
+            assert torch.equal(model.at(setting)(images).logits, google)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin.at("grid(8)")(images).logits, google)
+    with pytest.raises(UserError, match=r"grid: resize='timm' is not how these weights were trained \(google\)"):
+        model.at("grid(8, resize='timm')")
+    set_resize(vit, ResizeSpec(pos_antialias=False))
+    with pytest.raises(UserError, match=r"kernel bilinear antialiased, positions bilinear not antialiased"):
+        AdaptiveViT(vit, "grid(8, resize='default')")
+    set_resize(vit, None)
+    with torch.no_grad():
+        assert torch.equal(AdaptiveViT(vit, "grid(8)")(images).logits, free)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "patch"), [(60, 16), ((50, 70), 16), (63, (9, 20))])
+def test_a_vit_whose_patches_do_not_divide_its_own_input_is_timm_exactly(size, patch):
+    """timm leaves the rest out, so the unreduced model does too; SigLIP's 384 pixels by patches of 14 are like this."""
+    vit = make_vit(img_size=size, patch_size=patch)
+    images = make_images(vit)
+    for setting in ("", "grid()", f"grid({patch})"):
+        model = AdaptiveViT(vit, setting)
+        assert torch.equal(model.head(model.encode(images)[0]), vit(images))
+    assert not torch.equal(AdaptiveViT(vit, "grid(fit='resize')")(images).logits, model(images).logits)
 
 
 # --- sizes that do not fit ------------------------------------------------------------------------------------------
@@ -353,6 +605,12 @@ def test_positions_of_another_grid_with_as_many_cells_are_resized():
         ("grid(16, (64,))", r"size=\(64,\)"),
         ("grid(resize='cubic')", r"resize='cubic' is not one of default, google, timm"),
         ("grid(fit='stretch')", r"fit='stretch' is not one of resize, pad, crop, error"),
+        ("grid(how='best')", r"how='best' is not one of pi, vanilla, area, norm, token_norm, sigma"),
+        ("grid(rho=1)", r"rho=1 .*\[0, 0.999\]"),
+        ("grid(stride=17)", r"stride=17 is larger than the patch of 16x16"),
+        ("grid(8, stride=(8, 9))", r"stride=\(8, 9\) is larger than the patch of 8x8"),
+        ("grid(stride=0)", r"stride=0 .*\[1, 256\]"),
+        ("grid(stride=4.0)", r"wrong type"),
     ],
 )
 def test_knobs_out_of_range(setting, says):

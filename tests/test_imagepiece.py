@@ -19,13 +19,13 @@ from oracles import (
     retokenize_by_hand,
 )
 from saccade.errors import UserError
-from saccade.methods.imagepiece import Retokenize
+from saccade.methods.imagepiece import Reading, Retokenize
 from saccade.model import AdaptiveViT
 from saccade.reduction import Reduction, reduce
 
 
 def retokenizer(p=0.3, merge=0.08, metric="key", weighted=True) -> Retokenize:
-    return Retokenize(p, merge, metric, weighted, "cls_attn", 16)
+    return Retokenize(p, merge, Reading(metric, weighted), 16, 196)
 
 
 def judged_tokens(patches: int, seed: int = 0, images: int = 3):

@@ -15,7 +15,7 @@ from oracles import make_vit
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.plan import list_methods, registry
-from saccade.setting import LONGEST, Call, Setting
+from saccade.setting import LONGEST, MOST, MOST_SETTINGS, Call, Setting, expand
 
 names = st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=8).filter(
     lambda name: name.isidentifier() and not keyword.iskeyword(name) and name != "dense"
@@ -215,6 +215,108 @@ def test_mistakes_that_only_show_when_built(text, says):
         AdaptiveViT(make_vit(), text)
 
 
+# --- ranges ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "listed"),
+    [
+        ("tome(r=2..5)", ["tome(r=2)", "tome(r=3)", "tome(r=4)", "tome(r=5)"]),
+        ("tome(r=2..8..2)", ["tome(r=2)", "tome(r=4)", "tome(r=6)", "tome(r=8)"]),
+        ("tome(r=2..7..2)", ["tome(r=2)", "tome(r=4)", "tome(r=6)"]),
+        ("tome(3..1)", ["tome(3)", "tome(2)", "tome(1)"]),
+        ("tome(3..3)", ["tome(3)"]),
+        ("tome(inflection=-1..1)", ["tome(inflection=-1)", "tome(inflection=0)", "tome(inflection=1)"]),
+        ("evit(0.3..0.9..0.1)", [f"evit({k / 10})" for k in range(3, 10)]),
+        ("evit(0.9..0.85..0.05)", ["evit(0.9)", "evit(0.85)"]),
+        ("evit(1..2..0.5)", ["evit(1.0)", "evit(1.5)", "evit(2.0)"]),
+        ("evit(at=[1..2, 3])", ["evit(at=(1, 3))", "evit(at=(2, 3))"]),
+        ("a(1..2, b=3..4)", ["a(1, b=3)", "a(1, b=4)", "a(2, b=3)", "a(2, b=4)"]),
+        ("a(1..2)|b | c(x=5..6)", [f"a({i}) | b() | c(x={k})" for i in (1, 2) for k in (5, 6)]),
+        ("a('1..9', 1..2)", ["a('1..9', 1)", "a('1..9', 2)"]),
+        ("a('x | 1..2') | b(1..2)", ["a('x | 1..2') | b(1)", "a('x | 1..2') | b(2)"]),
+        ("evit( .5 )", ["evit( .5 )"]),  # nothing to expand: as it was written
+        ("dense", ["dense"]),
+        ("", [""]),
+        ("tome(r=", ["tome(r="]),
+    ],
+)
+def test_ranges_are_listed_in_order(text, listed):
+    assert expand(text) == listed
+
+
+@given(st.integers(-40, 40), st.integers(-40, 40), st.integers(1, 9))
+def test_a_range_of_whole_numbers_is_pythons_with_its_end(first, last, step):
+    found = [Setting.parse(s).calls[0].args[0] for s in expand(f"a({first}..{last}..{step})")]
+    away = 1 if last >= first else -1
+    assert found == list(range(first, last + away, away * step))
+
+
+@given(st.integers(0, 99), st.integers(0, 99), st.integers(1, 99))
+def test_a_range_of_decimals_has_no_rounding(first, last, step):
+    found = [
+        Setting.parse(s).calls[0].args[0] for s in expand(f"a({first / 100:.2f}..{last / 100:.2f}..{step / 100:.2f})")
+    ]
+    away = 1 if last >= first else -1
+    assert found == [float(f"{k / 100:.2f}") for k in range(first, last + away, away * step)]
+
+
+@given(settings)
+def test_a_setting_without_ranges_stands_for_itself(setting):
+    assert expand(str(setting)) == [str(setting)]
+
+
+def test_only_what_is_sensible_is_listed_and_only_ranges_are_asked_about():
+    asked = []
+
+    def sensible(call: Call) -> bool:
+        asked.append(call)
+        return call.args[0] % 2 == 0
+
+    assert expand("b(3) | a(1..6) | c(5)", sensible) == [f"b(3) | a({k}) | c(5)" for k in (2, 4, 6)]
+    assert {call.name for call in asked} == {"a"} and len(asked) == 6
+    with pytest.raises(UserError, match=r"no value in the range of 'a\(3\.\.3\)' makes sense here; name one: a\(3\)"):
+        expand("a(3..3)", sensible)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("evit(0.3..0.9)", r"'0.3..0.9' needs a step: write it like 0.3..0.9..0.1"),
+        ("a(1..9..0)", "step of 0"),
+        ("a(1..9..-2)", "the ends tell the direction"),
+        (f"a(0..{MOST})", f"{MOST + 1} values, over the limit of {MOST}"),
+        ("a(1..99999999999999999999999)", "over the limit"),
+        ("a(1..100, 1..100)", f"hold 10000 values, over the limit of {MOST}"),
+        (f"a(1..20) | b(1..{MOST_SETTINGS // 20 + 1})", f"settings, over the limit of {MOST_SETTINGS}"),
+        ("a(1..3", "cannot read the setting"),
+        ("a(boom(1..3))", "must be plain numbers"),
+        ("a(1...3)", "cannot read|plain numbers|write it like"),
+        ("a(1..2..3..4)", "cannot read"),
+        ("x" * LONGEST + "(1..3)", f"over the limit of {LONGEST}"),
+    ],
+)  # fmt: skip
+def test_ranges_that_make_no_sense_are_refused(text, says):
+    with pytest.raises(UserError, match=says) as refused:
+        Setting.parse(expand(text)[0])
+    assert "\n" not in str(refused.value)
+
+
+@given(st.text("ab()|=,.'\"[]0-9 ", max_size=40))
+def test_any_text_is_expanded_or_refused(text):
+    try:
+        found = expand(text)
+    except UserError as error:
+        assert str(error)
+    else:
+        assert found == [text] or all(str(Setting.parse(s)) == s for s in found)
+
+
+def test_where_one_setting_is_needed_a_range_is_named():
+    with pytest.raises(UserError, match="a range stands for several settings and one is needed here"):
+        AdaptiveViT(make_vit(), "tome(r=1..3)")
+
+
 # --- the registry ---------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +341,16 @@ class TestEntry:
         for text in registry()[name].menu(model.backbone):
             setting = model.at(text).setting
             assert str(setting) == text and setting.calls[0].name == name
+
+    def test_says_of_every_step_of_a_range_whether_to_stop(self, name):
+        entry, backbone = registry()[name], AdaptiveViT(make_vit()).backbone
+        for value in (1, 16, 0.5, "a", None, (1, 2), ()):
+            for knob in entry.knobs:
+                try:
+                    assert entry.stops(backbone, (), {knob: value}) in (True, False)
+                except UserError as error:
+                    assert name in str(error)
+        assert entry.stops(backbone, (), {"zzz": 1})  # for building to refuse
 
     def test_refuses_unknown_knobs_and_too_many(self, name):
         with pytest.raises(UserError, match=f"^{name} has no knob 'zzz'"):

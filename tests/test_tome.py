@@ -72,7 +72,6 @@ def test_check_03_prefix_is_never_merged(prefix, r):
         tokens = reduced
 
 
-@pytest.mark.xfail(strict=True, reason="tome does not look at Tokens.valid")
 def test_padding_is_not_merged_with_tokens():
     """In a ragged batch no token may vanish into padding, and no padding may count in a token."""
     torch.manual_seed(0)

@@ -12,6 +12,8 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.ragged import Rows
+
 
 @dataclass(frozen=True)
 class Attended:
@@ -32,6 +34,8 @@ def attend(
     queries: int | None = None,
     heads: Tensor | None = None,
     read: frozenset[str] = frozenset(),
+    alive: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> Attended:
     """timm's attention on x [B, K, D], with an additive key bias, fewer queries, and what reducers want to read.
 
@@ -40,7 +44,11 @@ def attend(
         queries: only the first so many tokens ask (the last block needs no more than the prefix); None: all.
         heads: [B, H] 0/1, heads that take part (AdaViT's full deactivation); None: all.
         read: which readings to return; ``cls_attn`` is one row, O(H·K·D), and ``received`` needs all scores.
+        alive: [B, K] 0/1, straight-through: keys that count. Gives what a bias of -inf gives, and a gradient.
+        rows: x is packed [T, D] and holds these rows; bias, readings and output are packed alike.
     """
+    if rows is not None:
+        return _packed(attn, x, rows, bias, heads, read)
     B, K, _ = x.shape
     H, d = attn.num_heads, attn.head_dim
     gated: nn.Module | None = getattr(attn, "gate", None)  # newer than the oldest timm supported
@@ -57,7 +65,7 @@ def attend(
 
     mask = None if bias is None else bias.to(q.dtype)[:, None, None, :]
     drop = attn.attn_drop.p if attn.training else 0.0
-    fused = attn.fused_attn and "received" not in read and kernel_for(q, K) == "fused"
+    fused = attn.fused_attn and "received" not in read and alive is None and kernel_for(q, K) == "fused"
     cls_attn = received = None
     if fused:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
@@ -65,7 +73,10 @@ def attend(
             cls_attn = class_attention(q[:, :, 0] * attn.scale, k, bias)
     else:
         scores = (q * attn.scale) @ k.transpose(-2, -1)
-        shares = (scores if mask is None else scores + mask).softmax(dim=-1)  # [B, H, Q, K]
+        if alive is not None:
+            shares = masked_softmax(scores, alive[:, None, None, :])
+        else:
+            shares = (scores if mask is None else scores + mask).softmax(dim=-1)  # [B, H, Q, K]
         y = attn.attn_drop(shares) @ v
         if "cls_attn" in read:
             cls_attn = shares[:, :, 0].float().mean(1)
@@ -77,6 +88,80 @@ def attend(
     y = attn.proj_drop(attn.proj(y if gate is None else y * gate))
     kernel = ("fused" if fused else "unfused") + ("" if bias is None else "+bias")
     return Attended(y, kernel, k.mean(1) if "key" in read else None, cls_attn, received)
+
+
+def _packed(
+    attn: Attention, x: Tensor, rows: Rows, bias: Tensor | None, heads: Tensor | None, read: frozenset[str]
+) -> Attended:
+    """``attend`` on packed rows x [T, D]: projections at once, attention image by image, or by CUDA's own kernel."""
+    H, d = attn.num_heads, attn.head_dim
+    gated: nn.Module | None = getattr(attn, "gate", None)
+    q, k, v = attn.qkv(x).reshape(-1, 3, H, d).unbind(1)  # [T, H, d]
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    readings: dict[str, Tensor] = {}
+    if x.device.type == "cuda" and bias is None and read <= {"key"} and q.dtype != torch.float32:
+        y, kernel = _varlen(q, k, v, rows), "varlen"
+    else:
+        y, readings, kernel = _image_by_image(attn, q, k, v, rows, bias, read)
+    if heads is not None:
+        each = heads.repeat_interleave(rows.counts(), dim=0, output_size=len(x))
+        y = y * each.unsqueeze(-1).to(y.dtype)
+    y = attn.norm(y.flatten(1))
+    y = attn.proj_drop(attn.proj(y if gated is None else y * gated(x).sigmoid()))
+    return Attended(y, kernel + ("" if bias is None else "+bias"), k.mean(1) if "key" in read else None, **readings)
+
+
+def _image_by_image(
+    attn: Attention, q: Tensor, k: Tensor, v: Tensor, rows: Rows, bias: Tensor | None, read: frozenset[str]
+) -> tuple[Tensor, dict[str, Tensor], str]:
+    """A loop over images, where a measured table says that it is faster than padding (``benchmarks/ragged.py``)."""
+    outputs: list[Tensor] = []
+    readings: dict[str, list[Tensor]] = {name: [] for name in ("cls_attn", "received") if name in read}
+    longest = max(rows.lengths)
+    fused = attn.fused_attn and "received" not in read and kernel_for(q[None].transpose(1, 2), longest) == "fused"
+    biases = [None] * len(rows.lengths) if bias is None else bias.split(rows.lengths)
+    parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(rows.lengths, dim=2) for x in (q, k, v)), biases, strict=True)
+    for qi, ki, vi, b in parts:  # [1, H, n, d]
+        if fused:
+            mask = None if b is None else b.to(qi.dtype)[None, None, None]
+            yi = F.scaled_dot_product_attention(qi, ki, vi, attn_mask=mask)
+            if "cls_attn" in readings:
+                one = None if b is None else b.unsqueeze(0)
+                readings["cls_attn"].append(class_attention(qi[:, :, 0] * attn.scale, ki, one)[0])
+        else:
+            scores = (qi * attn.scale) @ ki.transpose(-2, -1)
+            shares = (scores if b is None else scores + b.to(scores.dtype)).softmax(dim=-1)
+            yi = shares @ vi
+            if "cls_attn" in readings:
+                readings["cls_attn"].append(shares[0, :, 0].float().mean(0))
+            if "received" in readings:
+                readings["received"].append(shares[0].float().mean((0, 1)))
+        outputs.append(yi[0].transpose(0, 1))
+    found = {name: torch.cat(values) for name, values in readings.items()}
+    return torch.cat(outputs), found, "fused" if fused else "unfused"
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    """torch's kernel for ragged batches (CUDA, half precision): q, k, v [T, H, d] -> [T, H, d]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = F.pad(rows.counts().cumsum(0), (1, 0)).to(torch.int32)
+    longest = max(rows.lengths)
+    y = varlen_attn(q, k, v, ends, ends, longest, longest)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def masked_softmax(scores: Tensor, alive: Tensor) -> Tensor:
+    """Softmax over the keys that are alive, exactly, with a gradient for those that are not.
+
+    scores [..., K]; alive 0/1, broadcastable. A dead key's weight is what it would get, capped by that of the best live
+    one, times its zero. ε-smoothed forms leak at large scores (DynamicViT's does, arXiv 2106.02034).
+    """
+    best = scores.masked_fill(alive == 0, -torch.inf).amax(dim=-1, keepdim=True).detach()
+    best = best.masked_fill(best == -torch.inf, 0.0)  # nobody is alive
+    weights = (scores - best).clamp(max=0.0).exp() * alive.to(scores.dtype)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def class_attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,8 +6,10 @@ from timm.layers import Attention, PatchEmbed
 from timm.models import deit, vision_transformer
 from torch import nn
 
+from saccade.encoder import block_cost
 from saccade.errors import UserError
 from saccade.plan import Backbone, ViT
+from saccade.tokenizers.embed import ResizeSpec
 
 POOLS = ("token", "avg", "map")
 
@@ -42,7 +44,24 @@ def backbone_of(vit: ViT) -> Backbone:
         input_size=tuple(vit.patch_embed.img_size),
         channels=vit.patch_embed.proj.in_channels,
         pool=vit.global_pool,
+        cost=block_cost(vit.blocks[0]),
+        head=(head_macs(vit, 0), head_macs(vit, 1) - head_macs(vit, 0)),
+        resize=resize_of(vit),
+        num_classes=vit.num_classes,
     )
+
+
+def resize_of(vit: ViT) -> ResizeSpec | None:
+    """How kernel and positions of a ViT were resized in training; None: nobody said."""
+    spec = (getattr(vit, "pretrained_cfg", None) or {}).get("resize")
+    return None if spec is None else ResizeSpec.from_dict(spec)
+
+
+def set_resize(vit: ViT, spec: ResizeSpec | None) -> None:
+    """Note how they are resized, beside what else has to be known to use the weights (mean, std, …): it stays with them
+    through copies and training."""
+    facts = {k: v for k, v in vit.pretrained_cfg.items() if k != "resize"}
+    vit.pretrained_cfg = facts if spec is None else {**facts, "resize": spec.to_dict()}
 
 
 def head_macs(vit: ViT, tokens: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,12 +17,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from saccade.backbone import resize_of, set_resize
 from saccade.errors import UserError, nearest
 from saccade.model import AdaptiveViT
 from saccade.plan import ViT
+from saccade.tokenizers.embed import ResizeSpec
 
 FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+LEARNED = "learned."  # before the names of what methods learn
 # A folder from elsewhere may say what the model is, never what else to open or to download.
 ARGS = {
     "num_classes",
@@ -32,6 +37,13 @@ ARGS = {
     "depth",
     "num_heads",
     "reg_tokens",
+}
+# What a folder may hold beside a classifier: a subclass of AdaptiveViT for each task.
+MODELS = {
+    "classify": "saccade.model:AdaptiveViT",
+    "segment": "saccade.tasks.segment:Segmenter",
+    "detect": "saccade.tasks.detector:Detector",
+    "textimage": "saccade.tasks.space:TextImage",
 }
 
 
@@ -71,16 +83,24 @@ def check_name(name: str) -> None:
 
 def load_weights(module: nn.Module, file: str | os.PathLike) -> None:
     """Load a safetensors file strictly, in the module's own dtype. Raises UserError that lists what does not fit."""
-    state = read_weights(file)
-    own = module.state_dict()
+    fill(module, read_weights(file), str(file))
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], file: str) -> None:
+    """Load tensors that came from ``file``, in the same way."""
+    check(module.state_dict(), state, type(module).__name__, file)
+    module.load_state_dict(state, strict=True)
+
+
+def check(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str, file: str) -> None:
+    """Raises UserError unless names and shapes are the same; it lists what is missing, unexpected, of another shape."""
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
     if missing or unknown or shapes:
         wrong = [f"{tuple(state[k].shape)} for {k} {tuple(own[k].shape)}" for k in sorted(shapes)]
         listed = {"missing": missing, "unexpected": unknown, "of another shape": wrong}
         text = "; ".join(f"{len(v)} {k} ({_some(v)})" for k, v in listed.items() if v)
-        raise UserError(f"{file} does not fit {type(module).__name__}: {text}; the keys must be the model's own")
-    module.load_state_dict(state, strict=True)
+        raise UserError(f"{file} does not fit {what}: {text}; the keys must be the model's own")
 
 
 def read_weights(file: str | os.PathLike) -> dict[str, Tensor]:
@@ -106,13 +126,13 @@ def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
 
     ``vit.*`` without its prefix opens in plain timm, strictly. ``config.json`` is timm's, with ours under one key.
     """
-    ours: dict[str, Any] = {"format": FORMAT, "setting": str(model.setting)}
+    ours: dict[str, Any] = {"format": FORMAT, "setting": str(model.setting), **model.describe()}
     if model.trained:
         ours["settings"] = list(model.trained)
-    config = {**_timm_config(model.vit), "saccade": {**ours, **extra}}
+    config = {**_timm_config(model.vit), "saccade": {**ours, **_flexible(model.vit), **extra}}
     target = Path(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in _state(model).items()}
     fresh = target.parent / f".{target.name}.{uuid4().hex}"
     fresh.mkdir()  # not mkdtemp, whose folders nobody else may read
     try:
@@ -129,7 +149,10 @@ def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
 
 
 def load(folder: str | os.PathLike, setting: str | None = None) -> AdaptiveViT:
-    """Open a folder written by ``save``, under its own setting or another. Raises UserError for anything amiss."""
+    """Open a folder written by ``save``, under its own setting or another. Raises UserError for anything amiss.
+
+    A folder that a task other than classification was trained in gives that task's model, such as a ``Segmenter``.
+    """
     path = Path(folder)
     if not (path / CONFIG).is_file():
         raise UserError(f"{str(path)!r} is not a model folder: it has no {CONFIG}")
@@ -145,11 +168,37 @@ def load(folder: str | os.PathLike, setting: str | None = None) -> AdaptiveViT:
         raise UserError(f"{str(path)!r} has format {ours.get('format')!r}; this version reads format {FORMAT}")
     if not isinstance(ours.get("setting"), str):
         raise UserError(f"{str(path / CONFIG)!r} names no setting")
-    model = create_model(name, ours["setting"], **args)
-    model.vit.pretrained_cfg = {**model.vit.pretrained_cfg, **preprocessing}
-    load_weights(model, path / WEIGHTS)
+    task = ours.get("task", "classify")
+    if not isinstance(task, str) or task not in MODELS:
+        raise UserError(f"{str(path)!r} is for task {task!r}; this version knows {', '.join(MODELS)}")
+    module, _, kind = MODELS[task].partition(":")
+    vit = create_model(name, **args).vit
+    preprocessing.pop("resize", None)  # its place is among ours
+    vit.pretrained_cfg = {**vit.pretrained_cfg, **preprocessing}
+    _make_flexible(vit, ours, path)
+    model = getattr(import_module(module), kind).rebuild(AdaptiveViT(vit, ours["setting"]), ours).eval()
+    _fill_all(model, path / WEIGHTS)
     model.trained = tuple(s for s in ours.get("settings", ()) if isinstance(s, str))
     return model if setting is None else model.at(setting)
+
+
+def _state(model: AdaptiveViT) -> dict[str, Tensor]:
+    """All weights by their names in a folder: what methods learn is there once, whichever settings name them."""
+    views = ("tokenizer.", "plan.")
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(views)}
+    return state | {LEARNED + k: v for k, v in model.learned.items()}
+
+
+def _fill_all(model: AdaptiveViT, file: Path) -> None:
+    """The inverse of ``_state``. What methods have learned that this setting does not name is kept for others."""
+    state = read_weights(file)
+    others = {k: v for k, v in state.items() if k.startswith(LEARNED) and k[len(LEARNED) :] not in model.learned}
+    parts: dict[str, Tensor] = _state(model)
+    check(parts, {k: v for k, v in state.items() if k not in others}, type(model).__name__, str(file))
+    with torch.no_grad():
+        for name, own in parts.items():
+            own.copy_(state[name])
+    model.learned.update({k.removeprefix(LEARNED): v for k, v in others.items()})
 
 
 def _timm_config(vit: ViT) -> dict[str, Any]:
@@ -161,7 +210,7 @@ def _timm_config(vit: ViT) -> dict[str, Any]:
     embed, attn = vit.patch_embed, vit.blocks[0].attn
     args = {
         "num_classes": vit.num_classes,
-        "img_size": list(embed.img_size),
+        "img_size": list(_table_size(vit)),
         "patch_size": list(embed.patch_size),
         "in_chans": embed.proj.in_channels,
         "global_pool": vit.global_pool,
@@ -181,6 +230,33 @@ def _timm_config(vit: ViT) -> dict[str, Any]:
         "model_args": args,
         "pretrained_cfg": {k: cfg[k] for k in kept if k in cfg},
     }
+
+
+def _table_size(vit: ViT) -> tuple[int, ...]:
+    """Input pixels from which timm derives the grid of the position table; a flexible table has a grid of its own."""
+    embed = vit.patch_embed
+    sides = zip(embed.img_size, embed.patch_size, embed.grid_size, strict=True)
+    return tuple(size if size // patch == cells else patch * cells for size, patch, cells in sides)
+
+
+def _flexible(vit: ViT) -> dict[str, Any]:
+    """How kernel and positions were resized in training, and the input size where the table does not tell it."""
+    spec, size = resize_of(vit), vit.patch_embed.img_size
+    facts = {} if spec is None else {"resize": spec.to_dict()}
+    return facts if _table_size(vit) == tuple(size) else {**facts, "input_size": list(size)}
+
+
+def _make_flexible(vit: ViT, ours: dict[str, Any], path: Path) -> None:
+    """Inverse of ``_flexible``. A folder without these facts is of an ordinary ViT. Raises UserError for bad ones."""
+    if "resize" in ours:
+        try:
+            set_resize(vit, ResizeSpec.from_dict(ours["resize"]))
+        except UserError as error:
+            raise UserError(f"{str(path / CONFIG)!r} has a malformed resize spec: {error}") from None
+    size = ours.get("input_size", list(vit.patch_embed.img_size))
+    if not isinstance(size, list) or len(size) != 2 or not all(type(s) is int and 1 <= s <= 8192 for s in size):
+        raise UserError(f"{str(path / CONFIG)!r}: input_size={str(size)[:50]} is not two whole numbers in [1, 8192]")
+    vit.patch_embed.img_size = tuple(size)
 
 
 def _close(name: str) -> str:

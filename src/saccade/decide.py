@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from saccade.reduction import Reduction
 from saccade.tokens import Tokens
 
 SCORES = {"class": "cls_attn", "received": "received"}
+METRICS = ("key", "x")
 
 
 def check_score(method: str, score: str, backbone: Backbone) -> str:
@@ -28,6 +30,19 @@ def check_score(method: str, score: str, backbone: Backbone) -> str:
 def share_of(share: float, n: int) -> int:
     """⌈share · n⌉, at least 1; rounded first, so that 0.55 of 100 is 55 and not 56."""
     return max(1, math.ceil(round(share * n, 9)))
+
+
+def part_of(share: float, n: int) -> int:
+    """⌊share · n⌋; rounded first, so that 0.29 of 100 is 29 and not 28."""
+    return math.floor(round(share * n, 9))
+
+
+def scramble(x: Tensor, seed: int) -> Tensor:
+    """A 32-bit integer hash (murmur3's finaliser): the same on every device and in an exported graph."""
+    x = (x + 1) * 0x9E3779B1 + seed * 0x85EBCA77 & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 class KeepAttended(Reducer):
@@ -50,22 +65,99 @@ class KeepAttended(Reducer):
         return Reduction(keep, rest=rest, rest_weight=score.gather(1, rest)) if self.fuse else Reduction(keep)
 
 
-def best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each token of A proposes its most similar token of B; the r best proposals win (ToMe §3.1).
+class BipartiteMerge(Reducer):
+    """Alternate tokens into A and B; each A token proposes its most similar B token; the best r proposals merge.
 
-    Cosine similarity in fp32; a zero feature is similar to nothing (0); among equals the first of A wins. No gradient
-    flows through the choice.
+    ToMe's bipartite soft matching (arXiv 2210.09461, §3.1), which several methods build on.
+    """
+
+    proportional: ClassVar[bool] = True
+
+    def __init__(self, r: int, width: int, metric: str = "key") -> None:
+        super().__init__()
+        self.r, self.width, self.metric = r, width, metric
+        self.read = frozenset({"key"} if metric == "key" else ())
+
+    def count(self, n: int) -> int:
+        return n - min(self.r, n // 2)
+
+    def macs(self, n: int) -> int:
+        return (n // 2) * (n - n // 2) * self.width
+
+    def forward(self, tokens: Tokens) -> Reduction:
+        n, prefix, feature = tokens.num_patches, tokens.num_prefix, feature_of(tokens, self.metric)
+        # A are the even places of the whole sequence, prefix included, as in the paper; then the new order is [A | B],
+        # so that the next block pairs other tokens.
+        first_a, first_b = prefix % 2, 1 - prefix % 2
+        valid = None if tokens.valid is None else (tokens.valid[:, first_a::2], tokens.valid[:, first_b::2])
+        similar = cosines(feature[:, first_a::2], feature[:, first_b::2], valid)
+        merged, unmerged, partner = best_proposals(similar, n - self.count(n))
+        unmerged = unmerged.sort(dim=1).values
+        every_b = torch.arange(first_b, n, 2, device=merged.device).expand(merged.shape[0], -1)
+        keep = torch.cat([2 * unmerged + first_a, every_b], dim=1)
+        src, dst = 2 * merged + first_a, unmerged.shape[1] + partner
+        return Reduction(keep, src=src, dst=dst, proportional=self.proportional)
+
+
+def feature_of(tokens: Tokens, metric: str) -> Tensor:
+    """What similarity is measured on: the mean ``key`` over heads [B, N, d], or the features ``x`` [B, N, D]."""
+    if metric == "x":
+        return tokens.patches
+    assert tokens.key is not None
+    return tokens.key
+
+
+@torch.no_grad()
+def cosines(a: Tensor, b: Tensor, valid: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Cosine similarities, fp32: a [B, |A|, d], b [B, |B|, d] -> [B, |A|, |B|]. No gradient flows through choices.
+
+    A zero feature is similar to nothing (0). Padding (where ``valid`` [B, |A|], [B, |B|] is False) is most similar to
+    padding (2) and least to tokens (-2): it is merged away first, and with tokens only where nothing else is left.
+    """
+    a, b = (F.normalize(x.float(), dim=-1, eps=1e-6) for x in (a, b))
+    similar = a @ b.transpose(1, 2)
+    if valid is None:
+        return similar
+    of_a, of_b = valid[0].unsqueeze(2), valid[1].unsqueeze(1)
+    return similar.masked_fill(of_a != of_b, -2.0).masked_fill(~(of_a | of_b), 2.0)
+
+
+@torch.no_grad()
+def best_proposals(similar: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token of A proposes its most similar token of B; the r best proposals win; among equals the first of A.
 
     Args:
-        a: features [B, |A|, d]; b: features [B, |B|, d].
+        similar: [B, |A|, |B|].
 
     Returns:
         ranks within A of those that merge [B, r] and of those that do not [B, |A| - r], and the ranks within B that
         the former merge into [B, r].
     """
-    with torch.no_grad():
-        a, b = (F.normalize(x.float(), dim=-1, eps=1e-6) for x in (a, b))
-        best, partner = (a @ b.transpose(1, 2)).max(dim=-1)  # [B, |A|]
-        order = best.argsort(dim=1, descending=True, stable=True)
-        merged = order[:, :r]
-        return merged, order[:, r:], partner.gather(1, merged)
+    best, partner = similar.max(dim=-1)  # [B, |A|]
+    order = best.argsort(dim=1, descending=True, stable=True)
+    merged = order[:, :r]
+    return merged, order[:, r:], partner.gather(1, merged)
+
+
+def best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``best_proposals`` by the cosine similarity of features a [B, |A|, d] and b [B, |B|, d]."""
+    return best_proposals(cosines(a, b), r)
+
+
+def leave(n: int, src: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """``keep`` and ``dst`` of a ``Reduction`` in which ``src`` [B, R] merge into tokens ``into`` [B, R] of n.
+
+    All others keep their order: keep [B, n - R], and the places in it of ``into``, which must not be in ``src``.
+    """
+    gone = torch.zeros(src.shape[0], n, dtype=torch.int64, device=src.device).scatter(1, src, 1)
+    keep = gone.argsort(dim=1, stable=True)[:, : n - src.shape[1]]
+    return keep, into - gone.cumsum(dim=1).gather(1, into)
+
+
+def mixture(tokens: Tokens, scores: Tensor) -> Tensor:
+    """Weights of a ``SoftReduction``: softmax over tokens of scores [B, N, M] -> [B, M, N] fp32.
+
+    A token counts as often as it does in attention, and padding not at all: what other methods did before is respected.
+    """
+    scores, bias = scores.float().transpose(1, 2), tokens.key_bias()
+    return (scores if bias is None else scores + bias[:, None, tokens.num_prefix :]).softmax(-1)

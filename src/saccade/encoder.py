@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from saccade.attention import Attended, attend
 from saccade.gates import Gates, residual
 from saccade.plan import Plan, TimmBlock, ViT
+from saccade.ragged import Rows, packed, padded
 from saccade.tokens import READINGS, Tokens
-from saccade.trace import BlockCost, BlockTrace
+from saccade.trace import BlockCost, BlockTrace, Count
 
 
 def encode(
@@ -29,35 +30,59 @@ def encode(
     """
     trace: list[BlockTrace] = []
     run = _recomputed if vit.grad_checkpointing and torch.is_grad_enabled() else _kept
-    for i, block in enumerate(vit.blocks):
-        tokens, overhead = plan.reduce(i, "block", tokens)
+    depth = plan.depth(len(vit.blocks))
+    for i, block in enumerate(vit.blocks[:depth]):
+        tokens, overhead = plan.reduce(i, "block", tokens, sparse)
         gates, gating = plan.gates(i, tokens)
-        short = gates is None and not whole and i == len(vit.blocks) - 1
-        if short:
-            tokens, ran = last_block(block, tokens, plan.planned(i, "attn", tokens.num_patches))
+        if gates is None and not whole and i == depth - 1:
+            tokens, ran = last_block(block, padded(tokens), plan.planned(i, "attn", tokens.num_patches))
             trace.append(replace(ran, overhead=overhead))
             break
-        before = tokens.x.shape[1]
+        tokens = packed(tokens) if sparse and gates is None else padded(tokens)
+        before, start = tokens.length, tokens
         read = plan.readings(i, tokens.num_patches)
         tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, sparse)
-        tokens, deciding = plan.reduce(i, "attn", tokens)
+        tokens, deciding = plan.reduce(i, "attn", tokens, sparse)
         tokens = tokens.without(READINGS)
+        tokens = packed(tokens) if sparse and gates is None else padded(tokens)
+        middle = tokens
         tokens, updated = run(mlp_branch, block, tokens, gates or Gates(), sparse)
 
+        cost = block_cost(block)
+        overheads = overhead + gating + deciding + _reading(block, read, kernel) * before
         ran = BlockTrace(
-            cost=block_cost(block),
+            cost=cost,
             queries=attended,
             keys=attended,
             mlp=updated,
             attn=gates.attn if gates and sparse and not read else None,
             mlp_on=gates.mlp if gates and sparse else None,
-            planned=(before, tokens.x.shape[1]),
-            overhead=overhead + gating + deciding + _reading(block, read, kernel) * before,
+            planned=(before, tokens.length),
+            overhead=overheads,
             kernel=kernel,
             owner=tokens.owner,
+            wanted=None if sparse else _wanted(cost, start, middle, gates, overheads),
         )
         trace.append(ran)
-    return tokens, tuple(trace)
+    return padded(tokens), tuple(trace)
+
+
+def _wanted(cost: BlockCost, start: Tokens, middle: Tokens, gates: Gates | None, overhead: int) -> Tensor | None:
+    """MACs [B] of a block that skips all that its masks leave out, differentiable; None where nothing is masked."""
+    if gates is None and start.alive is None and middle.alive is None:
+        return None
+    gates = gates or Gates()
+    attending, updated = (_counted(replace(tokens, mask=gates.patch)) for tokens in (start, middle))
+    share = 1.0 if gates.head is None else gates.head.mean(1)
+    attention = cost.attention(attending, attending) * share * (1.0 if gates.attn is None else gates.attn)
+    return attention + updated * cost.mlp * (1.0 if gates.mlp is None else gates.mlp) + overhead
+
+
+def _counted(tokens: Tokens) -> Tensor:
+    """Tokens of each image that take part, prefix included, [B]."""
+    part = tokens.takes_part()
+    live = tokens.x.new_ones(tokens.x.shape[0], tokens.num_patches) if part is None else part
+    return tokens.num_prefix + (live if tokens.valid is None else live * tokens.valid).sum(1)
 
 
 def _kept(branch: Callable, *args: Any) -> Any:
@@ -72,24 +97,38 @@ def _recomputed(branch: Callable, *args: Any) -> Any:
 
 def attention_branch(
     block: TimmBlock, tokens: Tokens, gates: Gates, read: frozenset[str], sparse: bool
-) -> tuple[Tokens, int, str]:
+) -> tuple[Tokens, Count, str]:
     """``x + attn(norm1(x))``; with what reducers want to read, which needs attention to run for all images."""
     seen: list[Attended] = []
 
-    def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None) -> Tensor:
-        seen.append(attend(block.attn, block.norm1(x), bias, heads=heads, read=read))
+    def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: Rows | None) -> Tensor:
+        seen.append(attend(block.attn, block.norm1(x), bias, heads=heads, read=read, alive=alive, rows=rows))
         return block.drop_path1(block.ls1(seen[0].x))
 
     tokens = replace(tokens, mask=gates.patch)
+    alive = _keys(tokens)
     x, count = residual(tokens, branch, tokens.key_bias(), gates.attn, gates.head, sparse=sparse and not read)
-    readings = {name: getattr(seen[0], name)[:, tokens.num_prefix :] for name in read}
+    readings = {name: getattr(seen[0], name) for name in read}
+    if tokens.rows is not None:
+        readings = {name: tokens.rows.unpack(value) for name, value in readings.items()}
+    readings = {name: value[:, tokens.num_prefix :] for name, value in readings.items()}
     return replace(tokens, x=x, **readings), count, seen[0].kernel if seen else "none"
 
 
-def mlp_branch(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> tuple[Tokens, int]:
+def _keys(tokens: Tokens) -> Tensor | None:
+    """How much each key counts [B, P+N], 0/1 times its size, where dropping is learned through attention; else None."""
+    part = tokens.takes_part()
+    if part is None or tokens.alive is None or not tokens.alive.requires_grad:
+        return None
+    for other in (tokens.size if tokens.proportional else None, tokens.valid):
+        part = part if other is None else part * other
+    return tokens.of_all(part, 1.0)
+
+
+def mlp_branch(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> tuple[Tokens, Count]:
     """``x + mlp(norm2(x))``."""
 
-    def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None) -> Tensor:
+    def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: Rows | None) -> Tensor:
         return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
     x, count = residual(tokens, branch, on=gates.mlp, sparse=sparse)
@@ -99,7 +138,7 @@ def mlp_branch(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> 
 def last_block(block: TimmBlock, tokens: Tokens, left: int) -> tuple[Tokens, BlockTrace]:
     """The last block for the prefix tokens only: they attend to all, and nobody reads what the patches would become."""
     prefix, before = tokens.num_prefix, tokens.x.shape[1]
-    attended = attend(block.attn, block.norm1(tokens.x), tokens.key_bias(), queries=prefix)
+    attended = attend(block.attn, block.norm1(tokens.x), tokens.key_bias(), queries=prefix, alive=_keys(tokens))
     x = tokens.x[:, :prefix] + block.drop_path1(block.ls1(attended.x))
     x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     ran = BlockTrace(

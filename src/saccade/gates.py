@@ -1,7 +1,7 @@
 """Gates: which parts of one block run for each image — masked in training, skipped in inference, one definition.
 
 A token that nobody attends to and that gets no update is absent. Masked execution computes everything and multiplies;
-sparse execution gathers the images and tokens that are on, computes those, and adds them back. They are equal.
+sparse execution gathers the rows that are on, computes those, and adds them back. They are equal.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.ragged import Rows
 from saccade.tokens import Tokens
 
-Branch = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # (x, key bias, heads) -> update of x
+# (x, key bias, heads, rows) -> update of x; with rows, x is packed
+Branch = Callable[[Tensor, Tensor | None, Tensor | None, Rows | None], Tensor]
+Ran = tuple[Tensor, int | Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,45 +44,45 @@ def residual(
     heads: Tensor | None = None,
     *,
     sparse: bool = False,
-) -> tuple[Tensor, int]:
-    """``x + branch(x)`` for the images that are on [B] and the tokens that take part (``tokens.mask``), x elsewhere.
+) -> Ran:
+    """``x + branch(x)`` for the images that are on [B] and the tokens that take part, x elsewhere.
 
-    ``bias`` is the tokens' key bias, for a branch that attends. Returns the new x [B, L, D] and how many tokens were
-    computed for each image that ran.
+    ``bias`` is the tokens' key bias, for a branch that attends. Returns the new x, as ``tokens.x`` is laid out, and how
+    many tokens were computed for each image that ran (one number, or one for each image [B]).
     """
-    if on is None and tokens.mask is None:
-        return tokens.x + branch(tokens.x, bias, heads), tokens.x.shape[1]
-    return (_sparse if sparse else _masked)(tokens, branch, bias, on, heads)
-
-
-Ran = tuple[Tensor, int]
-
-
-def _masked(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:
-    update = branch(tokens.x, bias, heads)
-    if tokens.mask is not None:
-        update = update * tokens.of_all(tokens.mask, 1.0).unsqueeze(-1).to(update.dtype)
-    if on is not None:
-        update = update * on[:, None, None].to(update.dtype)
-    return tokens.x + update, tokens.x.shape[1]
+    part = tokens.takes_part()
+    if on is None and part is None:
+        update = branch(tokens.x, bias, heads, tokens.rows)
+        return tokens.x + update, tokens.x.shape[1] if tokens.rows is None else tokens.rows.counts()
+    if not sparse:
+        update = branch(tokens.x, bias, heads, None)
+        if part is not None:
+            update = update * tokens.of_all(part, 1.0).unsqueeze(-1).to(update.dtype)
+        if on is not None:
+            update = update * on[:, None, None].to(update.dtype)
+        return tokens.x + update, tokens.x.shape[1]
+    return _sparse(tokens, branch, bias, on, heads)
 
 
 def _sparse(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:
-    """Only the images that are on; of them only the tokens that take part, padded to the longest of these images."""
-    x = tokens.x
-    images = torch.arange(x.shape[0], device=x.device) if on is None else on.nonzero().squeeze(1)
-    if images.numel() == 0:
+    """Only the rows that are on: as a smaller rectangle where images agree on how many, packed where they do not."""
+    x, there = tokens.x, torch.ones(tokens.x.shape[:2], dtype=torch.bool, device=tokens.x.device)
+    for present in (tokens.takes_part(), tokens.valid):
+        if present is not None:
+            there = there & (tokens.of_all(present, 1.0) > 0)
+    if on is not None:
+        there = there & (on > 0).unsqueeze(1)
+    rows = Rows.of(there)
+    if not len(rows.index):
         return x, 0
-    live, heads = x[images], None if heads is None else heads[images]
-    bias = None if bias is None else bias[images]
-    if tokens.mask is None:
-        return x.index_add(0, images, branch(live, bias, heads)), x.shape[1]
-    takes_part = tokens.of_all(tokens.mask, 1.0)[images] > 0  # [b, L]
-    longest = int(takes_part.sum(1).max())
-    index = (~takes_part).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]  # those taking part first, in order
-    real = takes_part.gather(1, index)
-    if bias is not None:  # it already hides the tokens that fill up the shorter images
-        bias = None if tokens.size is None and tokens.valid is None and bool(real.all()) else bias.gather(1, index)
-    spread = index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-    update = branch(live.gather(1, spread), bias, heads) * real.unsqueeze(-1)
-    return x.index_add(0, images, torch.zeros_like(live).scatter(1, spread, update.to(x.dtype))), longest
+    live = rows.pack(x)
+    counts = tokens.size is not None and tokens.proportional
+    bias = rows.pack(bias) if bias is not None and counts else None  # what else it hides is not there
+    images = rows.even()
+    if images is None:
+        return rows.add(x, branch(live, bias, heads, rows)), rows.counts()
+    box = len(images), -1
+    if heads is not None and len(images) < x.shape[0]:
+        heads = heads[list(images)]
+    update = branch(live.unflatten(0, box), None if bias is None else bias.unflatten(0, box), heads, None)
+    return rows.add(x, update.flatten(0, 1)), update.shape[1] if len(images) == x.shape[0] else rows.counts()

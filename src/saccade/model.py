@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,25 +35,36 @@ class AdaptiveViT(nn.Module):
         vit: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``; others are refused by name.
         setting: ``"tome(r=13)"``, ``"grid(32) | evit(0.7)"``, …; empty: the unreduced model.
         trained: settings that the weights were trained for, where that is known; ``tune`` tries them too.
+        learned: what methods learn, by ``<method>.<name>``; all views of a model share one such dict, so that a method
+            has the same parameters in every setting that names it.
 
     Raises:
         UserError: unsupported class or block, unknown method, knob out of range.
     """
 
-    def __init__(self, vit: ViT, setting: str | Setting = "", trained: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        vit: ViT,
+        setting: str | Setting = "",
+        trained: tuple[str, ...] = (),
+        learned: dict[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.backbone: Backbone = backbone_of(vit)
         self.setting = Setting.parse(setting)
         self.trained = trained
+        self.learned: dict[str, Tensor] = {} if learned is None else learned
         self.vit: ViT = vit
-        self.tokenizer, self.plan = build(self.backbone, self.setting)
+        self.tokenizer, self.plan = build(self.backbone, self.setting, self.learned)
+        weight = next(vit.parameters())
+        self.plan.to(weight.device, weight.dtype)  # what methods learn runs where the model runs
         self.training = vit.training
         for part in (self.tokenizer, self.plan):
             part.train(vit.training)
 
     def at(self, setting: str | Setting) -> AdaptiveViT:
         """The same parameters under another setting: a light view, nothing is copied or mutated."""
-        return AdaptiveViT(self.vit, setting, self.trained)
+        return AdaptiveViT(self.vit, setting, self.trained, self.learned)
 
     def forward(self, images: Tensor) -> Output:
         """images [B, C, h, w], normalised -> logits, tokens, trace; nothing is computed that the logits do not need."""
@@ -76,7 +88,7 @@ class AdaptiveViT(nn.Module):
             start = replace(start, left=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
         skip = not self.training if sparse is None else sparse
         tokens, blocks = encode(self.vit, start, self.plan, whole=whole, sparse=skip)
-        embed = self.tokenizer.macs(self.vit, images)
+        embed = self.tokenizer.macs(self.vit, start)
         head = head_macs(self.vit, tokens.x.shape[1])
         return tokens, Trace(blocks, embed, head, images.shape[0], start.owner, start.grid)
 
@@ -86,12 +98,16 @@ class AdaptiveViT(nn.Module):
         Pools over patches count a token as often as it has patches in it, and never count padding.
         """
         vit = self.vit
-        x, weights = vit.norm(tokens.x), tokens.weights()
-        if weights is None or vit.global_pool == "token":
+        own = (method.head(vit, tokens) for method in self.plan.methods)
+        if (logits := next((found for found in own if found is not None), None)) is not None:
+            return logits
+        x = vit.norm(tokens.x)
+        weights = None if vit.global_pool == "token" else tokens.weights()  # the patches may not even be there
+        if weights is None:
             return vit.forward_head(x)
         if vit.attn_pool is not None:
             patches = x if vit.pool_include_prefix else x[:, tokens.num_prefix :]
-            bias = tokens.key_bias()[:, x.shape[1] - patches.shape[1] :].to(x.dtype)  # type: ignore[index]
+            bias = replace(tokens, proportional=True).key_bias()[:, x.shape[1] - patches.shape[1] :].to(x.dtype)  # type: ignore[index]
             pooled = vit.attn_pool(patches, attn_mask=bias[:, None, None, :])
         else:  # average
             share = tokens.of_all(weights, float(vit.pool_include_prefix))
@@ -101,14 +117,33 @@ class AdaptiveViT(nn.Module):
 
     def dense(self, images: Tensor) -> Tensor:
         """Features of the full grid [B, D, gh, gw], normed: a merged cell has its token's, a dropped one its last."""
-        tokens, _ = self._encode(images, whole=True, dense=True)
+        return self.features(images)[0]
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tokens, Trace]:
+        """The dense map [B, D, gh, gw], the tokens that it was spread from, and the trace; no head has run yet."""
+        tokens, trace = self._encode(images, whole=True, dense=True)
         assert tokens.left is not None
         features = self.vit.norm(tokens.cells(tokens.patches, tokens.left))
-        return features.transpose(1, 2).unflatten(2, tokens.grid)
+        return features.transpose(1, 2).unflatten(2, tokens.grid), tokens, replace(trace, head=0)
 
     def input_size(self) -> tuple[int, int]:
         """Pixels (h, w) that images should come in."""
         return self.tokenizer.input_size(self.backbone.input_size)
+
+    def freeze(self, setting: str | Setting | None = None) -> ViT:
+        """A plain timm ViT of a plain grid's patch and input size; see :func:`saccade.flexible.freeze`."""
+        from saccade.flexible import freeze
+
+        return freeze(self, setting)
+
+    def describe(self) -> dict[str, Any]:
+        """What ``rebuild`` must know beside the weights and timm's config, as JSON; "task" where this is a subclass."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, model: AdaptiveViT, described: dict[str, Any]) -> AdaptiveViT:
+        """The model that ``describe`` described, around a fresh one. Raises UserError for bad values."""
+        return model
 
     def save(self, folder: str) -> None:
         """Write ``model.safetensors`` and ``config.json``; see :func:`saccade.load`."""
@@ -131,8 +166,11 @@ class AdaptiveViT(nn.Module):
             )
 
 
-def build(backbone: Backbone, setting: Setting) -> tuple[Tokenizer, Plan]:
-    """Tokenizer and plan of a setting, for a backbone. Raises UserError for unknown names and knobs out of range."""
+def build(backbone: Backbone, setting: Setting, learned: dict[str, Tensor] | None = None) -> tuple[Tokenizer, Plan]:
+    """Tokenizer and plan of a setting, for a backbone; what they learn is that of ``learned``, or is put there.
+
+    Raises UserError for unknown names, knobs out of range, and learned parameters of another shape.
+    """
     known = registry()
     tokenizers: list[tuple[Call, Tokenizer]] = []
     methods: list[tuple[Call, Method]] = []
@@ -141,6 +179,7 @@ def build(backbone: Backbone, setting: Setting) -> tuple[Tokenizer, Plan]:
             raise UserError(f"there is no method {call.name!r}{nearest(call.name, known)}")
         entry = known[call.name]
         built = entry(backbone, call.args, dict(call.kwargs))
+        share(built, call.name, {} if learned is None else learned)
         (tokenizers if entry.kind == "tokenizer" else methods).append((call, built))
     if len(tokenizers) > 1:
         raise UserError(f"a setting takes one tokenizer and {setting} names {len(tokenizers)}")
@@ -148,6 +187,25 @@ def build(backbone: Backbone, setting: Setting) -> tuple[Tokenizer, Plan]:
         raise UserError(f"the tokenizer comes first: write '{_tokenizer_first(setting, tokenizers[0][0])}'")
     tokenizer = tokenizers[0][1] if tokenizers else grid(backbone)
     return tokenizer, Plan(method for _, method in methods)
+
+
+def share(module: nn.Module, name: str, learned: dict[str, Tensor]) -> None:
+    """Make a method's parameters and buffers those of ``learned``, or put them there where it has none yet."""
+    for part, owner in module.named_modules():
+        for kind in (owner._parameters, owner._buffers):
+            for key, own in list(kind.items()):
+                path = ".".join(filter(None, (name, part, key)))
+                if own is None or key in owner._non_persistent_buffers_set:
+                    continue
+                known = learned.setdefault(path, own)
+                if isinstance(own, nn.Parameter) and not isinstance(known, nn.Parameter):  # as it came from a file
+                    known = learned[path] = nn.Parameter(known.to(own.dtype))
+                if known.shape != own.shape:
+                    raise UserError(
+                        f"{name}: what it has learned ({path}) has shape {tuple(known.shape)} and this setting needs "
+                        f"{tuple(own.shape)}: use the knobs it was trained with"
+                    )
+                kind[key] = known  # type: ignore[assignment]
 
 
 def _tokenizer_first(setting: Setting, tokenizer: Call) -> Setting:

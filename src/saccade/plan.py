@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, ClassVar
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from saccade.errors import UserError, nearest
 from saccade.gates import Gates
-from saccade.reduction import Reduction, SoftReduction, reduce
+from saccade.ragged import padded
+from saccade.reduction import Reduction, SoftReduction, hide, reduce
+from saccade.tokenizers.embed import ResizeSpec
 from saccade.tokens import READINGS, Tokens
-from saccade.trace import Trace
+from saccade.trace import BlockCost, Trace
 
 ViT = Any  #       a timm VisionTransformer } nn.Modules whose attributes
 TimmBlock = Any  # one of its blocks        } type checkers do not know
@@ -39,6 +42,15 @@ class Backbone:
     input_size: tuple[int, int]  # pixels the weights were trained at
     channels: int  #         of an image
     pool: str  #             timm's global_pool
+    cost: BlockCost  #       MACs of a block's parts
+    head: tuple[int, int]  # MACs of pooling and classifier, and how many more of them for each token
+    resize: ResizeSpec | None = None  # how kernel and positions were resized in training; None: nobody said
+    num_classes: int = 0
+
+    @property
+    def num_patches(self) -> int:
+        """N of an image of the model's own size."""
+        return (self.input_size[0] // self.patch_size[0]) * (self.input_size[1] // self.patch_size[1])
 
     def stages(self) -> tuple[int, ...]:
         """Blocks at a quarter, a half and three quarters of the depth: (3, 6, 9) of twelve, the field's default."""
@@ -53,8 +65,8 @@ class Tokenizer(nn.Module):
         """Pixels (h, w) that images should come in, given those of the weights; others are resized on the way."""
         return native
 
-    def macs(self, vit: ViT, images: Tensor) -> int:
-        """Multiply-accumulates per image."""
+    def macs(self, vit: ViT, tokens: Tokens) -> int:
+        """Multiply-accumulates per image of making these tokens."""
         raise NotImplementedError
 
     def forward(self, vit: ViT, images: Tensor) -> Tokens:
@@ -97,6 +109,8 @@ class Method(nn.Module):
     A method with a loss of its own overrides ``loss``.
     """
 
+    depth: int | None = None  # blocks that run at all; None: every one
+
     def __init__(self, steps: Iterable[tuple[int, Reducer | Gater]]) -> None:
         super().__init__()
         at, modules = zip(*steps, strict=True) if (steps := list(steps)) else ((), ())
@@ -106,6 +120,10 @@ class Method(nn.Module):
     def loss(self, trace: Trace) -> dict[str, Tensor]:
         """Terms that training adds to the task's loss, by name."""
         return {}
+
+    def head(self, vit: ViT, tokens: Tokens) -> Tensor | None:
+        """Logits [B, K] by a head of its own; None: by the ViT's."""
+        return None
 
 
 class Plan(nn.Module):
@@ -128,14 +146,24 @@ class Plan(nn.Module):
                 n = step.count(n) or n
         return chosen
 
-    def reduce(self, block: int, site: str, tokens: Tokens) -> tuple[Tokens, int]:
-        """Run the reducers of a site; the tokens and the MACs of deciding."""
+    def depth(self, blocks: int) -> int:
+        """How many of so many blocks run."""
+        return min([blocks, *(method.depth for method in self.methods if method.depth is not None)])
+
+    def reduce(self, block: int, site: str, tokens: Tokens, sparse: bool = True) -> tuple[Tokens, int]:
+        """Run the reducers of a site; the tokens and the MACs of deciding.
+
+        sparse: False: a reduction that has a gate is carried out as a mask.
+        """
         cost, todo = 0, self.reducers(block, site, tokens.num_patches)
         for i, reducer in enumerate(todo):
+            tokens = padded(tokens)
             cost += reducer.macs(tokens.num_patches)
             decision = reducer(tokens)
             later = frozenset().union(*(r.read for r in todo[i + 1 :]))  # readings that nobody needs stay behind
-            tokens = reduce(tokens.without(READINGS - later), decision)
+            tokens = tokens.without(READINGS - later)
+            gate = None if sparse else getattr(decision, "gate", None)
+            tokens = reduce(tokens, decision) if gate is None else hide(tokens, gate)
         return tokens, cost
 
     def gates(self, block: int, tokens: Tokens) -> tuple[Gates | None, int]:
@@ -143,7 +171,7 @@ class Plan(nn.Module):
         cost, found = 0, []
         for gater in self._steps(block, Gater):
             cost += gater.macs(tokens.num_patches)
-            found.append(gater(tokens))
+            found.append(gater(padded(tokens)))
         return _agree(found), cost
 
     def readings(self, block: int, n: int) -> frozenset[str]:
@@ -176,6 +204,7 @@ class Entry:
     build: Callable[..., Any]
     menu: Callable[[Backbone], list[str]]  # settings that `tune` tries, weakest first
     baseline: bool  # a control that stands beside the others, not a candidate
+    steps: Callable[..., bool]  # whether a range should stop at these knobs
 
     @property
     def summary(self) -> str:
@@ -186,6 +215,23 @@ class Entry:
     def knobs(self) -> dict[str, inspect.Parameter]:
         """Knobs of the setting: the factory's parameters after the backbone."""
         return dict(list(inspect.signature(self.build).parameters.items())[1:])
+
+    def bound(self, backbone: Backbone, args: tuple, kwargs: dict) -> dict[str, Any] | None:
+        """All knobs by name, defaults too, and the backbone; None where they do not fit, which building will tell."""
+        try:
+            found = inspect.signature(self.build).bind(backbone, *args, **kwargs)
+        except TypeError:
+            return None
+        found.apply_defaults()
+        return found.arguments
+
+    def stops(self, backbone: Backbone, args: tuple, kwargs: dict) -> bool:
+        """Whether a range of a knob should stop at these values; what does not fit is for building to refuse."""
+        knobs = self.bound(backbone, args, kwargs)
+        try:
+            return knobs is None or self.steps(**knobs)
+        except TypeError:
+            return True
 
     def __call__(self, backbone: Backbone, args: tuple, kwargs: dict) -> Any:
         for knob in kwargs:
@@ -211,11 +257,15 @@ def register(
     kind: str = "method",
     menu: Callable[[Backbone], list[str]] = lambda backbone: [],
     baseline: bool = False,
+    steps: Callable[..., bool] = lambda backbone, **knobs: True,
 ) -> Callable[[Callable], Callable]:
-    """Put a factory ``build(backbone, **knobs)`` into the registry under the name that settings use."""
+    """Put a factory ``build(backbone, **knobs)`` into the registry under the name that settings use.
+
+    ``steps(backbone, **knobs)`` says whether a range of a knob (``8..40``) should stop at these values.
+    """
 
     def add(build: Callable) -> Callable:
-        _REGISTRY[name] = Entry(name, kind, build, menu, baseline)
+        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, steps)
         return build
 
     return add
@@ -223,10 +273,15 @@ def register(
 
 def registry() -> dict[str, Entry]:
     """All registered names: every file of ``methods/`` and ``tokenizers/`` is looked at once."""
+    _look()
+    return dict(sorted(_REGISTRY.items()))
+
+
+@cache
+def _look() -> None:
     for package in ("saccade.tokenizers", "saccade.methods"):
         for module in iter_modules(import_module(package).__path__, package + "."):
             import_module(module.name)
-    return dict(sorted(_REGISTRY.items()))
 
 
 def list_methods() -> list[str]:

@@ -25,13 +25,20 @@ class Reduction:
     weight: Tensor | None = None  #       [B, N]  how much a token counts in a merge; None: its size
     rest: Tensor | None = None  #         [B, Q]  tokens that become one new last token …
     rest_weight: Tensor | None = None  #  [B, Q]  … Σ rest_weight · x (not divided by the sum of the weights)
+    norm: Tensor | None = None  #         [B, M]  length that each merged token is brought to; None: that of the mean
+    proportional: bool = True  #          False: from here on attention counts a merged token once (Tokens.proportional)
+    valid: Tensor | None = None  #        [B, M] bool  slots of ``keep`` that are real; others pad; None: all that were
+    gate: Tensor | None = None  #         [B, N]  0/1, straight-through: the same choice as a mask, for masked execution
 
 
 @dataclass(frozen=True)
 class SoftReduction:
     """Soft reduction: M new tokens, each a mixture of all tokens."""
 
-    weights: Tensor  # [B, M, N]
+    weights: Tensor  #                 [B, M, N]
+    values: Tensor | None = None  #    [B, N, D]  what is mixed; None: the tokens as they are
+    remember: bool = False  #          keep the tokens that were mixed in ``Tokens.before`` …
+    onto: Tokens | None = None  #      … to which a later mixture, of one row for each of them, is added
 
 
 def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | None) -> Tokens:
@@ -44,6 +51,14 @@ def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | None) -> Token
     newly_dropped = (reduced.owner < 0) & (tokens.owner >= 0)
     left = torch.where(newly_dropped.unsqueeze(-1), tokens.cells(tokens.patches), tokens.left)
     return replace(reduced, left=left)
+
+
+def hide(tokens: Tokens, gate: Tensor) -> Tokens:
+    """Masked execution of a reduction that only drops: tokens stay where they are and take no part any more.
+
+    gate: [B, N] 0/1, straight-through.
+    """
+    return replace(tokens, alive=gate if tokens.alive is None else tokens.alive * gate)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -62,10 +77,11 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
     untouched = torch.arange(prefix, device=r.keep.device).expand(images, prefix)
     x = rows(tokens.x, torch.cat([untouched, r.keep + prefix], dim=1))
     key = None if tokens.key is None else rows(tokens.key, r.keep)
-    size, valid, mask = tokens.size, tokens.valid, tokens.mask
+    size, valid, mask, alive = tokens.size, tokens.valid, tokens.mask, tokens.alive
     merging = replace(r, rest=None)
     slot = torch.full((images, tokens.num_patches), -1, dtype=torch.int64, device=x.device)
-    slot = slot.scatter(1, r.keep, torch.arange(r.keep.shape[1], device=x.device).expand_as(r.keep))
+    places = torch.arange(r.keep.shape[1], device=x.device).expand_as(r.keep)
+    slot = slot.scatter(1, r.keep, places if r.valid is None else places.masked_fill(~r.valid, -1))
 
     if r.src is not None and r.dst is not None:
         if size is None:
@@ -74,6 +90,7 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         total = _sums(weight, merging)
         share = weight.gather(1, r.src) / total.gather(1, r.dst)
         x = _join(x, r.dst + prefix, rows(tokens.x, r.src + prefix), share)
+        x = x if r.norm is None else _stretch(x, r.dst, r.norm, prefix)
         if key is not None and tokens.key is not None:
             key = _join(key, r.dst, rows(tokens.key, r.src), share)
         slot = slot.scatter(1, r.src, r.dst)
@@ -82,8 +99,10 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         size = size.gather(1, r.keep)
     if valid is not None:
         valid = valid.gather(1, r.keep)
-    if mask is not None:  # a merged token takes part where any of its parts does
-        mask = _sums(mask, merging).clamp(max=1)
+    if r.valid is not None:
+        valid = r.valid if valid is None else valid & r.valid
+    # a merged token takes part where any of its parts does
+    mask, alive = (None if a is None else _sums(a, merging).clamp(max=1) for a in (mask, alive))
 
     if r.rest is not None and r.rest_weight is not None:
         weight = r.rest_weight.unsqueeze(-1)  # [B, Q, 1]
@@ -93,14 +112,15 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
             mean = (weight * rows(tokens.key, r.rest)).sum(1, keepdim=True) / total
             key = torch.cat([key, mean.to(key.dtype)], dim=1)
         # The fused token is an ordinary one from here on (EViT): it counts once, and is always valid.
-        size, valid, mask = (
-            None if a is None else torch.cat([a, torch.ones_like(a[:, :1])], dim=1) for a in (size, valid, mask)
+        size, valid, mask, alive = (
+            None if a is None else torch.cat([a, torch.ones_like(a[:, :1])], dim=1) for a in (size, valid, mask, alive)
         )
         slot = slot.scatter(1, r.rest, r.keep.shape[1])
 
     scores = {name: _sums(getattr(tokens, name), r) for name in ("cls_attn", "received")}
-    state = {"size": size, "valid": valid, "mask": mask, "key": key, **scores}
-    return replace(tokens, x=x, owner=_forward(tokens.owner, slot), **state)
+    state = {"size": size, "valid": valid, "mask": mask, "alive": alive, "key": key, **scores}
+    proportional = tokens.proportional and r.proportional
+    return replace(tokens, x=x, owner=_forward(tokens.owner, slot), proportional=proportional, **state)
 
 
 def _sums(a: Any, r: Reduction) -> Any:
@@ -125,11 +145,24 @@ def _join(kept: Tensor, dst: Tensor, moved: Tensor, share: Tensor) -> Tensor:
     return flat.index_add_(0, _flat(dst, kept.shape[1]), pull.view(-1, pull.shape[-1])).view(kept.shape)
 
 
+def _stretch(x: Tensor, dst: Tensor, norm: Tensor, prefix: int) -> Tensor:
+    """Bring the merged rows of x to a length each; all others are multiplied by exactly 1."""
+    merged = torch.zeros_like(norm).scatter(1, dst, torch.ones_like(dst, dtype=norm.dtype)) > 0
+    scale = torch.where(merged, norm / x[:, prefix:].float().norm(dim=-1).clamp(min=1e-6), 1.0)
+    return torch.cat([x[:, :prefix], x[:, prefix:] * scale.unsqueeze(-1).to(x.dtype)], dim=1)
+
+
 def _mix(tokens: Tokens, soft: SoftReduction) -> Tokens:
-    x = torch.cat([tokens.x[:, : tokens.num_prefix], soft.weights.to(tokens.x.dtype) @ tokens.patches], dim=1)
+    values = tokens.patches if soft.values is None else soft.values
+    new = soft.weights.to(tokens.x.dtype) @ values.to(tokens.x.dtype)
+    if soft.onto is not None:  # back to what there was, each with its own mixture of what there is now
+        x = torch.cat([tokens.x[:, : tokens.num_prefix], soft.onto.patches + new], dim=1)
+        owner = torch.where(tokens.owner >= 0, soft.onto.owner, -1)
+        return replace(soft.onto, x=x, owner=owner, left=tokens.left)
+    x = torch.cat([tokens.x[:, : tokens.num_prefix], new], dim=1)
     owner = _forward(tokens.owner, soft.weights.argmax(1))  # a cell follows the mixture its token gave most to
-    none: dict[str, Any] = dict.fromkeys(("size", "valid", "mask", "key", "cls_attn", "received"))
-    return replace(tokens, x=x, owner=owner, **none)
+    none: dict[str, Any] = dict.fromkeys(("size", "valid", "mask", "alive", "key", "cls_attn", "received"))
+    return replace(tokens, x=x, owner=owner, before=tokens if soft.remember else tokens.before, **none)
 
 
 def _forward(owner: Tensor, slot: Tensor) -> Tensor:

@@ -10,10 +10,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from saccade.ragged import Rows
 
 READINGS = frozenset({"key", "cls_attn", "received"})  # of one block's attention, for its reducers
 
@@ -22,22 +26,36 @@ READINGS = frozenset({"key", "cls_attn", "received"})  # of one block's attentio
 class Tokens:
     """Tokens of a batch, and what each of them stands for."""
 
-    x: Tensor  #                      [B, P+N, D]  prefix tokens first
+    x: Tensor  #                      [B, P+N, D]  prefix tokens first; packed (see ``rows``): [T, D]
     owner: Tensor  #                  [B, G] int64  cell -> index of the patch token that stands for it, -1: dropped
     grid: tuple[int, int]  #          (gh, gw)  the finest cells
     num_prefix: int  #                P
     size: Tensor | None = None  #     [B, N] fp32  patches merged into each; None: one each
     valid: Tensor | None = None  #    [B, N] bool  False: padding of a ragged batch; None: all valid
     mask: Tensor | None = None  #     [B, N]  0/1, straight-through: takes part in this block or not; None: all do
+    alive: Tensor | None = None  #    [B, N]  0/1, straight-through: not dropped, where dropping is a mask; None: all
     key: Tensor | None = None  #      [B, N, d]  mean key over heads              } readings of this block's
     cls_attn: Tensor | None = None  # [B, N] fp32  class attention, mean over heads } attention: present only
     received: Tensor | None = None  # [B, N] fp32  mean attention received          } between attention and MLP
     left: Tensor | None = None  #     [B, G, D]  last features of dropped cells; None: nobody will ask for a dense map
+    proportional: bool = True  #      attention counts a token ``size`` times; False: once (an average still does)
+    before: Tokens | None = None  #   the tokens that a mixture was made of, for a reducer that will put them back
+    rows: Rows | None = None  #       which rows of [B, P+N] ``x`` holds, where it is packed; None: all
+
+    @property
+    def length(self) -> int:
+        """P + N, prefix and patch tokens of each image (padding included)."""
+        return self.x.shape[1] if self.rows is None else self.rows.shape[1]
 
     @property
     def num_patches(self) -> int:
         """N, the patch tokens of each image (padding included)."""
-        return self.x.shape[1] - self.num_prefix
+        return self.length - self.num_prefix
+
+    def takes_part(self) -> Tensor | None:
+        """0/1 [B, N], straight-through: patch tokens that this block computes; None: all (padding included)."""
+        given = [m for m in (self.alive, self.mask) if m is not None]
+        return given[0] if len(given) == 1 else given[0] * given[1] if given else None
 
     @property
     def patches(self) -> Tensor:
@@ -45,17 +63,20 @@ class Tokens:
         return self.x[:, self.num_prefix :]
 
     def key_bias(self) -> Tensor | None:
-        """What to add to every attention score of a key, [B, P+N] fp32; None when all keys count alike.
+        """What to add to every attention score of a key, [B, P+N] fp32 (packed: [T]); None when all keys count alike.
 
         ``log(size)`` makes a merged token count as often as the patches in it (proportional attention, ToMe §3.2);
         ``-inf`` hides padding and tokens that take no part.
         """
-        if self.size is None and self.valid is None and self.mask is None:
+        size = self.size if self.proportional else None
+        if self.rows is not None:  # what is packed is there
+            return None if size is None else self.rows.pack(self.of_all(size.log()))
+        if size is None and self.valid is None and self.mask is None and self.alive is None:
             return None
         bias = self.x.new_zeros(self.x.shape[0], self.num_patches, dtype=torch.float32)
-        if self.size is not None:
-            bias = self.size.log()
-        for present in (self.valid, self.mask):
+        if size is not None:
+            bias = size.log()
+        for present in (self.valid, self.mask, self.alive):
             if present is not None:
                 bias = bias.masked_fill(present == 0, -torch.inf)
         if self.num_prefix == 0:  # nothing of an image takes part: let it attend to all (nobody gets it), not to NaN
@@ -72,15 +93,17 @@ class Tokens:
 
     def weights(self) -> Tensor | None:
         """How much each patch token counts in an average over patches, [B, N]; None when all count alike."""
-        if self.size is None and self.valid is None:
+        if self.size is None and self.valid is None and self.alive is None:
             return None
         ones = self.x.new_ones(self.x.shape[0], self.num_patches, dtype=torch.float32)
         size = ones if self.size is None else self.size
-        return size if self.valid is None else size * self.valid
+        for present in (self.valid, self.alive):
+            size = size if present is None else size * present
+        return size
 
     def area(self) -> Tensor:
         """Cells owned by each patch token, [B, N] int64; Σ area + dropped cells = G."""
-        counts = self.owner.new_zeros(self.x.shape[0], self.num_patches + 1)
+        counts = self.owner.new_zeros(self.owner.shape[0], self.num_patches + 1)
         counts = counts.scatter_add(1, self.owner + 1, torch.ones_like(self.owner))
         return counts[:, 1:]
 

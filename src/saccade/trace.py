@@ -39,6 +39,7 @@ class BlockTrace:
     owner: Tensor  #         [B, G]  what each token stands for, after the block
     attn: Tensor | None = None  #    [B]  1 where the attention branch ran; None: for all
     mlp_on: Tensor | None = None  #  [B]  1 where the MLP branch ran; None: for all
+    wanted: Tensor | None = None  #  [B]  MACs, had all been skipped that masks leave out (differentiable); None: as ran
 
     def macs(self, nominal: bool = False) -> Count:
         """MACs of this block per image; nominal: whole block, no overhead (the papers' convention)."""
@@ -72,6 +73,14 @@ class Trace:
         for cost in costs:
             if isinstance(cost, Tensor):
                 total = total.to(cost.device) + cost.double()
+        return total
+
+    def wanted(self) -> Tensor:
+        """MACs per image [B] of skipping all that masks leave out: the price of what gates decided, differentiable."""
+        total = self.embed + self.head + torch.zeros(self.images, dtype=torch.float64)
+        for block in self.blocks:
+            cost = block.macs() if block.wanted is None else block.wanted
+            total = total.to(cost.device) + cost.double() if isinstance(cost, Tensor) else total + cost
         return total
 
     def tokens(self) -> list[int]:

@@ -23,7 +23,20 @@ app = typer.Typer(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake is one line on standard error and exit code 2, never a traceback."""
-    from saccade.cli import bench, demo, eval, list, train, tune, view  # noqa: F401  (each adds its verb)
+    from saccade.cli import (  # noqa: F401  (each adds its verb)
+        analyze,
+        bench,
+        convert,
+        demo,
+        detect,
+        eval,
+        list,
+        segment,
+        train,
+        tune,
+        view,
+        zeroshot,
+    )
 
     given = sys.argv[1:] if arguments is None else arguments
     try:

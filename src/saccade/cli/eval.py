@@ -1,9 +1,10 @@
-"""``saccade eval``: accuracy of settings on images."""
+"""``saccade eval``: accuracy and speed of settings on images."""
 
 from __future__ import annotations
 
+import shlex
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +24,9 @@ from saccade.cli.common import (
     print_table,
 )
 
+if TYPE_CHECKING:
+    from saccade.measure.sweep import Swept
+
 
 @app.command("eval")
 def command(
@@ -33,57 +37,81 @@ def command(
     pretrained: Pretrained = False,
     split: Split = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, evenly spread.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once, for timing too.")] = 32,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Of interleaved timing; 0: none. Default: 10 with a range, else 0.")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Folder for scores.csv, scores.json and report.html; then it can be resumed.")
+    ] = None,
+    corrupt: Annotated[
+        str | None, typer.Option(help="Corrupt the images: masks:50, gaussian_noise:3, jpeg:2, … (strength 1 to 5).")
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Accuracy, agreement and GMACs of settings on images, with 95 % intervals, beside the dense model.
+    """Accuracy, agreement, GMACs and speed of settings on images, with 95 % intervals, beside the dense model.
+
+    A setting may hold ranges, a..b or a..b..step: one row for each value.
 
     Example: saccade eval vit_tiny_patch16_224 photos/ --pretrained -s "tome(r=13)" -s "evit(0.7)"
+
+    Example: saccade eval vit_tiny_patch16_224 photos/ --pretrained -s "grid(8..40)" --out runs/sweep
     """
-    from saccade.measure.accuracy import evaluate
+    from saccade.measure.sweep import evaluate
     from saccade.progress import Progress
 
     vit = open_model(model, weights, pretrained, device, threads)
     with Progress(shown=True) as progress:
-        scores, failures = evaluate(
-            vit, data, [str(vit.setting), *setting], split=split, limit=limit, batch=batch, progress=progress
+        rows, failures = evaluate(
+            vit,
+            data,
+            [str(vit.setting), *setting],
+            split=split,
+            limit=limit,
+            batch=batch,
+            seconds=seconds,
+            out=out,
+            corrupt=corrupt,
+            command=shlex.join(["saccade", *sys.argv[1:]]),
+            progress=progress,
         )
     if json:
-        print_json({"rows": [s.to_dict() for s in scores], "not_read": failures})
+        print_json({"rows": [r.to_dict() for r in rows], "not_read": failures})
         return
-    rows = [
-        [
-            s.setting,
-            f"{s.top1.mean:.2%} [{s.top1.low:.1%}, {s.top1.high:.1%}]",
-            f"{s.top5.mean:.1%}",
-            ""
-            if s.delta is None
-            else f"{100 * s.delta.mean:+.2f} [{100 * s.delta.low:+.1f}, {100 * s.delta.high:+.1f}]",
-            f"{s.nll.mean:.3f}",
-            f"{s.agreement.mean:.1%}",
-            f"{s.kl.mean:.3f}",
-            f"{s.tokens:.0f}",
-            f"{s.gmacs:.3f}",
-            f"{s.mac_ratio:.2f}×",
-        ]
-        for s in scores
-    ]
-    columns = [
-        "setting",
-        scores[0].metric,
-        "top-5",
-        "points vs dense",
-        "NLL",
-        "agree",
-        "KL",
-        "tokens",
-        "GMACs",
-        "MAC ratio",
-    ]
-    print_table(f"{model}, {scores[0].images} images of {data}", columns, rows, "Intervals are at 95 %.")
+    _show(f"{model}, {rows[0].images} images of {data}" + (f", {corrupt}" if corrupt else ""), rows)
+    if out is not None:
+        print(f"report: {out}/report.html")
     if failures:
         print(f"{len(failures)} images could not be read and count nowhere:", file=sys.stderr)
         for name, reason in failures.items():
             print(f"  {name}: {reason}", file=sys.stderr)
+
+
+def _show(title: str, rows: list[Swept]) -> None:
+    """The table on standard output: columns that have anything to say and find room (JSON holds all)."""
+    room = {"NLL", "KL", "top-5"} if rows[0].speed else set()
+    columns = {
+        rows[0].metric: [f"{r.top1.mean:.2%} [{r.top1.low:.1%}, {r.top1.high:.1%}]" for r in rows],
+        "top-5": [f"{r.top5.mean:.1%}" for r in rows],
+        "points vs dense": [
+            f"{100 * r.delta.mean:+.2f} [{100 * r.delta.low:+.1f}, {100 * r.delta.high:+.1f}]" if r.delta else ""
+            for r in rows
+        ],
+        "NLL": [f"{r.nll.mean:.3f}" for r in rows],
+        "agree": [f"{r.agreement.mean:.1%}" for r in rows],
+        "KL": [f"{r.kl.mean:.3f}" for r in rows],
+        "tokens": [f"{r.tokens:.0f}" for r in rows],
+        "GMACs": [f"{r.gmacs:.3f}" for r in rows],
+        "MAC ratio": [f"{r.mac_ratio:.2f}×" for r in rows],
+        "speed-up": [f"{r.speed.speedup:.2f}×" if r.speed else "" for r in rows],
+        "images/s": [f"{r.speed.images_per_s:.1f}" if r.speed else "" for r in rows],
+        "trained": [{True: "yes", False: "no", None: ""}[r.trained] for r in rows],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells) and name not in room}
+    caption = "Intervals are at 95 %."
+    if speed := rows[0].speed:
+        caption += f" Speed: medians of {speed.runs} interleaved runs at batch {speed.batch}, {speed.runner}."
+    table = [[r.setting, *cells] for r, *cells in zip(rows, *shown.values(), strict=True)]
+    print_table(title, ["setting", *shown], table, caption)

@@ -28,10 +28,10 @@ HEADER = f"P6\n{SIZE} {SIZE}\n255\n".encode()
 
 CLASSES = tuple(sorted(SHAPES))
 
+Box = tuple[int, int, int, int]  # top, left, bottom, right in pixels, the last two exclusive
 
-def render(
-    split: str, index: int, *, seed: int = 0, size: int = SIZE
-) -> tuple[np.ndarray, int, tuple[int, int, int, int]]:
+
+def render(split: str, index: int, *, seed: int = 0, size: int = SIZE) -> tuple[np.ndarray, int, Box]:
     """One scene: uint8 RGB [size, size, 3], its class (a place in ``CLASSES``) and the object's box in pixels.
 
     The box is (top, left, bottom, right), the last two exclusive, of the pixels whose middle the object covers; it
@@ -111,7 +111,7 @@ def _distract(rng: np.random.Generator, canvas: Field, rough: Field) -> None:
     _paint(rng, canvas[:, *window], rough[window], away * radius, soft)
 
 
-def _place(rng: np.random.Generator, canvas: Field, rough: Field, shape: Distance) -> tuple[int, int, int, int]:
+def _place(rng: np.random.Generator, canvas: Field, rough: Field, shape: Distance) -> Box:
     """Draw the object, anywhere inside and at any angle, and return its box."""
     size = canvas.shape[-1]
     variant, stretch = rng.integers(VARIANTS), rng.uniform(0.88, 1 / 0.88) ** 0.5
@@ -226,7 +226,8 @@ class Rendered:
     """The scenes of ``counts`` as files ``split/class/number.ppm``, rendered when they are read.
 
     Image ``number`` of a class is ``render``'s index ``number * len(CLASSES) + label``. ``counts`` are images by
-    split, default ``SPLITS``; a split that it leaves out is not there.
+    split, default ``SPLITS``; a split that it leaves out is not there. ``box`` gives where the object of a file is,
+    at no cost for one that was read before.
 
     Raises UserError for an unknown split, a count below 1 or a seed below 0.
     """
@@ -240,6 +241,7 @@ class Rendered:
                 raise UserError(f"no split {split!r} in {NAME}{nearest(split, SPLITS)}")
             if count < 1:
                 raise UserError(f"{count} scenes in split {split!r} is below 1: give at least 1")
+        self._boxes: dict[str, Box] = {}
 
     @property
     def version(self) -> str:
@@ -254,11 +256,21 @@ class Rendered:
 
     def read(self, name: str) -> bytes:
         """A binary PPM. Raises FileNotFoundError for a name that is not among ``names``."""
+        return HEADER + self._render(name).tobytes()
+
+    def box(self, name: str) -> Box:
+        """The box of a file's object, as ``render`` gives it. Raises FileNotFoundError as ``read``."""
+        if name not in self._boxes:
+            self._render(name)
+        return self._boxes[name]
+
+    def _render(self, name: str) -> np.ndarray:
         split, label, number = (*name.removesuffix(".ppm").split("/"), "", "")[:3]
         index = int(number) * len(CLASSES) + CLASSES.index(label) if number.isdecimal() and label in CLASSES else -1
         if not 0 <= index < self.counts.get(split, 0) or name != _name(split, index):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
-        return HEADER + render(split, index, seed=self.seed)[0].tobytes()
+        pixels, _, self._boxes[name] = render(split, index, seed=self.seed)
+        return pixels
 
 
 def scenes(split: str | None = None, *, seed: int = 0, counts: dict[str, int] | None = None) -> ImageSet:

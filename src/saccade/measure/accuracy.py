@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, class_indices, open_images
+from saccade.data.corrupt import Corruption, corrupted, corruption
 from saccade.errors import UserError
 from saccade.measure.stats import Interval, bootstrap, mcnemar, proportion
 from saccade.model import AdaptiveViT
@@ -42,8 +45,10 @@ class Predictions:
 class Judge:
     """Images and the dense model's opinion of them: what every setting is compared with, on the same images."""
 
-    def __init__(self, model: AdaptiveViT, images: ImageSet, *, batch: int = 32) -> None:
-        self.dense, self.images, self.batch = model.at("dense").eval(), images, batch
+    def __init__(
+        self, model: AdaptiveViT, images: ImageSet, *, batch: int = 32, corrupt: Corruption | None = None
+    ) -> None:
+        self.dense, self.images, self.batch, self.corrupt = model.at("dense").eval(), images, batch, corrupt
         labels = class_indices(images, model.vit.num_classes) if images.labels is not None else None
         self.labels = None if labels is None else torch.tensor(labels)
         self.metric = "agreement with dense" if labels is None else "top-1"
@@ -51,6 +56,10 @@ class Judge:
         self._loaders: dict[tuple[int, int], Loader] = {}
         self._reference: dict[int, Tensor] = {}  # place -> the dense model's log-probabilities [K]
         self._asked: set[int] = set()  # places that the dense model was asked about; some cannot be read
+
+    def preprocess(self, size: tuple[int, int] | None = None) -> Preprocess:
+        """How images become inputs of this size; None: the model's own."""
+        return corrupted(Preprocess.of(self.dense.vit, size), self.corrupt)
 
     def predict(self, model: AdaptiveViT, indices: Sequence[int], step: Step = lambda done: None) -> Predictions:
         """Run a model on images; those that cannot be read, by it or by the dense model, are left out and named in
@@ -106,7 +115,7 @@ class Judge:
     def _batches(self, size: tuple[int, int], indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         if size not in self._loaders:
             room = CACHE_BYTES // 8  # several input sizes stay decoded
-            self._loaders[size] = Loader(self.images, Preprocess.of(self.dense.vit, size), cache_bytes=room)
+            self._loaders[size] = Loader(self.images, self.preprocess(size), cache_bytes=room)
         loader = self._loaders[size]
         try:
             for batch in loader.batches(self.batch, indices):
@@ -201,6 +210,8 @@ def evaluate(
     split: str | None = None,
     limit: int | None = None,
     batch: int = 32,
+    cache: Path | None = None,
+    corrupt: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Score], dict[str, str]]:
     """Scores of settings of a model on images, the dense model first; and why which images could not be read.
@@ -210,21 +221,29 @@ def evaluate(
             is agreement with the dense model.
         split: of a folder of splits; None: the held-out one.
         limit: at most so many images, spread evenly over the set.
+        cache: a folder for what settings said, so that an interrupted call goes on from there.
+        corrupt: ``"masks:50"``, ``"gaussian_noise:3"``, … (``saccade.data.corrupt``), the same for all settings.
         progress: where to show it; None: nowhere.
 
     Raises:
         UserError: bad data or settings, labels that do not fit the head.
     """
+    from saccade.measure.cache import Cache  # that file imports this one
+
     images = data if isinstance(data, ImageSet) else open_images(data, split)
-    judge = Judge(model, images, batch=batch)
+    judge = Judge(model, images, batch=batch, corrupt=None if corrupt is None else corruption(corrupt))
     chosen = spread(len(images), limit)
     named = [s for s in map(str, settings) if s not in ("", "dense")]
     views = {"dense": judge.dense, **{name: model.at(name).eval() for name in named}}  # all checked before any is run
     found: dict[str, Predictions] = {}
     advance = (progress or Progress()).start("evaluating", len(chosen) * len(views))
+    store = None if cache is None else Cache(cache, model, images.fingerprint(), judge.preprocess(), model.backbone)
     for name, view in views.items():
         advance(0, what=name)
-        found[name] = judge.predict(view, chosen, advance)
+        ask = partial(judge.predict, view, chosen, advance)
+        found[name] = store.get(name, chosen, ask) if store and name != "dense" else ask()
+        if store and (lost := sorted({*chosen} - {*found[name].indices.tolist()})):
+            judge.predict(view, lost)  # names them again where the rest came from the cache
         judge.need(found[name], name)
     return [score(name, p, found["dense"], judge) for name, p in found.items()], judge.failures
 

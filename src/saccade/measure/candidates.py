@@ -41,16 +41,20 @@ def candidates(model: AdaptiveViT, ratio: float | None = None, progress: Progres
     """
     known, backbone = registry(), model.backbone
     menus = {name: entry.menu(backbone) for name, entry in known.items()}
-    grids = [s for name, entry in known.items() if entry.kind == "tokenizer" for s in menus[name]]
-    controls = [s for name, entry in known.items() if entry.baseline for s in menus[name]]
+    tokenizers = {name: entry for name, entry in known.items() if entry.kind == "tokenizer"}
+    grids = [s for name, entry in tokenizers.items() if entry.baseline for s in menus[name]]
+    adaptive = [s for name, entry in tokenizers.items() if not entry.baseline for s in menus[name]]
+    controls = [s for n, entry in known.items() if entry.kind == "method" and entry.baseline for s in menus[n]]
     methods = {n: menus[n] for n, entry in known.items() if entry.kind == "method" and not entry.baseline}
 
-    reducing = [s for menu in methods.values() for s in menu]
+    merging = [s for menu in methods.values() for s in menu]
     for setting in model.trained:
-        plain = all(known[call.name].kind == "tokenizer" for call in Setting.parse(setting).calls if call.name in known)
-        own = grids if plain else reducing
-        if setting not in ("dense", *grids, *reducing):
+        calls = [known[call.name] for call in Setting.parse(setting).calls if call.name in known]
+        plain = all(entry.kind == "tokenizer" and entry.baseline for entry in calls)
+        own = grids if plain else adaptive if any(entry.kind == "tokenizer" for entry in calls) else merging
+        if setting not in ("dense", *grids, *adaptive, *merging):
             own.append(setting)
+    reducing = merging + adaptive
     dense = price(model, "dense")
     step = (progress or Progress()).start("pricing settings", len(grids) + len(controls) + len(reducing))
     alone = [Candidate("dense", "dense", dense, False)]
@@ -65,7 +69,7 @@ def candidates(model: AdaptiveViT, ratio: float | None = None, progress: Progres
 
     parts = [*methods.items()]
     pairs = [" | ".join(pair) for (_, a), (_, b) in combinations(parts, 2) for pair in product(a, b)]
-    pairs += [" | ".join(pair) for pair in product(grids, reducing)]
+    pairs += [" | ".join(pair) for pair in product(grids + adaptive, merging)]
     # Both save about what each saves alone: only combinations that may lie near the budget are priced by running them.
     cost = {c.setting: c.macs for c in alone}
     guess = {p: math.prod(cost.get(s, dense) / dense for s in p.split(" | ")) * dense for p in pairs}

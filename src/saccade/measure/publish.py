@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def tune(
     chosen = model.at(verdict.chosen.option.candidate.setting).eval()
 
     report = Report(
-        title=f"{_name(model)}: {aim}",
+        title=f"{model_name(model)}: {aim}",
         command=command,
         verdict=verdict.lines,
         facts=facts,
@@ -88,7 +89,7 @@ def tune(
         samples=_samples(model, found, verdict),
     )
     write_text(folder / "report.html", render_report(report))
-    write_text(folder / "frontier.csv", _csv(rows))
+    write_text(folder / "frontier.csv", csv_text(rows))
     details = [_details(row, m) for row, m in zip(rows, found.measured, strict=True)]
     write_json(
         folder / "frontier.json", {"verdict": verdict.lines, "met": verdict.met, "facts": facts, "rows": details}
@@ -138,7 +139,8 @@ def _details(row: Row, m: Measured) -> dict[str, Any]:
     }
 
 
-def _csv(rows: list[Row]) -> str:
+def csv_text(rows: Sequence[Any]) -> str:
+    """Dataclasses of one kind as a table with a heading, floats unrounded."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(vars(rows[0])), lineterminator="\n")
     writer.writeheader()
@@ -146,22 +148,19 @@ def _csv(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def _name(model: AdaptiveViT) -> str:
+def model_name(model: AdaptiveViT) -> str:
+    """timm's name of it."""
     return model.vit.pretrained_cfg.get("architecture") or type(model.vit).__name__
 
 
 def _facts(model: AdaptiveViT, found: Search, options: dict[str, Any]) -> dict[str, str]:
     """How it was measured, in words."""
-    device = next(model.parameters()).device
     speed = found.measured[0].speed
     facts = {
-        "model": f"{_name(model)}, {sum(p.numel() for p in model.vit.parameters()) / 1e6:.1f} M parameters",
+        **circumstances(model),
         "target": str(found.target),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": str(torch.get_num_threads()),
         "timing": f"batch {speed.batch}, medians of {speed.runs} interleaved runs, against dense {speed.runner}",
         "attention": f"dense: {speed.kernels}",
-        "versions": f"saccade {saccade.__version__}, torch {torch.__version__}, timm {timm.__version__}",
     }
     if found.judge is not None:
         judge = found.judge
@@ -172,6 +171,17 @@ def _facts(model: AdaptiveViT, found: Search, options: dict[str, Any]) -> dict[s
             named = ", ".join(f"{name} ({reason})" for name, reason in list(judge.failures.items())[:5])
             facts["not read"] = f"{len(judge.failures)} images: {named}"
     return facts
+
+
+def circumstances(model: AdaptiveViT) -> dict[str, str]:
+    """What every report says of the model and the machine."""
+    device = next(model.parameters()).device
+    return {
+        "model": f"{model_name(model)}, {sum(p.numel() for p in model.vit.parameters()) / 1e6:.1f} M parameters",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": str(torch.get_num_threads()),
+        "versions": f"saccade {saccade.__version__}, torch {torch.__version__}, timm {timm.__version__}",
+    }
 
 
 def _processor() -> str:

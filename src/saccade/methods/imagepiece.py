@@ -2,39 +2,66 @@
 
 ImagePiece (AAAI 2025, arXiv 2412.16491), whose code was never released, as a training-free re-tokenizer for any ViT.
 The layers and what 0.08 is a fraction of are not in the paper's text: the defaults are a fit to its published speeds
-and token counts, not the authors' word.
+and token counts, not the authors' word. Similarity, weights and proportional attention are ToMe's where the paper is
+silent. Every such reading is a knob. Judging again is the next block's own attention; nothing is computed twice.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from saccade.decide import KeepAttended, best_edges, check_score
-from saccade.errors import UserError
+from saccade.budget import fit
+from saccade.decide import (
+    METRICS,
+    KeepAttended,
+    best_proposals,
+    check_score,
+    cosines,
+    feature_of,
+    leave,
+    part_of,
+    scramble,
+)
+from saccade.knobs import one_of, switch
 from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
 from saccade.reduction import Reduction, rows
 from saccade.tokens import Tokens
 
-METRICS = ("key", "x")
+SPLITS = ("alternate", "random", "halves")
+OF = ("tokens", "bottom", "first")
+PER = ("token", "patch")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the paper is read where it leaves a choice; the knobs of ``imagepiece`` say what they mean."""
+
+    metric: str = "key"
+    weighted: bool = True
+    proportional: bool = True
+    score: str = "cls_attn"  # a reading of attention
+    per: str = "token"
+    of: str = "tokens"
+    split: str = "alternate"
 
 
 class Retokenize(Reducer):
     """Merge, among the ⌊p · n⌋ least attended tokens only, the ⌊merge · n⌋ most similar pairs."""
 
-    def __init__(self, p: float, merge: float, metric: str, weighted: bool, reading: str, width: int) -> None:
+    def __init__(self, p: float, merge: float, reading: Reading, width: int, first: int) -> None:
         super().__init__()
-        self.p, self.merge, self.metric, self.weighted, self.width = p, merge, metric, weighted, width
-        self.reading = reading
-        self.read = frozenset({reading, "key"} if metric == "key" else {reading})
+        self.p, self.merge, self.reading, self.width, self.first = p, merge, reading, width, first
+        self.read = frozenset({reading.score, "key"} if reading.metric == "key" else {reading.score})
 
     def _sizes(self, n: int) -> tuple[int, int]:
         """(bottom, r): tokens judged meaningless, and pairs among them that merge."""
-        bottom = math.floor(round(self.p * n, 9))
-        return bottom, min(math.floor(round(self.merge * n, 9)), bottom // 2 + bottom % 2 if bottom > 1 else 0)
+        bottom = part_of(self.p, n)
+        whole = {"tokens": n, "bottom": bottom, "first": self.first}[self.reading.of]
+        return bottom, min(part_of(self.merge, whole), (bottom + 1) // 2 if bottom > 1 else 0)
 
     def count(self, n: int) -> int:
         return n - self._sizes(n)[1]
@@ -44,20 +71,28 @@ class Retokenize(Reducer):
         return (bottom // 2) * (bottom - bottom // 2) * self.width
 
     def forward(self, tokens: Tokens) -> Reduction:
-        score: Tensor = getattr(tokens, self.reading).detach()
-        feature = tokens.patches if self.metric == "x" else tokens.key
-        assert feature is not None
-        bottom, r = self._sizes(tokens.num_patches)
+        reading, n = self.reading, tokens.num_patches
+        bottom, r = self._sizes(n)
+        score: Tensor = getattr(tokens, reading.score).detach()
+        if reading.per == "patch" and tokens.size is not None:
+            score = score / tokens.size
         if tokens.valid is not None:
             score = score.masked_fill(~tokens.valid, torch.inf)
-        meaningless = score.argsort(dim=1, stable=True)[:, :bottom]  # least attended first
-        a, b = meaningless[:, 0::2], meaningless[:, 1::2]
-        merged, _, partner = best_edges(rows(feature, a), rows(feature, b), r)
-        src, into = a.gather(1, merged), b.gather(1, partner)
-        gone = torch.zeros_like(score, dtype=torch.int64).scatter(1, src, 1)
-        keep = gone.argsort(dim=1, stable=True)[:, : tokens.num_patches - r]  # all others, in their order
-        dst = into - gone.cumsum(dim=1).gather(1, into)  # its place once the merged ones have left
-        return Reduction(keep, src=src, dst=dst, weight=None if self.weighted else torch.ones_like(score))
+        a, b = self._split(score.argsort(dim=1, stable=True)[:, :bottom])  # least attended first
+        feature = feature_of(tokens, reading.metric)
+        merged, _, partner = best_proposals(cosines(rows(feature, a), rows(feature, b)), r)
+        src = a.gather(1, merged)
+        keep, dst = leave(n, src, b.gather(1, partner))
+        weight = None if reading.weighted else torch.ones_like(score)
+        return Reduction(keep, src=src, dst=dst, weight=weight, proportional=reading.proportional)
+
+    def _split(self, bottom: Tensor) -> tuple[Tensor, Tensor]:
+        """Two sides of the bottom tokens [B, K]; A has one more where K is odd."""
+        if self.reading.split == "halves":
+            return tuple(bottom.tensor_split([-(-bottom.shape[1] // 2)], dim=1))  # type: ignore[return-value]
+        if self.reading.split == "random":  # the same ranks for every image: a batch equals its images one by one
+            bottom = bottom[:, scramble(torch.arange(bottom.shape[1], device=bottom.device), 0).argsort(stable=True)]
+        return bottom[:, 0::2], bottom[:, 1::2]
 
 
 def _menu(backbone: Backbone) -> list[str]:
@@ -78,6 +113,13 @@ def imagepiece(
     metric: str = "key",
     weighted: bool = True,
     score: str = "class",
+    fuse: bool = False,
+    proportional: bool = True,
+    per: str = "token",
+    of: str = "tokens",
+    split: str = "alternate",
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Merge the least attended tokens with each other, judge again, then prune (arXiv 2412.16491).
 
@@ -88,19 +130,39 @@ def imagepiece(
         merge_at: 0-based blocks that merge; None: all before the last pruning block that do not prune.
         prune_at: 0-based blocks that prune; None: at a quarter, a half and three quarters of the depth.
         metric: similarity of the mean 'key' over heads, or of the features 'x'.
-        weighted: weigh merged tokens by the patches in them.
+        weighted: weigh merged tokens by the patches in them; False: a plain mean.
         score: 'class' attention, or mean attention 'received', for models without a class token.
+        fuse: add one token, the attention-weighted sum of those pruned, as EViT does; False: drop them.
+        proportional: attention counts a merged token as often as it has patches, in the score too; False: once.
+        per: judge a 'token' by all attention that it gets, or by the share of it that falls to each 'patch' in it.
+        of: what ``merge`` is a share of: the 'tokens' there are, the 'bottom' ones, or the 'first', those of a whole
+            image (of the model's own size).
+        split: the bottom tokens part into two sides by rank: 'alternate', in 'halves', or at 'random'.
+        gmacs: find ``keep`` for so many GMACs an image (of the model's own size); ``merge``, where that is enough.
+        speed: the same for so many times fewer MACs.
     """
     p, merge = fraction("imagepiece", "p", p), fraction("imagepiece", "merge", merge)
     keep = fraction("imagepiece", "keep", keep, 0.001)
-    if metric not in METRICS:
-        raise UserError(f"imagepiece: metric={metric!r} is not one of {', '.join(METRICS)}")
-    if not isinstance(weighted, bool):
-        raise UserError(f"imagepiece: weighted={weighted!r} is not True or False")
-    reading = check_score("imagepiece", score, backbone)
+    for knob, word, known in (("metric", metric, METRICS), ("per", per, PER), ("of", of, OF), ("split", split, SPLITS)):
+        one_of("imagepiece", knob, word, known)
+    for knob, on in (("weighted", weighted), ("fuse", fuse), ("proportional", proportional)):
+        switch("imagepiece", knob, on)
+    reading = Reading(metric, weighted, proportional, check_score("imagepiece", score, backbone), per, of, split)
     prunes = blocks("imagepiece", prune_at, backbone.stages(), backbone.depth)
     between = tuple(i for i in range(max(prunes, default=0)) if i not in prunes)
     merges = blocks("imagepiece", merge_at, between, backbone.depth)
     width = backbone.head_dim if metric == "key" else backbone.dim
-    pruning = [(i, KeepAttended(keep, reading)) for i in prunes]  # first, where a block does both
-    return Method(pruning + [(i, Retokenize(p, merge, metric, weighted, reading, width)) for i in merges])
+
+    def build(merge: float, keep: float) -> Method:
+        pruning = [(i, KeepAttended(keep, reading.score, fuse)) for i in prunes]  # first, where a block does both
+        merging = [(i, Retokenize(p, merge, reading, width, backbone.num_patches)) for i in merges]
+        return Method([*pruning, *merging])
+
+    if gmacs is None and speed is None:
+        return build(merge, keep)
+
+    def at_strength(i: int) -> Method:
+        """Merging grows to ``merge`` in 1000 steps; then 999 prune."""
+        return build(merge * min(i, 1000) / 1000, min(1.0, 2 - i / 1000))
+
+    return fit("imagepiece", backbone, at_strength, 1999, gmacs, speed)

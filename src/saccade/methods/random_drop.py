@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
-from saccade.decide import share_of
+from saccade.decide import scramble, share_of
 from saccade.errors import UserError
 from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
 from saccade.reduction import Reduction
@@ -29,14 +28,6 @@ class KeepRandom(Reducer):
         noise = scramble(torch.arange(n, device=tokens.x.device), self.seed)
         keep = noise.argsort(stable=True)[: self.count(n)].sort().values
         return Reduction(keep.expand(tokens.x.shape[0], -1))
-
-
-def scramble(x: Tensor, seed: int) -> Tensor:
-    """A 32-bit integer hash (murmur3's finaliser): the same on every device and in an exported graph."""
-    x = (x + 1) * 0x9E3779B1 + seed * 0x85EBCA77 & 0xFFFFFFFF
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
-    return x ^ (x >> 16)
 
 
 @register("random", menu=lambda backbone: [f"random({k})" for k in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)], baseline=True)

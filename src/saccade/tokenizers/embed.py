@@ -13,7 +13,8 @@ pseudo-inverse of its transpose, ``P = (Bᵀ)⁺`` ("PI-resize", FlexiViT, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -29,7 +30,7 @@ from torch import Tensor
 from saccade.errors import UserError, nearest
 
 MODES = ("bilinear", "bicubic")
-METHODS = ("pi", "vanilla", "area")
+RHO = 0.9  # correlation of neighbouring pixels where a method needs one: about that of photos
 
 
 def _one_of(what: str, name: str, known: Iterable[str]) -> str:
@@ -43,7 +44,7 @@ def _one_of(what: str, name: str, known: Iterable[str]) -> str:
 class ResizeSpec:
     """How the kernel and the position table are resized.  Weights belong to the spec they were trained with.
 
-    Raises `UserError` for an unknown mode.
+    Raises `UserError` for an unknown mode, and where antialiasing is neither True nor False.
     """
 
     kernel_mode: str = "bilinear"
@@ -54,6 +55,16 @@ class ResizeSpec:
     def __post_init__(self) -> None:
         _one_of("resize mode", self.kernel_mode, MODES)
         _one_of("resize mode", self.pos_mode, MODES)
+        for name in ("kernel_antialias", "pos_antialias"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}={getattr(self, name)!r} of a resize spec is neither True nor False")
+
+    def __str__(self) -> str:
+        """The preset's name, or the fields in words."""
+        named = [name for name, spec in PRESETS.items() if spec == self]
+        smooth = {True: "antialiased", False: "not antialiased"}
+        kernel, positions = smooth[self.kernel_antialias], smooth[self.pos_antialias]
+        return named[0] if named else f"kernel {self.kernel_mode} {kernel}, positions {self.pos_mode} {positions}"
 
     @classmethod
     def preset(cls, name: str) -> ResizeSpec:
@@ -64,6 +75,8 @@ class ResizeSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> ResizeSpec:
         """Inverse of `to_dict`.  `UserError` for an unknown field and for a missing one: a default would guess."""
         known = [field.name for field in fields(cls)]
+        if not isinstance(values, Mapping):
+            raise UserError(f"a resize spec has the fields {', '.join(known)}; it is not {str(values)[:50]!r}")
         for name in values:
             _one_of("resize field", name, known)
         if missing := [name for name in known if name not in values]:
@@ -83,12 +96,25 @@ PRESETS = {
 }
 
 
+def choose(method: str, asked: str | None, trained: ResizeSpec | None) -> ResizeSpec:
+    """The preset `asked` for by a knob ``resize``; None: what the weights were `trained` with, else 'default'.
+
+    `UserError` for an unknown preset, and for another than the weights were trained with.
+    """
+    if asked is not None and asked not in PRESETS:
+        raise UserError(f"{method}: resize={asked!r} is not one of {', '.join(PRESETS)}")
+    spec = PRESETS.get(asked or "")
+    if trained is not None and spec not in (None, trained):
+        raise UserError(f"{method}: resize={asked!r} is not how these weights were trained ({trained}): leave it out")
+    return trained or spec or PRESETS["default"]
+
+
 def resize_matrix(old: int, new: int, mode: str, antialias: bool) -> Tensor:
     """``B`` [new, old], float64 on the CPU: resizes one axis from `old` to `new` pixels, with half-pixel centres.
 
     Built once and shared: do not write to it.  `UserError` for an unknown mode and a size below 1.
     """
-    return _matrix("vanilla", index(old), index(new), mode, antialias, torch.device("cpu"), torch.float64)
+    return _matrix("image", 0.0, index(old), index(new), mode, antialias, torch.device("cpu"), torch.float64)
 
 
 def pi_matrix(old: int, new: int, mode: str, antialias: bool) -> Tensor:
@@ -96,7 +122,7 @@ def pi_matrix(old: int, new: int, mode: str, antialias: bool) -> Tensor:
 
     Built once and shared: do not write to it.  Raises as `resize_matrix`.
     """
-    return _matrix("pi", index(old), index(new), mode, antialias, torch.device("cpu"), torch.float64)
+    return _matrix("pi", 0.0, index(old), index(new), mode, antialias, torch.device("cpu"), torch.float64)
 
 
 @torch.compiler.assume_constant_result  # takes a plain function: torch.compile would trace through the cache
@@ -113,56 +139,135 @@ def _cached(*key: Any) -> Tensor:
 
 
 def _build(
-    how: str, old: int, new: int, mode: str, antialias: bool, device: torch.device, dtype: torch.dtype
+    axis: str, rho: float, old: int, new: int, mode: str, antialias: bool, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """The matrix [new, old] that resizes one axis by the method `how`."""
+    """The matrix [new, old] of one axis ([old, new] for 'root'), one of `AXES`."""
     _one_of("resize mode", mode, MODES)
     if min(old, new) < 1:
         raise UserError(f"cannot resize {old} to {new} pixels: both must be at least 1")
     # One image whose columns are the basis, not a batch of columns: antialiased resizing of (N > 1, 1, old, 1) gives
     # wrong rows on the CPU (torch 2.15).
     basis = torch.eye(old, dtype=torch.float64)[None, None]
-    matrix = F.interpolate(basis, size=(new, old), mode=mode, align_corners=False, antialias=antialias)[0, 0]
-    if how == "pi":
-        # B has full rank and is well conditioned (at worst 6 up to 64 pixels, 22 at 1000): rcond is to drop nothing.
-        # NumPy, because torch would first start an OpenMP team for the new thread, which takes milliseconds.
-        matrix = torch.from_numpy(np.linalg.pinv(matrix.T.numpy(), rcond=1e-10))
-    elif how == "area":
-        matrix = matrix * (old / new)
-    return matrix.to(dtype).to(device)
+    image = F.interpolate(basis, size=(new, old), mode=mode, align_corners=False, antialias=antialias)[0, 0]
+    # NumPy, because torch would first start an OpenMP team for the new thread, which takes milliseconds.
+    return torch.from_numpy(AXES[axis](image.numpy(), rho)).to(dtype).to(device)
 
 
-def _resize(x: Tensor, new: Sequence[int], how: str, mode: str, antialias: bool) -> Tensor:
-    """Resize the trailing ``len(new)`` axes, one after the other, in at least float32; same dtype out."""
-    out = x if x.dtype == torch.float64 else x.float()
+def _pinv(matrix: np.ndarray) -> np.ndarray:
+    # B has full rank and is well conditioned (at worst 6 up to 64 pixels, 22 at 1000): rcond is to drop nothing.
+    return np.linalg.pinv(matrix, rcond=1e-10)
+
+
+def _root(size: int, rho: float) -> np.ndarray:
+    """``L`` with ``L Lᵀ = Σ``, the covariance ``ρ^|i - j|`` of `size` pixels in a row."""
+    away = np.subtract.outer(np.arange(size), np.arange(size))
+    return np.linalg.cholesky(rho ** np.abs(away).astype(float))
+
+
+# What becomes of B [new, old] on one axis.
+AXES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
+    "image": lambda b, rho: b,
+    "area": lambda b, rho: b * (b.shape[1] / b.shape[0]),
+    "pi": lambda b, rho: _pinv(b.T),
+    # argmin ‖w - Bᵀŵ‖_Σ = (LᵀBᵀ)⁺ Lᵀ w, which is also (BΣBᵀ)⁻¹ BΣ w, the best linear guess of <x, w> from B x.
+    "sigma": lambda b, rho: _pinv(_root(b.shape[1], rho).T @ b.T) @ _root(b.shape[1], rho).T,
+    "root": lambda b, rho: (b @ _root(b.shape[1], rho)).T.copy(),  # its product with B x has the covariance of B x
+}
+
+
+def _product(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """Multiply the trailing ``len(matrices)`` axes, one after the other; None leaves an axis as it is."""
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     # Autocast would run the products in half precision.  Off already, it is left out: an exported graph would keep it.
     with torch.autocast(kind, enabled=False) if autocast else nullcontext():
-        for axis in range(-len(new), 0):
-            old, size = index(out.shape[axis]), index(new[axis])  # no symbols: torch.compile makes a program per size
-            if old != size:
-                matrix = _matrix(how, old, size, mode, antialias, x.device, out.dtype)
-                out = F.linear(out.transpose(axis, -1), matrix).transpose(axis, -1)
-    return out.to(x.dtype)
+        for at, matrix in zip(range(-len(matrices), 0), matrices, strict=True):
+            if matrix is not None:
+                x = F.linear(x.transpose(at, -1), matrix).transpose(at, -1)
+    return x
 
 
-def resize_kernel(kernel: Tensor, new: Sequence[int], spec: ResizeSpec, how: str = "pi") -> Tensor:
+def _apply(x: Tensor, new: Sequence[int], axis: str, rho: float, mode: str, antialias: bool) -> Tensor:
+    """Resize the trailing ``len(new)`` axes of a float32 or float64 tensor."""
+    # No symbols: torch.compile makes a program per size.
+    sizes = [(index(old), index(size)) for old, size in zip(x.shape[-len(new) :], new, strict=True)]
+    key = mode, antialias, x.device, x.dtype
+    return _product(x, [None if old == size else _matrix(axis, rho, old, size, *key) for old, size in sizes])
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _filter_norm(kernel: Tensor, resized: Tensor, new: Sequence[int], spec: ResizeSpec, rho: float) -> Tensor:
+    """Frobenius norm of each filter (of the whole, where there is one only), old over new."""
+    inner = tuple(range(1 if kernel.ndim > len(new) else 0, kernel.ndim))
+    norms = [torch.linalg.vector_norm(k, dim=inner, keepdim=True) for k in (kernel, resized)]
+    return norms[0] / norms[1].clamp(min=torch.finfo(kernel.dtype).tiny)
+
+
+def _token_norm(kernel: Tensor, resized: Tensor, new: Sequence[int], spec: ResizeSpec, rho: float) -> Tensor:
+    """Root mean square of the tokens over patches of covariance Σ, old over new: a single number."""
+    key = spec.kernel_mode, spec.kernel_antialias, kernel.device, kernel.dtype
+    sizes = [(index(old), index(size)) for old, size in zip(kernel.shape[-len(new) :], new, strict=True)]
+    before = _product(kernel, [_matrix("root", rho, old, old, *key) for old, _ in sizes])
+    after = _product(resized, [_matrix("root", rho, old, size, *key) for old, size in sizes])
+    tiny = torch.finfo(kernel.dtype).tiny
+    return torch.linalg.vector_norm(before) / torch.linalg.vector_norm(after).clamp(min=tiny)
+
+
+@dataclass(frozen=True)
+class How:
+    """A way to resize a kernel: what each axis is multiplied by, and then the whole."""
+
+    axis: str  # one of AXES
+    scale: Callable[[Tensor, Tensor, Sequence[int], ResizeSpec, float], Tensor] | None = None
+
+
+# The ways that the paper compares (arXiv 2212.08013, Fig. 4; 'sigma': its appendix).
+METHODS = {
+    "pi": How("pi"),
+    "vanilla": How("image"),
+    "area": How("area"),
+    "norm": How("image", _filter_norm),
+    "token_norm": How("image", _token_norm),
+    "sigma": How("sigma"),
+}
+
+
+def resize_kernel(kernel: Tensor, new: Sequence[int], spec: ResizeSpec, how: str = "pi", rho: float = RHO) -> Tensor:
     """A kernel [..., *old] at another patch size [..., *new]: the trailing ``len(new)`` axes, 1-D, 2-D or 3-D alike.
 
-    `how` is 'pi', or what the paper compares it with (arXiv 2212.08013, Fig. 4): 'vanilla', the kernel resized like an
-    image, and 'area', that times the old area over the new.  The same size returns `kernel` itself.
+    The same size returns `kernel` itself.  `how` is 'pi' or what the paper compares it with (arXiv 2212.08013, Fig. 4):
 
-    `UserError` for an unknown `how`, a size below 1, and more sizes than axes.
+    * 'vanilla': resized like an image.  Tokens of resized patches come out (new area / old area) times too large.
+    * 'area': that, times the old area over the new.
+    * 'norm': 'vanilla', each filter (the first axis; the whole where there is no other) brought to its Frobenius norm.
+    * 'token_norm': 'vanilla', times the one number that keeps the root mean square of the tokens.  A kernel has no
+      data, so it is that over patches ``x`` and ``B x`` whose pixels have variance 1 and correlation ``rho^distance``
+      along each axis, none between channels; rho=0 are white patches.
+    * 'sigma': the least mean squared error of the token over such patches, ``(BΣBᵀ)⁻¹BΣ``.  Enlarging, or with rho=0,
+      it is 'pi'; it pays for shrinking a lot without antialiasing.
+
+    The sources differ on what the paper's "norm heuristic" normalises, hence two.
+
+    Raises:
+        UserError: unknown `how`, rho outside [0, 0.999], a size below 1, more sizes than axes.
     """
-    _one_of("kernel resize", how, METHODS)
+    method = METHODS[_one_of("kernel resize", how, METHODS)]
+    if not 0 <= rho <= 0.999:
+        raise UserError(f"rho={rho!r} is not in [0, 0.999]: the correlation of neighbouring pixels")
     if not 0 < len(new) <= kernel.ndim:
         raise UserError(
             f"a kernel of {kernel.ndim} axes cannot be resized to {tuple(new)}: give 1 to {kernel.ndim} sizes"
         )
     if tuple(kernel.shape[-len(new) :]) == tuple(new):
         return kernel
-    return _resize(kernel, new, how, spec.kernel_mode, spec.kernel_antialias)
+    wide = _wide(kernel)
+    resized = _apply(wide, new, method.axis, rho, spec.kernel_mode, spec.kernel_antialias)
+    if method.scale is not None:
+        resized = resized * method.scale(wide, resized, new, spec, rho)
+    return resized.to(kernel.dtype)
 
 
 def resize_positions(
@@ -183,5 +288,48 @@ def resize_positions(
     if tuple(old) == tuple(new):
         return table
     prefix, grid = table[..., :num_prefix, :], table[..., num_prefix:, :]
-    resized = _resize(grid.mT.unflatten(-1, old), new, "vanilla", spec.pos_mode, spec.pos_antialias)
+    cells = _wide(grid.mT.unflatten(-1, old))
+    resized = _apply(cells, new, "image", 0.0, spec.pos_mode, spec.pos_antialias).to(table.dtype)
     return torch.cat([prefix, resized.flatten(-2).mT], dim=-2)
+
+
+LAYOUTS = ("last", "first", "apart")
+
+
+def resize_output(
+    weight: Tensor, old: Sequence[int], new: Sequence[int], spec: ResizeSpec, layout: str = "last"
+) -> Tensor:
+    """A projection *to* pixels (unpatchify) at another patch size: its pixels are then the old ones, resized.
+
+    What it gives are pixels, so it is resized by ``B`` itself, not by ``(Bᵀ)⁺``, exactly in both directions.  1-D, 2-D
+    or 3-D patches alike: ``len(old) == len(new)``.  The same size returns `weight` itself.
+
+    Args:
+        weight: a weight or a bias, in one of three layouts.
+        layout: 'last': [*old · C, ...], pixels in rows, channels within a pixel, a ``Linear`` as in MAE;
+            'first': [C · *old, ...], as ``fold`` and ``pixel_shuffle`` read it;
+            'apart': [..., *old], the weight of a transposed convolution (its bias has no pixels: leave it).
+
+    Raises:
+        UserError: unknown layout, sizes below 1 or not as many new as old, a weight that has not that many pixels.
+    """
+    _one_of("layout", layout, LAYOUTS)
+    old, new = tuple(old), tuple(new)
+    count = math.prod(old)
+    if not old or len(old) != len(new) or min(old) < 1:
+        raise UserError(f"cannot resize patches of {old} to {new} pixels: give as many sizes, each at least 1")
+    fits = tuple(weight.shape[-len(old) :]) == old if layout == "apart" else weight.shape[0] % count == 0
+    if not fits:
+        raise UserError(f"an output weight of shape {tuple(weight.shape)} does not hold {old} pixels ({layout!r})")
+    if old == new:
+        return weight
+    mode, antialias = spec.kernel_mode, spec.kernel_antialias
+    if layout == "apart":
+        return _apply(_wide(weight), new, "image", 0.0, mode, antialias).to(weight.dtype)
+    rows = _wide(weight).movedim(0, -1)  # [..., outputs]
+    if layout == "last":
+        cells = _apply(rows.unflatten(-1, (*old, -1)).movedim(-1, -1 - len(old)), new, "image", 0.0, mode, antialias)
+        cells = cells.movedim(-1 - len(old), -1)
+    else:
+        cells = _apply(rows.unflatten(-1, (-1, *old)), new, "image", 0.0, mode, antialias)
+    return cells.flatten(-1 - len(old)).movedim(-1, 0).to(weight.dtype).contiguous()

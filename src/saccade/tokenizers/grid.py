@@ -6,86 +6,88 @@ the resize itself, both inside the forward pass. Here: in any ViT, without a cop
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.errors import UserError
-from saccade.plan import Backbone, Tokenizer, ViT, register
-from saccade.tokenizers.embed import PRESETS, ResizeSpec, resize_kernel, resize_positions
+from saccade.plan import Backbone, Tokenizer, ViT, fraction, register
+from saccade.tokenizers.embed import METHODS, RHO, ResizeSpec, choose, resize_kernel, resize_positions
+from saccade.tokenizers.kept import kept
 from saccade.tokens import Tokens
 
 Size = int | tuple[int, int]
-FITS = ("resize", "pad", "crop", "error")
+# Patches of a row of so many strides' pixels, by what is done with the rest.
+FITS: dict[str, Callable[[int, int], int]] = {
+    "resize": lambda pixels, stride: round(pixels / stride),
+    "pad": lambda pixels, stride: -(-pixels // stride),
+    "crop": lambda pixels, stride: pixels // stride,
+    "error": lambda pixels, stride: pixels // stride,
+}
 
 
 class Grid(Tokenizer):
-    """Square or rectangular patches on a regular grid."""
+    """Square or rectangular patches on a regular grid; with a stride below the patch size they overlap."""
 
-    def __init__(self, patch: tuple[int, int], size: tuple[int, int] | None, spec: ResizeSpec, fit: str) -> None:
+    def __init__(
+        self,
+        patch: tuple[int, int],
+        size: tuple[int, int] | None,
+        spec: ResizeSpec,
+        fit: str,
+        stride: tuple[int, int],
+        how: str = "pi",
+        rho: float = RHO,
+    ) -> None:
         super().__init__()
         self.patch, self.size, self.spec, self.fit = patch, size, spec, fit
-        self._ready: dict[tuple, tuple[tuple[Tensor, Tensor | None], list[Tensor]]] = {}
+        self.stride, self.how, self.rho = stride, how, rho
 
     def input_size(self, native: tuple[int, int]) -> tuple[int, int]:
         return self.size or native
 
-    def macs(self, vit: ViT, images: Tensor) -> int:
-        gh, gw = (s // p for s, p in zip(self._fitted(tuple(images.shape[-2:])), self.patch, strict=True))
+    def macs(self, vit: ViT, tokens: Tokens) -> int:
         proj = vit.patch_embed.proj
-        return gh * gw * proj.in_channels * self.patch[0] * self.patch[1] * proj.out_channels
+        return tokens.num_patches * proj.in_channels * self.patch[0] * self.patch[1] * proj.out_channels
 
     def forward(self, vit: ViT, images: Tensor) -> Tokens:
         images = self._fit(images)
-        grid = images.shape[-2] // self.patch[0], images.shape[-1] // self.patch[1]
-        kernel, positions = self._weights(vit, grid)
-        x = F.conv2d(images, kernel, vit.patch_embed.proj.bias, stride=self.patch)
+        grid = self._cells(*images.shape[-2:])
+        kernel, positions = self.weights(vit, grid)
+        x = F.conv2d(images, kernel, vit.patch_embed.proj.bias, stride=self.stride)
         x = vit.patch_embed.norm(x.flatten(2).transpose(1, 2))
         x = place(vit, x, positions)
         cells = torch.arange(grid[0] * grid[1], device=x.device)
         return Tokens(x, cells.expand(x.shape[0], -1), grid, vit.num_prefix_tokens)
 
-    def _weights(self, vit: ViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-        """Kernel and positions at this patch size and grid; kept for the next call where no gradient is asked for."""
-        kernel, table = vit.patch_embed.proj.weight, vit.pos_embed
-        keep = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        sources = [w for w in (kernel, table) if w is not None]
-        # An inference tensor has no version; weights born in inference mode are not edited outside of it.
-        versions = tuple(0 if w.is_inference() else w._version for w in sources) if keep else ()
-        now = (grid, versions, *((w.data_ptr(), w.dtype, w.device) for w in sources)) if keep else ()
-        if keep and (ready := self._ready.get(now)) is not None:  # another thread may be dropping it
-            return ready[0]
-        old = tuple(vit.patch_embed.grid_size)
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        made = (
-            resize_kernel(kernel, self.patch, self.spec),
-            None if table is None else resize_positions(table, old, grid, prefix, self.spec),
-        )
-        if keep:
-            if len(self._ready) >= 16:  # many sizes, or weights that keep changing: forget the oldest
-                for oldest in tuple(self._ready)[:1]:  # another thread may be at it too
-                    self._ready.pop(oldest, None)
-            # With the weights, or their memory could go to others, which would be found under the same address.
-            self._ready[now] = made, [w.detach() for w in sources]
-        return made
+    def weights(self, vit: ViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+        """Kernel [D, C, ph, pw] and positions [1, P + gh * gw, D] of a ViT at this patch size and on this grid."""
+        filters, table, ways = vit.patch_embed.proj.weight, vit.pos_embed, (self.spec, self.how, self.rho)
+        kernel = kept(vit, ("kernel", self.patch, *ways), filters, lambda w: resize_kernel(w, self.patch, *ways))
+        if table is None:
+            return kernel, None
+        old, prefix = tuple(vit.patch_embed.grid_size), 0 if vit.no_embed_class else vit.num_prefix_tokens
+        make = partial(resize_positions, old=old, new=grid, num_prefix=prefix, spec=self.spec)
+        return kernel, kept(vit, ("positions", grid, old, self.spec), table, make)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_ready": {}}
+    def _cells(self, h: int, w: int) -> tuple[int, int]:
+        (ph, pw), (sh, sw) = self.patch, self.stride
+        return (h - ph) // sh + 1, (w - pw) // sw + 1
 
-    def _fitted(self, size: tuple[int, ...]) -> tuple[int, int]:
-        """Pixels that are used of an image of this size, a multiple of the patch."""
-        h, w = self.size or size
-        (ph, pw) = self.patch
-        if self.fit == "error" and (h % ph or w % pw):
+    def fitted(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """Pixels that are used of an image of this size: those that patches cover without a rest."""
+        (h, w), (ph, pw), (sh, sw) = self.size or size, self.patch, self.stride
+        rows, columns = h - ph + sh, w - pw + sw
+        if self.fit == "error" and (rows % sh or columns % sw):
             raise UserError(f"patches of {ph}x{pw} do not divide {h}x{w} pixels; choose another size or fit='resize'")
-        if self.fit == "pad":
-            return -(-h // ph) * ph, -(-w // pw) * pw
-        if self.fit == "crop":
-            return _at_least(h // ph * ph, ph), _at_least(w // pw * pw, pw)
-        return _at_least(round(h / ph) * ph, ph), _at_least(round(w / pw) * pw, pw)
+        count = FITS[self.fit]
+        return ph + (max(count(rows, sh), 1) - 1) * sh, pw + (max(count(columns, sw), 1) - 1) * sw
 
     def _fit(self, images: Tensor) -> Tensor:
-        target = self._fitted(tuple(images.shape[-2:]))
+        target = self.fitted(tuple(images.shape[-2:]))
         if self.size is not None and self.fit in ("pad", "crop") and tuple(images.shape[-2:]) != self.size:
             images = _resize(images, self.size)
         if tuple(images.shape[-2:]) == target:
@@ -115,10 +117,6 @@ def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).to(images.dtype)
 
 
-def _at_least(value: int, least: int) -> int:
-    return max(value, least)
-
-
 def _menu(backbone: Backbone) -> list[str]:
     """The dense family: smaller inputs at the native patch, larger patches at the native input."""
     (ph, pw), (h, w) = backbone.patch_size, backbone.input_size
@@ -129,29 +127,57 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"grid({ph}, size={s})" for s in sizes] + [f"grid({p})" for p in patches]
 
 
-@register("grid", kind="tokenizer", menu=_menu)
+def _steps(backbone: Backbone, patch: Size | None, size: Size | None, stride: Size | None, **_: object) -> bool:
+    """A range stops where patches divide the input; between, images would be resized to a grid that it has anyway."""
+    sides = backbone.patch_size if patch is None else _pair("patch", patch, 1, 256)
+    pixels = backbone.input_size if size is None else _pair("size", size, 1, 8192)
+    steps = sides if stride is None else _pair("stride", stride, 1, 256)
+    return all((s - p) % step == 0 for s, p, step in zip(pixels, sides, steps, strict=True))
+
+
+@register("grid", kind="tokenizer", menu=_menu, steps=_steps, baseline=True)
 def grid(
     backbone: Backbone,
     patch: Size | None = None,
     size: Size | None = None,
-    resize: str = "default",
-    fit: str = "resize",
+    resize: str | None = None,
+    fit: str | None = None,
+    stride: Size | None = None,
+    how: str = "pi",
+    rho: float = RHO,
 ) -> Grid:
     """A regular grid at any patch and input size (FlexiViT, arXiv 2212.08013).
 
     Args:
         patch: pixels of a patch, p or (ph, pw); None: the weights' own.
         size: pixels that images are brought to, s or (h, w); None: as they come.
-        resize: 'default' (antialiased bilinear), 'google' (FlexiViT's own weights) or 'timm' (bicubic).
+        resize: 'default' (antialiased bilinear), 'google' (FlexiViT's own weights) or 'timm' (bicubic); None: what the
+            weights were trained with, where that is known, and else 'default'.
         fit: where patches do not divide the image: 'resize' it to the nearest multiple, 'pad' with zeros (the mean) or
-            'crop' at the lower right, or 'error'.
+            'crop' at the lower right, or 'error'. None: 'resize'; but the weights' own patch size, where it does not
+            divide their own input size, crops as in timm.
+        stride: pixels from one patch to the next, s or (sh, sw); None: the patch size. Below it patches overlap, and
+            there are more tokens of the same kernel (the paper's "flexible stride").
+        how: 'pi', or what the paper compares it with: 'vanilla', 'area', 'norm', 'token_norm', 'sigma'.
+        rho: correlation of neighbouring pixels that 'sigma' and 'token_norm' assume, in [0, 0.999].
     """
-    if resize not in PRESETS:
-        raise UserError(f"grid: resize={resize!r} is not one of {', '.join(PRESETS)}")
+    sides = backbone.patch_size if patch is None else _pair("patch", patch, 1, 256)
+    if fit is None:
+        rest = [s % p for s, p in zip(backbone.input_size, sides, strict=True)]
+        fit = "crop" if size is None and sides == backbone.patch_size and any(rest) else "resize"
     if fit not in FITS:
         raise UserError(f"grid: fit={fit!r} is not one of {', '.join(FITS)}")
-    sides = backbone.patch_size if patch is None else _pair("patch", patch, 1, 256)
-    return Grid(sides, None if size is None else _pair("size", size, 1, 8192), PRESETS[resize], fit)
+    if how not in METHODS:
+        raise UserError(f"grid: how={how!r} is not one of {', '.join(METHODS)}")
+    steps = sides if stride is None else _pair("stride", stride, 1, 256)
+    if steps[0] > sides[0] or steps[1] > sides[1]:
+        raise UserError(
+            f"grid: stride={stride!r} is larger than the patch of {sides[0]}x{sides[1]} and would leave pixels out; "
+            "make it smaller, or the patch larger"
+        )
+    pixels = None if size is None else _pair("size", size, 1, 8192)
+    spec = choose("grid", resize, backbone.resize)
+    return Grid(sides, pixels, spec, fit, steps, how, fraction("grid", "rho", rho, 0.0, 0.999))
 
 
 def _pair(knob: str, value: Size, low: int, high: int) -> tuple[int, int]:

@@ -13,6 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from saccade.errors import UserError, nearest
 from saccade.training.augment import Augment
 
+TASKS = {  # what a run is about -> module:class
+    "classify": "saccade.training.classify:Classify",
+    "segment": "saccade.training.segment:Segment",
+    "detect": "saccade.tasks.detect:Detect",
+    "textimage": "saccade.tasks.textimage:Pairing",
+}
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,7 +31,7 @@ class Source(Section):
     name: str = "vit_tiny_patch16_224"  # a timm name, or a folder saved by Saccade
     weights: str | None = None  #         a safetensors file with timm's keys
     pretrained: bool = False  #           timm's own weights, from the hub
-    size: int | None = None  #            input pixels; positions are resized to it; None: the model's own
+    size: int | tuple[int, int] | None = None  # input pixels, or (h, w); positions are resized; None: the model's own
     crop_pct: float | None = Field(None, gt=0, le=1)  # of evaluation; None: the model's own
     args: dict[str, Any] = {}  #          further arguments of timm.create_model (drop_path_rate, embed_dim, …)
 
@@ -38,6 +45,54 @@ class Data(Section):
     check_limit: int = Field(1000, ge=1)  #    images of a check, evenly spread
     cache_gb: float = Field(4.0, ge=0)  #      decode once into a file, where it stays below this
     workers: int = Field(2, ge=0)  #           processes that read and augment
+
+
+class Segment(Section):
+    """Classes of pixels, and what predicts them (segment)."""
+
+    classes: tuple[str, ...] = Field((), max_length=255)  # in the order of their values in label files
+    void: int = Field(255, ge=0, le=65535)  #    the value that is no class
+    head: Literal["linear", "mask"] = "mask"  #  one linear map, or Segmenter's mask transformer
+    layers: int = Field(2, ge=1, le=48)  #       of the mask transformer
+    how: Literal["fit", "whole", "slide"] = "fit"  # how checks look at images: see saccade.tasks.segment.look
+
+
+class Texts(Section):
+    """How texts become vectors (detect, textimage)."""
+
+    table: str | None = None  # embeddings made elsewhere (saccade.tasks.text.save_table); None: a tower of bytes
+    width: int = Field(128, ge=1)
+    depth: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    length: int = Field(128, ge=2)  # most bytes of a text
+
+
+class Pairs(Section):
+    """Images with texts, and how they are compared (textimage)."""
+
+    images: str | None = None  # what names in a table are relative to; None: the table's folder
+    held: str | None = None  #   pairs to check on; None: the share data.holdout
+    held_images: str | None = None
+    templates: tuple[str, ...] = ()  # make texts of class names: "a photo of a {}."; (): there are texts
+    loss: Literal["sigmoid", "softmax"] = "sigmoid"
+    width: int | None = Field(None, ge=1)  # of the shared space; None: the image tower's, as it is
+
+
+class Detect(Section):
+    """Boxes, and what each part of the loss weighs (detect); defaults are OWL-ViT's."""
+
+    annotations: str | None = None  # a COCO JSON; data.path holds its images; None: data.path is "scenes"
+    held: str | None = None  #         another to check on; None: the share data.holdout
+    held_images: str | None = None  #  None: data.path
+    least: float = Field(0.3, ge=0, le=1)  # share of an object that a crop must leave, or it is none
+    queries: Literal["text", "learned"] = "text"
+    width: int = Field(128, ge=1)  # of queries
+    focal: float = Field(1.0, ge=0)
+    l1: float = Field(1.0, ge=0)
+    giou: float = Field(1.0, ge=0)
+    alpha: float = Field(0.3, ge=0, le=1)
+    gamma: float = Field(2.0, ge=0)
+    top: int = Field(100, ge=1, le=100)  # detections of an image that a check counts
 
 
 class Knot(Section):
@@ -126,8 +181,13 @@ class Run(Section):
 class Config(Section):
     """One training run."""
 
+    task: str = "classify"
     model: Source = Source()
     data: Data = Data()
+    segment: Segment = Segment()
+    texts: Texts = Texts()
+    pairs: Pairs = Pairs()
+    detect: Detect = Detect()
     sampling: Sampling = Sampling()
     distill: Distill = Distill()
     augment: Augment = Augment()
@@ -136,6 +196,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.task not in TASKS:
+            raise ValueError(f"there is no task {self.task!r}{nearest(self.task, TASKS)}; give {' or '.join(TASKS)}")
         if self.run.batch % self.run.accumulate:
             raise ValueError(f"run.batch={self.run.batch} is no multiple of run.accumulate={self.run.accumulate}")
         if self.distill.teacher == "self" and "largest" not in self.sampling.every:

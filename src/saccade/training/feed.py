@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from saccade.data.cache import Decoded
 from saccade.data.decode import ImageError, pixel_limit
 from saccade.data.loader import Failures
-from saccade.data.source import ImageSet
 from saccade.errors import UserError
 from saccade.training.augment import isolated, reseed
+from saccade.training.task import Examples
 
 Read = tuple["Views", list[tuple[str, str]]]
 
@@ -28,7 +26,8 @@ Read = tuple["Views", list[tuple[str, str]]]
 class Views:
     """One rank's share of one batch, without the images that failed: it may be short, or empty.
 
-    ``images`` is uint8 [b, 3, h, w], ``labels`` int64 [b]; ``indices[k]`` is the place of row k in the image set.
+    ``images`` is uint8 [b, 3, h, w] and ``labels`` [b, ...] whatever the task compares with, such as classes int64 [b];
+    ``indices[k]`` is the place of row k in the image set.
     """
 
     images: Tensor
@@ -37,33 +36,27 @@ class Views:
 
 
 class Feed:
-    """Batches of augmented views of ``images``, whose classes are ``labels``.
+    """Batches of augmented views of ``examples``.
 
     Each epoch has an order of its own, drawn from (seed, epoch), and each view a seed of its own, (seed, epoch,
     position in the epoch's order): a batch is the same whichever step the run starts at, and rank r's share is the
-    r-th of ``world`` equal slices of the global batch's rows. The last ``len(images) % batch`` images of an epoch's
-    order are left out of it. A set smaller than ``batch`` is gone round until the batch is full, each time seen anew.
+    r-th of ``world`` equal slices of the global batch's rows. The last ``usable % batch`` images of an epoch's order
+    are left out of it. A set smaller than ``batch`` is gone round until the batch is full, each time seen anew.
 
-    With ``decoded``, which must be of the same ``images``, pixels come from there; the images that failed there are in
-    no epoch. An image that fails while it is read is missing from its batch. ``failures`` names both kinds once each;
-    ``waited`` sums the seconds that ``run`` kept its caller waiting, for the caller to set back.
-
-    ``view`` takes an RGB image to uint8 [3, h, w], always of the same size, drawing from the global generators of
-    Python, numpy or torch's CPU alone. With ``workers`` it runs in so many processes, else in this one.
+    Examples that are known to be unreadable are in no epoch; one that fails while it is read is missing from its
+    batch. ``failures`` names both kinds once each; ``waited`` sums the seconds that ``run`` kept its caller waiting,
+    for the caller to set back. With ``workers`` reading runs in so many processes, else in this one.
     """
 
     def __init__(
         self,
-        images: ImageSet,
-        labels: Sequence[int],
-        view: Callable[[Image.Image], Tensor],
+        examples: Examples,
         *,
         batch: int,
         seed: int,
         rank: int = 0,
         world: int = 1,
         workers: int = 2,
-        decoded: Decoded | None = None,
     ):
         """Raises UserError for a batch that ranks cannot share, counts below their limits, or no readable image."""
         if world < 1 or not 0 <= rank < world:
@@ -72,24 +65,16 @@ class Feed:
             raise UserError(f"batch {batch} cannot be shared by {world} ranks: give a positive multiple of {world}")
         if workers < 0:
             raise UserError(f"{workers} workers are too few: give 0 (none but this process) or more")
-        if len(labels) != len(images) or (decoded is not None and len(decoded) != len(images)):
-            counts = f"{len(labels)} labels" + (f", {len(decoded)} decoded images" if decoded is not None else "")
-            raise ValueError(f"{counts} for {len(images)} images")
         pixel_limit()  # a bad one is better refused here than in a worker
-        self.failures = Failures(len(images))
+        self.failures = Failures(len(examples), [*examples.failures.items()])
         self.waited = 0.0
         self.workers = workers
-        usable = np.arange(len(images))
-        if decoded is not None:
-            self.failures.items += decoded.failures.items()
-            usable = usable[decoded.sizes[:, 0] > 0]
+        usable = examples.usable()
         if not len(usable):
-            raise UserError(f"nothing to train on in {images.path}: {self.failures or 'no images'}")
-        with isolated(0):
-            shape = tuple(view(Image.new("RGB", (64, 64))).shape)
+            raise UserError(f"nothing to train on in {examples.path}: {self.failures or 'no images'}")
         order = _Order(usable, batch, seed)
         self.steps = order.steps
-        self._shares = _Shares(order, images, labels, view, shape, rank, world, decoded)
+        self._shares = _Shares(order, examples, rank, world)
 
     def places(self, step: int) -> list[int]:
         """The places in the image set of the whole batch of ``step``, all ranks' rows in order."""
@@ -192,50 +177,43 @@ class _Shares(Dataset[Read]):
     """One rank's share of each step, by step. Picklable."""
 
     order: _Order
-    images: ImageSet
-    labels: Sequence[int]
-    view: Callable[[Image.Image], Tensor]
-    shape: tuple[int, ...]
+    examples: Examples
     rank: int
     world: int
-    decoded: Decoded | None
 
     def __getitem__(self, step: int) -> Read:
         epoch, first, places = self.order.rows(step)
         share = len(places) // self.world
-        views: list[Tensor] = []
+        seen: list[tuple[Tensor, Tensor]] = []
         kept: list[int] = []
         failed: list[tuple[str, str]] = []
         with isolated():
             for row in range(self.rank * share, (self.rank + 1) * share):
                 place = int(places[row])
                 try:
-                    image = self._read(place)
+                    read = self.examples.read(place)
                 except ImageError as error:
                     failed.append((error.name, error.reason))
                     continue
                 reseed(self.order.seed, epoch, first + row)
-                views.append(self.view(image))
+                seen.append(self.examples.view(read, place))
                 kept.append(place)
-        pixels = torch.stack(views) if views else torch.empty((0, *self.shape), dtype=torch.uint8)
-        labels = torch.tensor([self.labels[place] for place in kept], dtype=torch.int64)
+        if not seen:
+            pixels, labels = (part.new_empty((0, *part.shape)) for part in self.examples.blank())
+            return Views(pixels, labels, kept), failed
+        pixels, labels = (torch.stack(parts) for parts in zip(*seen, strict=True))
         return Views(pixels, labels, kept), failed
 
     def check_any(self) -> None:
         """Raises UserError unless some image of the set can be read."""
-        failures = Failures(len(self.images))
-        for place in range(len(self.images)):
+        failures = Failures(len(self.examples))
+        for place in self.order.usable:
             try:
-                self._read(place)
+                self.examples.read(int(place))
                 return
             except ImageError as error:
                 failures.items.append((error.name, error.reason))
-        raise UserError(f"nothing to train on in {self.images.path}: {failures}")
-
-    def _read(self, place: int) -> Image.Image:
-        if self.decoded is None:
-            return self.images.read(place)
-        return Image.fromarray(self.decoded.array(place))
+        raise UserError(f"nothing to train on in {self.examples.path}: {failures}")
 
 
 def _as_it_is(read: Any) -> Any:

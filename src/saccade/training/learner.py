@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from saccade.data import Preprocess
-from saccade.errors import UserError
 from saccade.training.config import Config
 from saccade.training.feed import Views
-from saccade.training.loss import Opinion, Teacher, pooled, sized, terms
+from saccade.training.loss import asked, sized
 from saccade.training.optim import (
     average_gradients,
     build_optimizer,
@@ -24,7 +24,8 @@ from saccade.training.optim import (
     set_rate,
 )
 from saccade.training.sampling import Sampler
-from saccade.training.student import Student, open_teacher, start_from
+from saccade.training.student import Student
+from saccade.training.task import Task
 
 BACKWARD = 2  # a backward pass costs about two forward ones
 
@@ -37,16 +38,14 @@ class Learner:
         frozen: steps for which the backbone stands still.
     """
 
-    def __init__(self, config: Config, student: Student, steps: int, frozen: float, rank: int, world: int) -> None:
-        self.config, self.student, self.steps, self.frozen = config, student, steps, frozen
+    def __init__(
+        self, config: Config, task: Task, student: Student, steps: int, frozen: float, rank: int, world: int
+    ) -> None:
+        self.config, self.task, self.student, self.steps, self.frozen = config, task, student, steps, frozen
         self.rank, self.world = rank, world
         self.preprocess = Preprocess.of(student.vit)
-        self.teacher = _teacher(config, student)
-        self.project: nn.Module = nn.Identity()
-        width = student.vit.embed_dim
-        if self.teacher is not None and config.distill.features and self.teacher.width != width:
-            self.project = nn.Linear(width, self.teacher.width)
-        self.project.to(student.device)
+        task.teach(student)
+        self.teacher, self.project = task.teacher, task.project.to(student.device)
         self.sampler = Sampler(config.sampling, student.macs(), steps, config.run.seed)
         self.optimizer = build_optimizer(student, self.project, config.optim)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -65,10 +64,10 @@ class Learner:
         return sum(self.spent) + self.taught
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Pixels (h, w) that views should have: enough for student and teacher."""
-        own = self.preprocess.size
-        return own if self.teacher is None else max(own, self.teacher.own.size)
+    def seen(self) -> Preprocess:
+        """What views should be like: large enough for student and teacher."""
+        own = self.preprocess
+        return own if self.teacher is None else replace(own, size=max(own.size, self.teacher.own.size))
 
     @property
     def best(self) -> Student:
@@ -84,8 +83,7 @@ class Learner:
         set_rate(self.optimizer, self.lr, frozen=step < self.frozen)
         images = self.preprocess.normalise(views.images.to(device, non_blocking=True))
         key = (run.seed, step, self.rank)
-        classes = self.student.vit.num_classes
-        images, targets = self.config.augment.batch(images, views.labels.to(device), classes, optim.smoothing, key)
+        images, targets = self.task.batch(images, views.labels.to(device), key)
         drawn = self.sampler.draw(step)
         found: dict[str, Any] = {}
         for part, wanted in zip(images.chunk(run.accumulate), targets.chunk(run.accumulate), strict=True):
@@ -104,7 +102,7 @@ class Learner:
         self, drawn: list[int], images: Tensor, targets: Tensor, autocast: Callable[[], AbstractContextManager]
     ) -> dict[str, Tensor]:
         """Add up the gradients of the drawn settings on some images."""
-        rule, opinion = self.config.distill, None
+        opinion = None
         if self.teacher is not None:
             with autocast():
                 opinion = self.teacher(images)
@@ -116,11 +114,13 @@ class Learner:
             model = self.student.views[i]
             with autocast():
                 out = self.runners[i](images)
-                parts = terms(model, out, targets, opinion, rule, self.project, full)
+                parts = self.task.terms(model, out, targets, opinion, full)
+                for name, value in asked(model, out, len(images) / full).items():
+                    parts[name] = parts.get(name, 0.0) + value
             loss = torch.stack(list(parts.values())).sum()
             loss.backward()
-            if rule.teacher == "self" and opinion is None:  # the first drawn is the largest
-                opinion = Opinion(out.logits.detach(), pooled(model, out).detach())
+            if self.config.distill.teacher == "self" and opinion is None:  # the first drawn is the largest
+                opinion = self.task.opinion(model, out)
             cost = 1 + BACKWARD + self.config.run.checkpointing
             self.spent[i] += cost * out.trace.macs().sum().item() * self.world / 1e9
             for name, value in {"loss": loss, **{f"loss/{k}": v for k, v in parts.items()}}.items():
@@ -147,15 +147,3 @@ class Learner:
 
 def _below(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-
-
-def _teacher(config: Config, student: Student) -> Teacher | None:
-    if config.distill.teacher in ("", "self"):
-        return None
-    module = open_teacher(config.distill).to(student.device)
-    classes = module.num_classes
-    if classes != student.vit.num_classes:
-        raise UserError(f"the teacher has {classes} classes and the student {student.vit.num_classes}: train it first")
-    if config.distill.init:
-        start_from(student.vit, module)
-    return Teacher(module, Preprocess.of(student.vit))

@@ -1,4 +1,4 @@
-"""What a step minimises: labels, a teacher's opinion of the same view, and what the methods ask for."""
+"""What learning to classify minimises: labels, and a teacher's opinion of the same view; what methods ask for."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def terms(
     project: nn.Module,
     full: int,
 ) -> dict[str, Tensor]:
-    """The parts of the loss by name, each already weighted and divided by ``full`` images.
-
-    ``full`` is the size of a whole batch: an image that could not be read adds nothing, on whichever rank it was.
+    """The parts of the loss by name, as ``Task.terms`` gives them.
 
     Args:
         targets: float [b, K], rows sum to 1.
@@ -93,9 +91,15 @@ def terms(
         if rule.features:
             likeness = F.cosine_similarity(project(pooled(model, out)).float(), taught.features.float(), dim=-1)
             found["features"] = rule.features * (1 - likeness).sum() / full
+    return found
+
+
+def asked(model: AdaptiveViT, out: Output, share: float) -> dict[str, Tensor]:
+    """What the methods of a setting ask for, times ``share`` of a whole batch."""
+    found: dict[str, Tensor] = {}
     for method in model.plan.methods:
         for name, value in method.loss(out.trace).items():
-            found[name] = found.get(name, 0.0) + value * (len(targets) / full)
+            found[name] = found.get(name, 0.0) + value * share
     return found
 
 

@@ -15,16 +15,17 @@ from saccade.training.student import Student
 def build_optimizer(student: Student, extra: nn.Module, rule: Optim) -> torch.optim.AdamW:
     """AdamW with groups for backbone, head and methods, each with and without weight decay.
 
-    Biases, norms, position tables, prefix tokens and whatever timm's ``no_weight_decay`` names do not decay. ``extra``
-    (of training alone) learns at the head's rate. Each group keeps its factor on ``lr`` as ``scale``.
+    Biases, norms, position tables, tokens and whatever timm's ``no_weight_decay`` names do not decay. What a model has
+    beside its ViT and its settings, and ``extra`` (of training alone), learn at the head's rate. Each group keeps its
+    factor on ``lr`` as ``scale``.
     """
-    heads = tuple(f"vit.{name}." for name in ("head", "head_dist"))
+    heads = ("vit.head.", "vit.head_dist.", *(f"{name}." for name in student.beside))
     spared = {f"vit.{name}" for name in student.vit.no_weight_decay()}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     named = [*student.named_parameters(), *((f"vit.head.{k}", p) for k, p in extra.named_parameters())]
     for name, parameter in named:
         part = "head" if name.startswith(heads) else "backbone" if name.startswith("vit.") else "methods"
-        decays = parameter.ndim > 1 and name not in spared and not name.endswith(("_token", "pos_embed"))
+        decays = parameter.ndim > 1 and name not in spared and not name.endswith(("_token", "_tokens", "pos_embed"))
         groups.setdefault((part, decays), []).append(parameter)
     made = [
         {

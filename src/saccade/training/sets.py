@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from saccade.data import ImageSet, open_images, splits
@@ -25,26 +26,41 @@ def open_sets(data: Data) -> tuple[ImageSet, ImageSet | None]:
     Raises:
         UserError: no path, no such split, or a held-out one to train on.
     """
-    if not data.path:
-        raise UserError("no images to train on: give data.path=FOLDER_OR_ZIP")
-    if data.split in HELD_OUT:
-        raise UserError(f"data.split={data.split!r} is a held-out split and never trained on: give another")
+    check_split(data)
     known = splits(data.path)
     images = open_images(data.path, data.split if known else None)
     if data.holdout == 0:
         return images, None
-    for name in CHECKING:
-        if name in known:
-            return images, open_images(data.path, name)
-    kept = [_place(name) < data.holdout for name in images.names]
-    if all(kept) or not any(kept):
+    if name := checking(known):
+        return images, open_images(data.path, name)
+    train, held = divided(images, data)
+    return images.subset(train), images.subset(held)
+
+
+def check_split(data: Data) -> None:
+    """Raises UserError where there is no path, or a held-out split is to be trained on."""
+    if not data.path:
+        raise UserError("no images to train on: give data.path=FOLDER_OR_ZIP")
+    if data.split in HELD_OUT:
+        raise UserError(f"data.split={data.split!r} is a held-out split and never trained on: give another")
+
+
+def checking(known: Sequence[str]) -> str | None:
+    """The split to check on, of those there are."""
+    return next((name for name in CHECKING if name in known), None)
+
+
+def divided(images: ImageSet, data: Data) -> tuple[list[int], list[int]]:
+    """Places of the images to train on, and of the share ``data.holdout`` to check on, chosen by their names alone.
+
+    Raises UserError where either would be none.
+    """
+    out = [_place(name) < data.holdout for name in images.names]
+    if all(out) or not any(out):
         raise UserError(
             f"{len(images)} images in {Path(data.path)} are too few for data.holdout={data.holdout:g}: set it to 0"
         )
-    return (
-        images.subset(i for i, out in enumerate(kept) if not out),
-        images.subset(i for i, out in enumerate(kept) if out),
-    )
+    return [i for i, held in enumerate(out) if not held], [i for i, held in enumerate(out) if held]
 
 
 def decode_once(data: Data, images: ImageSet, side: int, folder: Path, progress: Progress) -> Decoded | None:

@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from saccade.assets import folder
 from saccade.checkpoint import create_model, load, load_weights
 from saccade.data import ImageSet, class_indices
 from saccade.errors import UserError
@@ -21,7 +22,8 @@ from saccade.training.config import Distill, Source
 class Student(nn.Module):
     """One ViT under several settings: ``views[i]`` runs the i-th; parameters are counted once.
 
-    The state dict holds ``vit.*`` (timm's keys) and, for settings that learn, ``settings.<i>.*``.
+    The state dict holds ``vit.*`` (timm's keys), what the model has ``beside`` it for all settings, such as
+    ``decoder.*``, and for settings that learn ``settings.<i>.*``.
     """
 
     def __init__(self, model: AdaptiveViT, settings: Sequence[str]) -> None:
@@ -30,11 +32,15 @@ class Student(nn.Module):
         self.views = tuple(model if str(model.setting) == name else model.at(name) for name in settings)
         learned = {str(i): nn.ModuleList([view.tokenizer, view.plan]) for i, view in enumerate(self.views)}
         self.settings: nn.Module = nn.ModuleDict(learned)
+        own = ("vit", "tokenizer", "plan")
+        self.beside = tuple(name for name, _ in model.named_children() if name not in own)
+        for name in self.beside:
+            self.add_module(name, getattr(model, name))
 
     def train(self, mode: bool = True) -> Student:
         super().train(mode)
         for view in self.views:
-            view.training = mode
+            view.training = mode  # their modules are this one's
         return self
 
     @property
@@ -55,6 +61,8 @@ class Student(nn.Module):
 
 def open_source(source: Source) -> AdaptiveViT:
     """The model that training starts from. Raises UserError for anything amiss."""
+    if source.name == "scenes":  # the model that comes with the package
+        source = source.model_copy(update={"name": folder("scenes")})
     if os.path.isdir(source.name):
         if source.weights or source.pretrained or source.args:
             raise UserError(f"{source.name!r} is a model folder: leave out model.weights, model.pretrained, model.args")
@@ -62,19 +70,20 @@ def open_source(source: Source) -> AdaptiveViT:
     else:
         model = create_model(source.name, weights=source.weights, pretrained=source.pretrained, **source.args)
     vit = model.vit
-    if source.size is not None and tuple(vit.patch_embed.img_size) != (source.size, source.size):
-        vit = resized(vit, source.size)
+    if source.size is not None:
+        size = (source.size, source.size) if isinstance(source.size, int) else source.size
+        vit = vit if tuple(vit.patch_embed.img_size) == size else resized(vit, size)
     if source.crop_pct is not None:
         vit.pretrained_cfg = {**vit.pretrained_cfg, "crop_pct": source.crop_pct}
     return AdaptiveViT(vit)
 
 
-def resized(vit: ViT, size: int) -> ViT:
-    """A ViT whose own input size is ``size`` pixels: its position table is resized, as ``grid`` does it."""
-    patch = vit.patch_embed.patch_size
-    if size % patch[0] or size % patch[1]:
+def resized(vit: ViT, size: int | tuple[int, int]) -> ViT:
+    """A ViT whose own input size is ``size`` pixels, or (h, w): its position table is resized, as ``grid`` does it."""
+    patch, (h, w) = vit.patch_embed.patch_size, (size, size) if isinstance(size, int) else size
+    if min(h, w) < 1 or h % patch[0] or w % patch[1]:
         raise UserError(f"model.size={size} is no multiple of the patch size {patch[0]}x{patch[1]}")
-    old, new = tuple(vit.patch_embed.grid_size), (size // patch[0], size // patch[1])
+    old, new = tuple(vit.patch_embed.grid_size), (h // patch[0], w // patch[1])
     table = vit.pos_embed
     vit.patch_embed.set_input_size(img_size=size)
     if table is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,18 @@ import torch
 from torch.nn import functional as F
 
 import saccade
-from saccade.data import Failures, ImageError, ImageSet
+from saccade.data import Failures, ImageError
 from saccade.files import write_text
 from saccade.progress import Progress
+from saccade.training.check import as_row, from_row
 from saccade.training.config import Config
 from saccade.training.feed import Views
 from saccade.training.learner import Learner
 from saccade.training.loss import sized
 from saccade.training.watch import Row
-from saccade.views import Checked, Sample, Share, TrainingReport, render_training, token_map
+from saccade.views import Checked, Sample, Share, TrainingReport, render_training
 
-SAMPLES, SHOWN = 3, 5  # images, and settings, whose token maps the report shows
+SAMPLES, SHOWN = 3, 5  # images, and settings, of which the report shows pictures
 DATA_BOUND = 0.2  # share of the time spent waiting for images
 
 
@@ -36,12 +36,10 @@ class Summary:
         folder: Path,
         command: str,
         learner: Learner,
-        images: ImageSet,
-        held: ImageSet | None,
         facts: dict[str, Any],
     ) -> None:
         self.config, self.folder, self.command, self.learner = config, folder, command, learner
-        self.sets, self.first = (images, held), learner.rank == 0
+        self.task, self.first = learner.task, learner.rank == 0
         self.best: float = facts.get("best", -1.0)
         self.seconds: float = facts.get("seconds", 0.0)  # of training, checks not counted
         self.waited: float = facts.get("waited", 0.0)
@@ -68,7 +66,7 @@ class Summary:
 
     def card(self, step: int, found: Sequence[Checked]) -> dict[str, Any]:
         """What the saved model says of itself."""
-        images = self.sets[0]
+        images = self.task.images
         return {
             "settings": list(self.config.sampling.settings),
             "classes": images.classes,
@@ -76,7 +74,7 @@ class Summary:
                 "images": f"{Path(images.path).name}, {len(images)} of {images.split or 'all'}",
                 "step": step,
                 "seed": self.config.run.seed,
-                "checked": [asdict(row) for row in found],
+                "checked": [as_row(row, self.task.column) for row in found],
                 "config": self.config.model_dump(mode="json"),
             },
         }
@@ -84,19 +82,19 @@ class Summary:
     def of_best(self, best: Path, rows: Sequence[Row]) -> tuple[int, list[Checked]]:
         """The step of the best checkpoint, and its checks."""
         step = int(best.name.rpartition("-")[2])
-        return step, [Checked(**row) for row in rows if row["step"] == step]
+        return step, [from_row(row, self.task.column) for row in rows if row["step"] == step]
 
     def write(self, metrics: Sequence[Row], checks: Sequence[Row], failures: Failures, *, running: bool) -> None:
         """Write ``report.html``."""
         if not self.first:
             return
-        rows = [Checked(**row) for row in checks]
+        rows = [from_row(row, self.task.column) for row in checks]
         report = TrainingReport(
             title=f"Training {self.config.model.name}",
             command=self.command,
             verdict=self._verdict(metrics, rows),
             facts=self._facts(failures),
-            metric_name="top-1",
+            metric_name=self.task.metric,
             steps=[{k: v for k, v in row.items() if isinstance(v, (int, float))} for row in metrics],
             checks=rows,
             shares=self._shares(int(metrics[-1]["step"]) if metrics else 0),
@@ -113,9 +111,9 @@ class Summary:
         if checks:
             latest = [row for row in checks if row.step == checks[-1].step]
             best, worst = max(latest, key=lambda r: r.top1), min(latest, key=lambda r: r.top1)
-            text = (
-                f"`{best.setting}` reaches {best.top1:.1%} [{best.low:.1%}, {best.high:.1%}] at {best.gmacs:.3f} GMACs"
-            )
+            interval = f"[{best.low:.1%}, {best.high:.1%}]"
+            name = "" if self.task.metric == "top-1" else f" {self.task.metric}"
+            text = f"`{best.setting}` reaches {best.top1:.1%}{name} {interval} at {best.gmacs:.3f} GMACs"
             if worst is not best:
                 text += f"; `{worst.setting}`, the lowest, {worst.top1:.1%} at {worst.gmacs:.3f}"
             lines = [text + ", on images that were not trained on.", spent]
@@ -125,7 +123,7 @@ class Summary:
         return lines
 
     def _facts(self, failures: Failures) -> dict[str, str]:
-        run, (images, held) = self.config.run, self.sets
+        run, images, held = self.config.run, self.task.images, self.task.held
         device = self.learner.student.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}"
         rate = f"{self.images / self.seconds:.0f} images/s" if self.seconds else "not measured"
@@ -150,17 +148,17 @@ class Summary:
         return [Share(name, drawn[i], spent[i]) for i, name in enumerate(settings)]
 
     def _samples(self) -> list[Sample]:
-        student, (images, held) = self.learner.best, self.sets
+        student = self.learner.best
         mode = student.training
         student.eval()
-        shown, samples = held or images, []
+        shown, samples = self.task.held or self.task.images, []
         for place in range(0, len(shown), max(1, len(shown) // SAMPLES)):
             try:
                 image = shown.read(place)
             except ImageError:
                 continue
             pairs = list(zip(self.config.sampling.settings, student.views, strict=True))[:SHOWN]
-            samples.append(Sample(shown.names[place], [(name, token_map(view, image)) for name, view in pairs]))
+            samples.append(Sample(shown.names[place], [(name, self.task.picture(view, image)) for name, view in pairs]))
         student.train(mode)
         return samples[:SAMPLES]
 

@@ -15,15 +15,15 @@ from saccade.files import check_folder, write_json
 from saccade.model import AdaptiveViT
 from saccade.progress import Progress
 from saccade.training.augment import isolated
-from saccade.training.check import Checker
+from saccade.training.check import as_row, check
 from saccade.training.config import Config, read_config
 from saccade.training.devices import Stopping, open_fabric
 from saccade.training.feed import Feed
 from saccade.training.learner import Learner
-from saccade.training.sets import decode_once, open_sets
 from saccade.training.state import newest, publish, read_state, sweep, write_state
-from saccade.training.student import Student, fit_head, open_source
+from saccade.training.student import Student
 from saccade.training.summary import Summary, equality
+from saccade.training.task import open_task
 from saccade.training.watch import Board, Meter, Table
 from saccade.views import Checked
 
@@ -35,7 +35,9 @@ class Trained:
     model: AdaptiveViT  #      under the first setting: the best checked one, or the last where nothing was checked
     folder: Path  #            ``folder / "model"`` holds it
     step: int  #               at which it was taken
-    checks: list[Checked]  #   its accuracy under each setting; empty where nothing was checked
+    metric: str  #             what was checked: "top-1", "mIoU", …
+    column: str  #             its name in tables
+    checks: list[Checked]  #   of it under each setting; empty where nothing was checked
     gmacs: float  #            spent in all, 10^9, forward and backward
     seconds: float  #          in all, resumed parts together
     images_per_s: float  #     checks not counted
@@ -92,32 +94,25 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
     start = facts.get("step", 0)
 
     # Images, model, teacher: all batches and draws are functions of (seed, step).
-    images, held = open_sets(config.data)
-    source = open_source(config.model)
-    labels = fit_head(source.vit, images)
-    student = Student(source, settings).to(fabric.device)
+    task = open_task(config)
+    student = Student(task.model(), settings).to(fabric.device)
     if first:
         sweep(checkpoints)
         write_json(folder / "config.json", described)
-    size = source.input_size()
-    decoded = decode_once(config.data, images, max(size), folder / "cache", progress) if first else None
+    usable = task.ready(folder / "cache", progress) if first else 0
     fabric.barrier()
-    decoded = decoded or decode_once(config.data, images, max(size), folder / "cache", progress)
-    per_epoch = max(1, (len(images) - (len(decoded.failures) if decoded else 0)) // run.batch)
+    usable = usable or task.ready(folder / "cache", progress)
+    per_epoch = max(1, usable // run.batch)
     steps = run.steps or max(1, round(run.epochs * per_epoch))
-    learner = Learner(config, student, steps, config.optim.freeze * per_epoch, rank, world)
-    view = config.augment.view(learner.size, learner.preprocess.interpolation, learner.preprocess.mean)
-    share = {"rank": rank, "world": world, "workers": config.data.workers, "decoded": decoded}
-    feed = Feed(images, labels, view, batch=run.batch, seed=run.seed, **share)
+    learner = Learner(config, task, student, steps, config.optim.freeze * per_epoch, rank, world)
+    share = {"rank": rank, "world": world, "workers": config.data.workers}
+    feed = Feed(task.examples(learner.seen), batch=run.batch, seed=run.seed, **share)
     if last is not None:
         learner.restore(tensors)
         learner.spent, learner.taught = facts["spent"], facts["taught"]
 
     # What is watched, by the first process alone.
-    checker = None
-    if held is not None and first:
-        checker = Checker(held, fit_head(student.vit, held), config.data.check_limit, run.batch)
-    summary = Summary(config, folder, command, learner, images, held, facts)
+    summary = Summary(config, folder, command, learner, facts)
     metrics, checks, meter = (
         Table(folder / "metrics.csv", start, first),
         Table(folder / "checks.csv", start, first),
@@ -137,11 +132,11 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
 
     def look(step: int) -> None:
         """Check every setting on the held-out images, and keep the best model."""
-        if checker is None:
+        if task.held is None or not first:
             return
-        found = checker(learner.best, settings, step, progress)
+        found = check(task, learner.best, settings, step, progress)
         for row in found:
-            checks.add(vars(row))
+            checks.add(as_row(row, task.column))
         progress.say(f"step {step}: " + ", ".join(f"{row.setting} {row.top1:.1%}" for row in found))
         mean = sum(row.top1 for row in found) / len(found)
         if mean > summary.best:
@@ -197,6 +192,8 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
         model=load(folder / "model"),
         folder=folder,
         step=step,
+        metric=task.metric,
+        column=task.column,
         checks=found,
         gmacs=learner.gmacs,
         seconds=summary.seconds,
@@ -207,11 +204,15 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
 
 
 def _same(now: dict[str, Any], before: dict[str, Any], folder: Path) -> None:
-    """A run goes on as it began, or not at all."""
+    """A run goes on as it began, or not at all; keys that an earlier version did not know had their defaults then."""
+    known = Config().model_dump(mode="json")
     for section, values in now.items():
+        if not isinstance(values, dict):
+            values, was, place = {section: values}, {section: before.get(section, known[section])}, ""
+        else:
+            was, place = {**known[section], **before.get(section, {})}, f"{section}."
         for key, value in values.items():
-            old = before.get(section, {}).get(key)
-            if old != value:
+            if was.get(key) != value:
                 raise UserError(
-                    f"{str(folder)!r} was run with {section}.{key}={old!r}, now {value!r}: give another --out"
+                    f"{str(folder)!r} was run with {place}{key}={was.get(key)!r}, now {value!r}: give another --out"
                 )

@@ -41,7 +41,10 @@ def view(
         check_folder(Path(out).parent)  # before the work
     photo, first, owners, grid = _look(chosen, image)
     counts = [int(owner.max()) + 1 for owner in owners]
-    titles = ["the tokenizer's", *(f"block {i} · {n} tokens" for i, n in enumerate(counts))]
+    titles = [
+        f"the tokenizer's · {int(first.max()) + 1} tokens",
+        *(f"block {i} · {n} tokens" for i, n in enumerate(counts)),
+    ]
     picture = draw_blocks(photo, [first, *owners], grid, titles)
     if out is not None:
         with replacing(out) as part:

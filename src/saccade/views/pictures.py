@@ -29,15 +29,19 @@ def render_samples(samples: Sequence[Sample]) -> str:
         "Select a picture to enlarge it."
     )
     out = [tag("p", hint, kind="hint")]
-    for sample in samples:
-        count = max(1, len(sample.panels))
-        columns = math.ceil(count / math.ceil(count / 7))
-        figures = ""
-        for caption, image in sample.panels:
-            picture = f'<img src="{picture_uri(image, longest, most)}" alt="{escape(sample.name)}: {escape(caption)}">'
-            figures += tag("figure", tag("button", picture, kind="zoom") + tag("figcaption", escape(caption)))
-        out.append(tag("h3", escape(sample.name)) + tag("div", figures, kind="panels", style=f"--n:{columns}"))
+    out += [render_panels(sample.name, sample.panels, longest, most) for sample in samples]
     return "".join(out) + '<dialog id="zoom"><img alt=""><p></p></dialog>'
+
+
+def render_panels(name: str, panels: Sequence[tuple[str, Image.Image]], longest: int, most: int) -> str:
+    """``(caption, picture)`` each in rows of equal length, at most ``longest`` pixels and ``most`` bytes a picture."""
+    count = max(1, len(panels))
+    columns = math.ceil(count / math.ceil(count / 7))
+    figures = ""
+    for caption, image in panels:
+        picture = f'<img src="{picture_uri(image, longest, most)}" alt="{escape(name)}: {escape(caption)}">'
+        figures += tag("figure", tag("button", picture, kind="zoom") + tag("figcaption", escape(caption)))
+    return tag("h3", escape(name)) + tag("div", figures, kind="panels", style=f"--n:{columns}")
 
 
 def picture_uri(image: Image.Image, longest: int, most: int) -> str:

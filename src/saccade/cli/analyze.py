@@ -1,0 +1,75 @@
+"""``saccade analyze``: what changes inside a model between settings."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from saccade.cli import app
+from saccade.cli.common import (
+    Data,
+    Device,
+    Json,
+    Model,
+    Pretrained,
+    Settings,
+    Split,
+    Threads,
+    Weights,
+    open_model,
+    print_json,
+)
+
+
+@app.command("analyze")
+def command(
+    model: Model,
+    data: Data,
+    setting: Settings = [],  # noqa: B006  (typer reads it)
+    what: Annotated[
+        str, typer.Option(help="Like 'cka | relevance(photos=6)'; default: all analyses that fit the images.")
+    ] = "",
+    out: Annotated[str, typer.Option(help="Folder for analysis.json and report.html.")] = "runs/analyze",
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    split: Split = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many images, evenly spread.")] = 300,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Compare settings inside: which layers and places see alike, what is looked at, whether averaging pays.
+
+    A setting may hold ranges. Interrupted, the same command goes on where it stopped.
+
+    Example: saccade analyze vit_tiny_patch16_224 photos/ --pretrained -s "grid(16)" -s "grid(28)" --what cka
+    """
+    from saccade.analysis import analyze
+    from saccade.progress import Progress
+
+    vit = open_model(model, weights, pretrained, device, threads)
+    with Progress(shown=True) as progress:
+        found = analyze(
+            vit,
+            data,
+            setting,
+            what,
+            split=split,
+            limit=limit,
+            batch=batch,
+            out=out,
+            command=shlex.join(["saccade", *sys.argv[1:]]),
+            progress=progress,
+        )
+    if json:
+        print_json({name: {"lines": f.lines, **f.data} for name, f in found.items()})
+        return
+    for name, finding in found.items():
+        print(f"{name}:")
+        for line in finding.lines:
+            print(f"  {line.replace('`', '')}")
+    print(f"report: {out}/report.html")

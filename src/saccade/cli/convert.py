@@ -1,0 +1,47 @@
+"""``saccade convert``: a model for another patch size, without training."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from saccade.cli import app
+from saccade.cli.common import Json, Pretrained, Weights, open_model, print_json
+
+
+@app.command("convert")
+def command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A timm model name, or a folder saved by Saccade.")],
+    patch: Annotated[str, typer.Option(help="Pixels of a patch: 16; 14:16 checks that the source has 14.")],
+    out: Annotated[str, typer.Option(help="Folder for the model.")],
+    size: Annotated[
+        int | None, typer.Option(help="Input pixels; by default as many patches as the source has.")
+    ] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="default (antialiased bilinear), google (FlexiViT's weights) or timm (bicubic).")
+    ] = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    json: Json = False,
+) -> None:
+    """A plain model for another patch size: kernel PI-resized, positions resized, no training. See docs/convert.md.
+
+    Example: saccade convert vit_small_patch14_dinov2 --patch 14:16 --out dino16 --pretrained
+    """
+    from saccade.files import check_folder
+    from saccade.flexible import convert
+
+    check_folder(os.path.dirname(os.path.abspath(out)))
+    model = open_model(source, weights, pretrained, device="cpu")
+    made = convert(model, patch, out, size=size, resize=resize)
+    (oh, ow), (h, w) = model.backbone.patch_size, made.backbone.patch_size
+    (height, width), scale, tokens = made.input_size(), (h * w) / (oh * ow), made.backbone.num_patches
+    if json:
+        facts = {"patch": [h, w], "size": [height, width], "tokens": tokens, "scale": scale}
+        print_json({"folder": out, **facts})
+        return
+    print(f"{out}: patches {oh}x{ow} -> {h}x{w}, input {height}x{width}, {tokens} patch tokens")
+    if scale != 1:
+        print(f"A kernel resized like an image would give tokens {scale:.2f} times as large; these keep their scale.")

@@ -1,0 +1,100 @@
+"""``saccade detect``: a detector's average precision under settings, or what it finds in a photo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from saccade.cli import app
+from saccade.cli.common import Device, Json, Settings, Split, Threads, open_model, print_json, print_table
+from saccade.errors import UserError
+
+if TYPE_CHECKING:
+    from saccade.tasks.detector import Detector
+
+
+@app.command("detect")
+def command(
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder that `saccade train detect` wrote.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A COCO JSON, the word scenes, or one photo.")],
+    setting: Settings = [],  # noqa: B006  (typer reads it)
+    images: Annotated[str | None, typer.Option(help="Folder or zip of the JSON's images; its own by default.")] = None,
+    ask: Annotated[
+        list[str] | None, typer.Option(help="What to look for in a photo, in words; repeatable. Default: its classes.")
+    ] = None,
+    least: Annotated[float, typer.Option(min=0, max=1, help="Of the score, in a photo.")] = 0.3,
+    split: Split = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, evenly spread.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    out: Annotated[str, typer.Option(help="The PNG to write, for one photo.")] = "boxes.png",
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """COCO's average precision of settings, with intervals; or one photo with boxes around what was asked for.
+
+    Example: saccade detect runs/detect/model scenes --limit 1000 -s "grid(12)" -s "grid(32)"
+    """
+    from saccade.data.decode import EXTENSIONS
+    from saccade.progress import Progress
+    from saccade.tasks.boxes import open_boxes
+    from saccade.tasks.detector import Detector
+    from saccade.tasks.precision import evaluate_detection
+
+    found = open_model(model, device=device, threads=threads)
+    if not isinstance(found, Detector):
+        raise UserError(f"{model!r} holds no detector: train one with `saccade train detect`")
+    if data.lower().endswith(EXTENSIONS):
+        _draw(found, data, setting, ask, least, out, json)
+        return
+    boxes = open_boxes(data, split, images)
+    with Progress(shown=True) as progress:
+        rows, failures = evaluate_detection(found, boxes, setting, limit=limit, batch=batch, progress=progress)
+    if json:
+        print_json({"rows": [row.to_dict() for row in rows], "not_read": failures})
+        return
+    cells = [
+        [
+            r.setting,
+            f"{100 * r.ap.mean:.1f} [{100 * r.ap.low:.1f}, {100 * r.ap.high:.1f}]",
+            f"{100 * r.ap50:.1f}",
+            f"{100 * r.ap75:.1f}",
+            f"{r.gmacs:.3f}",
+        ]
+        for r in rows
+    ]
+    columns = ["setting", "AP", "AP50", "AP75", "GMACs"]
+    title = f"{model}, {data}: {rows[0].images} images, {len(boxes.classes)} classes"
+    print_table(title, columns, cells, "Intervals are at 95 %, from the spread over groups of images.")
+    if failures:
+        print(f"{len(failures)} images could not be read and count nowhere:", file=sys.stderr)
+        for name, reason in failures.items():
+            print(f"  {name}: {reason}", file=sys.stderr)
+
+
+def _draw(
+    model: Detector, photo: str, settings: list[str], ask: list[str] | None, least: float, out: str, json: bool
+) -> None:
+    from saccade.data import decode
+    from saccade.files import check_folder, replacing
+    from saccade.tasks.detector import draw, look
+
+    if len(settings) > 1:
+        raise UserError(f"a photo is drawn under one setting and {len(settings)} were given; run it once for each")
+    if not Path(photo).is_file():
+        raise UserError(f"there is no photo {photo!r}")
+    check_folder(Path(out).parent)
+    image, view = decode(Path(photo), photo), model.at(settings[0]).eval() if settings else model
+    names = ask or view.heads.names
+    found = look(view, image, names, least)
+    with replacing(out) as part:
+        draw(image, found, names).save(part, "PNG")
+    each = [(names[i], s) for i, s in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)]
+    if json:
+        rows = zip(each, found["boxes"].tolist(), strict=True)
+        print_json({"out": out, "found": [{"name": name, "score": s, "box": box} for (name, s), box in rows]})
+    else:
+        print(f"{out}: {', '.join(f'{name} {s:.2f}' for name, s in each) or 'nothing of ' + ', '.join(names)}")

@@ -1,0 +1,91 @@
+"""``algm``: merge windows of alike neighbours early, alike tokens anywhere later (ALGM, CVPR 2024, arXiv 2406.09936).
+
+For dense tasks: ``model.dense`` gives every cell the features of its token. The paper merges what is above a threshold
+and takes the least count of a batch; here the counts are shares, so that shapes are static and an image's result does
+not depend on its batch. The paper's "layers 1 and 5" are read as blocks 0 and 4 of twelve.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from saccade.decide import BipartiteMerge, leave, part_of
+from saccade.knobs import switch, whole
+from saccade.plan import Backbone, Method, Reducer, fraction, register
+from saccade.reduction import Reduction
+from saccade.tokens import Tokens
+
+
+class MergeWindows(Reducer):
+    """Make one token of each of the ⌊share · W⌋ most uniform of the grid's W whole windows of 2 × 2 tokens.
+
+    It works on a whole grid, and does nothing once other tokens have left it.
+    """
+
+    def __init__(self, share: float, proportional: bool) -> None:
+        super().__init__()
+        self.share, self.proportional = share, proportional
+
+    def count(self, n: int) -> int | None:
+        return None  # it depends on the shape of the grid; never on the image
+
+    def forward(self, tokens: Tokens) -> Reduction | None:
+        height, width = tokens.grid
+        merged = part_of(self.share, (height // 2) * (width // 2))
+        if tokens.num_patches != height * width or merged == 0:
+            return None
+        cells = torch.arange(height * width, device=tokens.x.device).view(height, width)
+        corners = [cells[i : height // 2 * 2 : 2, j : width // 2 * 2 : 2].flatten() for i in (0, 1) for j in (0, 1)]
+        windows = torch.stack(corners, dim=1)  # [W, 4]
+        best = uniformity(tokens.patches[:, windows]).argsort(dim=1, descending=True, stable=True)[:, :merged]
+        chosen = windows[best]  # [B, w, 4]
+        src = chosen[:, :, 1:].flatten(1)
+        keep, dst = leave(height * width, src, chosen[:, :, :1].expand(-1, -1, 3).flatten(1))
+        return Reduction(keep, src=src, dst=dst, proportional=self.proportional)
+
+
+@torch.no_grad()
+def uniformity(windows: Tensor) -> Tensor:
+    """Mean cosine between the different members of each window: [B, W, 4, D] -> [B, W]."""
+    unit = F.normalize(windows.float(), dim=-1, eps=1e-6)
+    together, alone = unit.sum(2).square().sum(-1), unit.square().sum((2, 3))
+    return (together - alone) / 12
+
+
+class MergeAnywhere(BipartiteMerge):
+    """Merge the ⌊share · n⌋ most similar pairs of tokens."""
+
+    def __init__(self, share: float, dim: int, proportional: bool) -> None:
+        super().__init__(0, dim, "x")
+        self.share, self.proportional = share, proportional  # type: ignore[misc]
+
+    def count(self, n: int) -> int:
+        return n - min(part_of(self.share, n), n // 2)
+
+
+@register("algm", menu=lambda backbone: [f"algm({a}, {b})" for a, b in ((0.25, 0.2), (0.5, 0.3), (0.75, 0.4))])
+def algm(
+    backbone: Backbone,
+    local: float = 0.5,
+    merge: float = 0.25,
+    local_at: int = 0,
+    merge_at: int | None = None,
+    proportional: bool = False,
+) -> Method:
+    """Merge uniform 2 × 2 windows, and later similar tokens wherever they are (arXiv 2406.09936).
+
+    Args:
+        local: share of the grid's windows that become one token each.
+        merge: share of patch tokens merged away later, at most a half.
+        local_at: 0-based block that merges windows; tokens must still be a whole grid there.
+        merge_at: 0-based block that merges anywhere; None: at a third of the depth.
+        proportional: attention counts a merged token as often as it has patches; False, as its code: once.
+    """
+    local, merge = fraction("algm", "local", local), fraction("algm", "merge", merge, 0.0, 0.5)
+    whole("algm", "local_at", local_at, 0, backbone.depth - 1)
+    later = whole("algm", "merge_at", backbone.depth // 3 if merge_at is None else merge_at, 0, backbone.depth - 1)
+    switch("algm", "proportional", proportional)
+    steps: list[tuple[int, Reducer]] = [(local_at, MergeWindows(local, proportional))] if local else []
+    return Method([*steps, (later, MergeAnywhere(merge, backbone.dim, proportional))])

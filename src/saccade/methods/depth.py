@@ -1,0 +1,61 @@
+"""``depth(8)``: the first blocks only, and the classifier after them — the plainest way to compute less.
+
+FlexiViT (arXiv 2212.08013, §7) compares flexible patch sizes with it: one head shared by all depths, or one for each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.errors import UserError
+from saccade.plan import Backbone, Method, ViT, register
+from saccade.tokens import Tokens
+
+HEADS = ("shared", "own")
+
+
+class Depth(Method):
+    """Stops after so many blocks; with a final norm and a classifier of its own, if asked to."""
+
+    def __init__(self, blocks: int, own: nn.Module | None) -> None:
+        super().__init__([])
+        self.depth = blocks
+        # under the depth, so that every depth learns its own
+        self.heads: Any = nn.ModuleDict({} if own is None else {str(blocks): own})
+
+    def head(self, vit: ViT, tokens: Tokens) -> Tensor | None:
+        own = self.heads[str(self.depth)] if len(self.heads) else None
+        return None if own is None else own(tokens.x[:, 0])
+
+
+def _menu(backbone: Backbone) -> list[str]:
+    return [f"depth({n})" for n in range(backbone.depth - 1, backbone.depth // 2 - 1, -1)]
+
+
+@register("depth", menu=_menu)
+def depth(backbone: Backbone, blocks: int | None = None, head: str = "shared") -> Depth:
+    """Run the first blocks only (flexible depth, arXiv 2212.08013, §7).
+
+    Args:
+        blocks: how many; None: all of them.
+        head: 'shared', the ViT's own norm and classifier; 'own', one of each for this depth, which reads the class token
+            and has to be learned.
+    """
+    blocks = backbone.depth if blocks is None else blocks
+    if type(blocks) is not int or not 1 <= blocks <= backbone.depth:
+        raise UserError(f"depth: blocks={blocks!r} is not a whole number in [1, {backbone.depth}]")
+    if head not in HEADS:
+        raise UserError(f"depth: head={head!r} is not one of {', '.join(HEADS)}")
+    if head == "own" and (backbone.pool != "token" or not backbone.num_classes):
+        raise UserError("depth: head='own' reads the class token, and this model pools otherwise: use head='shared'")
+    return Depth(blocks, _head(backbone) if head == "own" else None)
+
+
+def _head(backbone: Backbone) -> nn.Module:
+    classify = nn.Linear(backbone.dim, backbone.num_classes)
+    nn.init.trunc_normal_(classify.weight, std=0.02, generator=torch.Generator().manual_seed(0))  # the same every time
+    nn.init.zeros_(classify.bias)
+    return nn.Sequential(nn.LayerNorm(backbone.dim, eps=1e-6), classify)

@@ -1,0 +1,58 @@
+"""``kth``: keep every k-th token, whatever is in it — a control for all that choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from saccade.decide import cosines
+from saccade.knobs import switch, whole
+from saccade.plan import Backbone, Method, Reducer, blocks, register
+from saccade.reduction import Reduction
+from saccade.tokens import Tokens
+
+
+class KeepEvery(Reducer):
+    """Keep the tokens at places 0, k, 2k, …; drop the others, or merge each into the most similar of those kept."""
+
+    def __init__(self, k: int, merge: bool, width: int) -> None:
+        super().__init__()
+        self.k, self.merge, self.width = k, merge, width
+        self.read = frozenset({"key"} if merge else ())
+
+    def count(self, n: int) -> int:
+        return -(-n // self.k)
+
+    def macs(self, n: int) -> int:
+        return self.count(n) * (n - self.count(n)) * self.width if self.merge else 0
+
+    def forward(self, tokens: Tokens) -> Reduction:
+        place = torch.arange(tokens.num_patches, device=tokens.x.device)
+        kept, others = place[:: self.k], place[place % self.k > 0]
+        keep, src = (p.expand(tokens.x.shape[0], -1) for p in (kept, others))
+        if not self.merge:
+            return Reduction(keep)
+        assert tokens.key is not None
+        valid = None if tokens.valid is None else (tokens.valid[:, others], tokens.valid[:, kept])
+        dst = cosines(tokens.key[:, others], tokens.key[:, kept], valid).argmax(2)
+        return Reduction(keep, src=src, dst=dst)
+
+
+def _menu(backbone: Backbone) -> list[str]:
+    return [f"kth(2, at={block})" for block in reversed(backbone.stages())] + ["kth(4)"]
+
+
+@register("kth", menu=_menu, baseline=True)
+def kth(backbone: Backbone, k: int = 2, at: int | Iterable[int] | None = None, merge: bool = False) -> Method:
+    """Keep every k-th patch token in reading order: a control that looks at nothing.
+
+    Args:
+        k: 1 keeps all of them.
+        at: 0-based blocks; None: at a quarter of the depth.
+        merge: the others merge into the most similar ones kept (ToMe's k-th matching, but none is lost); False: drop.
+    """
+    whole("kth", "k", k, 1, 10**6)
+    switch("kth", "merge", merge)
+    at = blocks("kth", at, backbone.stages()[:1], backbone.depth)
+    return Method((i, KeepEvery(k, merge, backbone.head_dim)) for i in at)

@@ -1,0 +1,77 @@
+"""Ragged batches, packed: the rows that count of all images in one matrix, so that nothing is computed for padding.
+
+Norms, projections and the MLP work row by row and do not care; attention runs image by image (``attention.py``).
+``benchmarks/ragged.py`` measures it against padding to the longest image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from saccade.tokens import Tokens
+
+WORTH = 0.95  # share of live rows above which padding is the simpler way to the same time
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a padded batch [B, L] are there; those of an image are neighbours."""
+
+    index: Tensor  #               [T] int64  their places in [B * L], ascending
+    lengths: tuple[int, ...]  #    rows of each image; their sum is T
+    shape: tuple[int, int]  #      (B, L)
+
+    @classmethod
+    def of(cls, present: Tensor) -> Rows:
+        """present [B, L] bool. Waits for the device: how many there are decides what will be computed."""
+        images, length = present.shape
+        index = present.reshape(-1).nonzero().squeeze(1)
+        return cls(index, tuple(present.sum(1).tolist()), (images, length))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, L, ...] -> [T, ...]"""
+        return x.reshape(-1, *x.shape[2:]).index_select(0, self.index)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[T, ...] -> [B, L, ...], zeros where nothing is."""
+        images, length = self.shape
+        empty = packed.new_zeros(images * length, *packed.shape[1:])
+        return empty.index_copy(0, self.index, packed).unflatten(0, self.shape)
+
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        """x [B, L, D] with update [T, D] added to these rows; the others stay bit by bit."""
+        return x.reshape(-1, x.shape[-1]).index_add(0, self.index, update.to(x.dtype)).view(x.shape)
+
+    def counts(self) -> Tensor:
+        """Rows of each image, [B] on the device of the rows."""
+        return torch.tensor(self.lengths, device=self.index.device)
+
+    def even(self) -> tuple[int, ...] | None:
+        """Images that have rows, if all of these have as many; None if they differ."""
+        some = tuple(image for image, n in enumerate(self.lengths) if n)
+        return some if len({n for n in self.lengths if n}) == 1 else None
+
+
+def packed(tokens: Tokens) -> Tokens:
+    """The same tokens with only live rows in ``x`` [T, D], where enough of them are padding."""
+    if tokens.rows is not None or tokens.valid is None or tokens.x.shape[0] == 0:
+        return tokens
+    if torch.compiler.is_compiling() or not _loops(tokens.x):
+        return tokens
+    rows = Rows.of(tokens.of_all(tokens.valid, 1.0) > 0)
+    if len(rows.index) > WORTH * tokens.x.shape[0] * tokens.x.shape[1]:
+        return tokens
+    return replace(tokens, x=rows.pack(tokens.x), rows=rows)
+
+
+def padded(tokens: Tokens) -> Tokens:
+    """The same tokens as a rectangle, x [B, P+N, D]; padding holds zeros."""
+    return tokens if tokens.rows is None else replace(tokens, x=tokens.rows.unpack(tokens.x), rows=None)
+
+
+def _loops(x: Tensor) -> bool:
+    """Whether packing is the fast way: on a CPU always, on CUDA where its kernel for ragged batches takes the type."""
+    return x.device.type == "cpu" or x.dtype in (torch.float16, torch.bfloat16)

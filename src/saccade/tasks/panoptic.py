@@ -1,0 +1,180 @@
+"""Panoptic quality: each pixel a class, and each thing (a car, a person) told from its neighbours.
+
+Panoptic quality (Kirillov et al., arXiv 1801.00868) by torchmetrics. A set is laid out as pairs of
+``split/images/name.jpg`` and ``split/panoptic/name.png`` (or without splits). The PNG is RGB: red is the class's value
+as in label files (``saccade.tasks.pixels``); green · 256 + blue tells things of a class apart (any number, also 0).
+
+A segmenter knows classes alone. As a trivial baseline, and no more than that, things are the connected parts of its
+map: two cars that touch are one, and a car behind a pole is two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from saccade.errors import UserError, nearest
+from saccade.measure.accuracy import spread
+from saccade.measure.stats import Interval
+from saccade.progress import Progress
+from saccade.tasks.miou import interval, looks
+from saccade.tasks.pixels import VOID, PixelSet, decode_ids, open_pixels, read_bytes
+from saccade.tasks.segment import How, Segmenter
+
+LEAST = 64  # pixels: smaller parts of a thing's map are said to be nothing
+
+
+@dataclass(frozen=True)
+class PanopticSet(PixelSet):
+    """Images whose every pixel has a class and a number among things of that class."""
+
+    folder: ClassVar[str] = "panoptic"
+
+    def read(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        """Image ``i``, RGB, and int64 [h, w, 2]: class (or ``VOID``) and number."""
+        image, name = self.images.read(i), self.labels[i]
+        values = decode_ids(read_bytes(self.images.store, name), name, ("RGB",))
+        classes = self.checked(values[..., 0], image, name).astype(np.int64)
+        return image, np.stack([classes, values[..., 1] * 256 + values[..., 2]], axis=-1)
+
+
+@dataclass(frozen=True)
+class Panoptic:
+    """One row of an evaluation; fractions."""
+
+    setting: str
+    images: int
+    pq: Interval
+    sq: float  # segmentation quality: mean IoU of what is found
+    rq: float  # recognition quality: F1 of finding
+    pq_things: float | None
+    pq_stuff: float | None
+    gmacs: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+
+def evaluate_panoptic(
+    model: Segmenter,
+    data: str | PanopticSet,
+    things: Sequence[str],
+    settings: Sequence[str] = (),
+    *,
+    split: str | None = None,
+    void: int | None = None,
+    how: How = "fit",
+    limit: int | None = None,
+    batch: int = 8,
+    least: int = LEAST,
+    progress: Progress | None = None,
+) -> tuple[list[Panoptic], dict[str, str]]:
+    """Panoptic quality of every setting, things being connected parts of the map; and why which could not be read.
+
+    Args:
+        data: a folder or zip laid out as this module says.
+        things: the classes of which single things are told apart; the others are stuff.
+        void: red of what has no class; None: as in label files of the training.
+        least: pixels of the smallest part that counts as a thing.
+
+    Raises:
+        UserError: bad data, settings or things; torchmetrics or scipy missing.
+    """
+    void = model.void if void is None else void
+    pixels = data if isinstance(data, PanopticSet) else open_pixels(data, split, model.classes, void, PanopticSet)
+    unknown = [name for name in things if name not in model.classes]
+    if unknown or not things:
+        found = f"there is no class {unknown[0]!r}{nearest(unknown[0], model.classes)}" if unknown else "no things"
+        raise UserError(f"{found}: give things of {', '.join(model.classes)}")
+    places = {model.classes.index(name) for name in things}
+    chosen = spread(len(pixels), limit)
+    named = [s for s in map(str, settings) if s not in ("", "dense")]
+    views = {name: model.at(name).eval() for name in ("dense", *named)}
+    bar = (progress or Progress()).start("segmenting", len(chosen) * len(views))
+    rows = []
+    for name, view in views.items():
+        bar(0, what=name)
+        counts, macs = [], 0.0
+        for seen, truths, _ in looks(view, pixels, chosen, how, batch, bar):
+            for logits, truth in zip(seen.logits, truths, strict=True):
+                said = parts(logits.argmax(0).cpu().numpy(), places, least)
+                counts.append(compare(torch.from_numpy(said), truth, places, len(model.classes)))
+                macs += seen.macs
+        sums = [torch.stack(part) for part in zip(*counts, strict=True)]
+        rows.append(_row(name, sums, places, macs / len(counts) / 1e9))
+    bar.finish()
+    return rows, pixels.failures
+
+
+def parts(classes: np.ndarray, things: set[int], least: int = LEAST) -> np.ndarray:
+    """A map of classes [h, w] -> int64 [h, w, 2]: connected parts (of four neighbours) of things numbered from 1.
+
+    Parts of things below ``least`` pixels become ``VOID``; stuff has number 0.
+    """
+    try:
+        from scipy.ndimage import label
+    except ImportError:
+        raise UserError("telling things apart needs scipy: pip install 'saccade[tasks]'") from None
+    found = np.stack([classes, np.zeros_like(classes)], axis=-1).astype(np.int64)
+    for thing in things & set(np.unique(classes).tolist()):
+        numbers, count = label(classes == thing)
+        small = np.bincount(numbers.ravel(), minlength=count + 1) < least
+        small[0] = False
+        found[..., 1] += numbers
+        found[small[numbers]] = (VOID, 0)
+    return found
+
+
+def compare(said: Tensor, truth: Tensor, things: set[int], classes: int) -> tuple[Tensor, ...]:
+    """Two maps int64 [h, w, 2] -> Σ IoU of matches, matches, false alarms, misses: float64 [K] each, by class.
+
+    Classes are 0 … K-1; void of the truth counts nowhere, what is said to be void is a miss.
+    """
+    from torchmetrics.detection import PanopticQuality
+
+    stuff = set(range(classes)) - things
+    metric = PanopticQuality(things=things, stuffs=stuff, allow_unknown_preds_category=True)
+    metric.update(said.unsqueeze(0), truth.unsqueeze(0))
+    order = torch.tensor([metric.cat_id_to_continuous_id[k] for k in range(classes)])
+    states = (metric.iou_sum, metric.true_positives, metric.false_positives, metric.false_negatives)
+    return tuple(state.double()[order] for state in states)
+
+
+def quality(iou: Tensor, hits: Tensor, alarms: Tensor, misses: Tensor) -> Tensor:
+    """Panoptic quality of each class, [..., K]; NaN for one that is neither there nor said."""
+    return iou / (hits + alarms / 2 + misses / 2)
+
+
+def mean_quality(iou: Tensor, hits: Tensor, alarms: Tensor, misses: Tensor) -> Tensor:
+    """Its mean over the classes that are there or said, [...]."""
+    return quality(iou, hits, alarms, misses).nanmean(-1)
+
+
+def _row(setting: str, sums: list[Tensor], things: set[int], gmacs: float) -> Panoptic:
+    iou, hits, alarms, misses = (part.sum(0) for part in sums)
+    each = quality(iou, hits, alarms, misses)
+    there = ~each.isnan()
+    thing = torch.tensor([k in things for k in range(len(each))])
+
+    def mean(values: Tensor, of: Tensor) -> float | None:
+        return values[of & there].mean().item() if (of & there).any() else None
+
+    found = iou / hits.clamp(min=1)
+    recognised = hits / (hits + alarms / 2 + misses / 2)
+    return Panoptic(
+        setting=setting,
+        images=len(sums[0]),
+        pq=interval(mean_quality, sums),
+        sq=mean(found, there) or 0.0,
+        rq=mean(recognised, there) or 0.0,
+        pq_things=mean(each, thing),
+        pq_stuff=mean(each, ~thing),
+        gmacs=gmacs,
+    )

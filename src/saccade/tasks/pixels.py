@@ -1,0 +1,173 @@
+"""Images whose every pixel has a class: ``split/images/name.jpg`` with ``split/labels/name.png``, or without splits.
+
+Label files are single-channel PNGs (TIFF, BMP too) of class numbers, as large as their images. One value, ``void``, is
+no class and counts nowhere; the others, in order, are the classes: with void 11, values 0 … 10 are classes 0 … 10, and
+with void 0, values 1 … 150 are classes 0 … 149. Inside the library void is ``VOID``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import ClassVar, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from saccade.data import ImageError, ImageSet
+from saccade.data.decode import BYTES_PER_PIXEL, EXTENSIONS, check_pixels, pixel_limit
+from saccade.data.source import HELD_OUT
+from saccade.data.store import Store
+from saccade.errors import UserError
+from saccade.tasks.pairs import open_store
+from saccade.tasks.segment import VOID
+
+IMAGES = "images"
+LAYOUT = "images/name.jpg with labels/name.png, or split/images/… with split/labels/…"
+FORMATS = ("PNG", "TIFF", "BMP", "PPM")
+MODES = ("1", "L", "P", "I;16", "I")
+
+
+@dataclass(frozen=True)
+class PixelSet:
+    """Images and their labels, read pair by pair. ``failures`` are images without labels and labels without images."""
+
+    images: ImageSet  # names, split, and the names of the classes
+    labels: list[str]  # name of image i's labels
+    void: int
+    failures: dict[str, str] = field(default_factory=dict, compare=False)
+
+    folder: ClassVar[str] = "labels"  # where they lie, beside "images"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.images.classes or ())
+
+    def read(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        """Image ``i``, RGB, and its labels, uint8 [h, w] with ``VOID``. Raises ImageError where either is unusable."""
+        image, name = self.images.read(i), self.labels[i]
+        values = decode_ids(read_bytes(self.images.store, name), name)
+        return image, self.checked(values, image, name)
+
+    def checked(self, values: np.ndarray, image: Image.Image, name: str) -> np.ndarray:
+        """The classes of values [h, w], uint8. Raises ImageError for another size, or values that are no class."""
+        if values.shape != (image.height, image.width):
+            height, width = values.shape
+            raise ImageError(name, f"has {width}×{height} labels for {image.width}×{image.height} pixels")
+        found = lookup(len(self.classes), self.void)[np.minimum(values, 2**16 - 1)]
+        if (found < 0).any():
+            odd = int(values[found < 0].min())
+            raise ImageError(name, f"holds {odd}: neither one of {len(self.classes)} classes nor void={self.void}")
+        return found.astype(np.uint8)
+
+    def subset(self, places: Iterable[int]) -> PixelSet:
+        """The pairs at ``places``, in that order."""
+        chosen = list(places)
+        return replace(self, images=self.images.subset(chosen), labels=[self.labels[i] for i in chosen])
+
+
+Set = TypeVar("Set", bound=PixelSet)
+
+
+def open_pixels(
+    path: str | Path,
+    split: str | None,
+    classes: Iterable[str],
+    void: int = VOID,
+    kind: type[Set] = PixelSet,  # type: ignore[assignment]
+) -> Set:
+    """The pairs below a folder or in a zip, laid out as ``LAYOUT`` says; nothing is decoded here.
+
+    Args:
+        split: None: the held-out one where there are splits.
+        classes: what they are called, in the order of their values.
+        kind: of labels; each knows its ``folder``.
+
+    Raises:
+        UserError: nothing there, no such split, not one pair.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a folder or a zip")
+    store = open_store(path)
+    known, names = _splits(store, kind.folder)
+    if known and split is None:
+        split = next((name for name in HELD_OUT if name in known), None)
+        if split is None:
+            raise UserError(f"no held-out split ({', '.join(HELD_OUT)}) in {path}: name one of {', '.join(known)}")
+    if split is not None and split not in known:
+        raise UserError(
+            f"no split {split!r} in {path}: {'name one of ' + ', '.join(known) if known else 'it has none'}"
+        )
+    top = "" if split is None else f"{split}/"
+    images = {PurePosixPath(n).stem: n for n in names if n.startswith(f"{top}{IMAGES}/")}
+    labels = {PurePosixPath(n).stem: n for n in names if n.startswith(f"{top}{kind.folder}/")}
+    both = sorted(images.keys() & labels.keys(), key=lambda stem: images[stem])
+    if not both:
+        raise UserError(f"no pairs of images and {kind.folder} in {path}: lay them out as {LAYOUT}")
+    alone = {images[stem]: f"has no labels in {top}{kind.folder}/" for stem in sorted(images.keys() - labels.keys())}
+    alone |= {labels[stem]: f"has no image in {top}{IMAGES}/" for stem in sorted(labels.keys() - images.keys())}
+    found = ImageSet(path, split, [images[stem] for stem in both], None, list(classes), store)
+    return kind(found, [labels[stem] for stem in both], void, alone)
+
+
+def pixel_splits(path: str | Path) -> list[str]:
+    """The splits of a set of pairs; none where there are none."""
+    return _splits(open_store(Path(path)), PixelSet.folder)[0]
+
+
+def _splits(store: Store, folder: str) -> tuple[list[str], list[str]]:
+    """Splits, and the names of all files that may be images or labels."""
+    names = [n for n in store.names() if PurePosixPath(n).suffix.lower() in EXTENSIONS and not _hidden(n)]
+    return sorted({n.split("/")[0] for n in names if n.count("/") == 2 and n.split("/")[1] in (IMAGES, folder)}), names
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def read_bytes(store: Store, name: str) -> bytes:
+    """A file of labels as it is stored. Raises ImageError."""
+    limit = BYTES_PER_PIXEL * pixel_limit()
+    try:
+        size = store.size(name)
+        if size <= limit:
+            return store.read(name)
+    except Exception as error:  # zipfile alone raises six kinds
+        raise ImageError(name, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    raise ImageError(name, f"file of {size:,} bytes, limit {limit:,} (SACCADE_MAX_PIXELS raises it)")
+
+
+def decode_ids(data: bytes, name: str, modes: tuple[str, ...] = MODES) -> np.ndarray:
+    """The numbers of a single-channel image, int64 [h, w]; of a palette image, the places in the palette.
+
+    Raises ImageError for a file that is damaged, too large or in another of Pillow's modes (colours).
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # Pillow's plugins answer broken bytes with nearly every exception there is
+        raise ImageError(name, f"not a readable image of labels (formats: {', '.join(FORMATS)})") from error
+    check_pixels(name, "is", *image.size, pixel_limit())
+    if image.mode not in modes:
+        raise ImageError(name, f"labels in mode {image.mode}: store them as {', '.join(modes)}")
+    try:
+        values = np.asarray(image).astype(np.int64)
+    except Exception as error:
+        raise ImageError(name, " ".join(str(error).split()) or type(error).__name__) from error
+    if values.min(initial=0) < 0:
+        raise ImageError(name, "holds numbers below 0: labels count from 0")
+    return values
+
+
+def lookup(classes: int, void: int) -> np.ndarray:
+    """Class of each value, int16 [65536]: ``VOID`` for void, -1 for values beyond the classes."""
+    values = [v for v in range(classes + 1) if v != void][:classes]
+    table = np.full(2**16, -1, dtype=np.int16)
+    table[values] = np.arange(classes)
+    table[void] = VOID
+    return table

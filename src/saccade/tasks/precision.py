@@ -1,0 +1,168 @@
+"""Average precision of a detector under each setting, with an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from saccade.data import CACHE_BYTES, ImageSet, Loader
+from saccade.errors import UserError
+from saccade.measure.accuracy import spread
+from saccade.measure.stats import Interval
+from saccade.model import AdaptiveViT
+from saccade.progress import Progress
+from saccade.tasks.boxes import BoxSet, Objects
+from saccade.tasks.detector import TOP, Detector, Found, detections, squashed
+
+GROUPS = 10  #  of images, whose spread gives the interval
+T_QUANTILE = 2.262  # 97.5 % of Student's t with GROUPS - 1 degrees of freedom
+
+Step = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What one setting finds."""
+
+    setting: str
+    images: int
+    ap: Interval  # COCO's: mean over classes and IoU 0.5 … 0.95
+    ap50: float
+    ap75: float
+    gmacs: float  # of an image; queries are made once for all
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_detection(
+    model: Detector,
+    boxes: BoxSet,
+    settings: Sequence[str] = (),
+    *,
+    limit: int | None = None,
+    top: int = TOP,
+    batch: int = 32,
+    progress: Progress | None = None,
+) -> tuple[list[Precision], dict[str, str]]:
+    """Average precision of the model's own setting and of others, asked for the names of the set's classes.
+
+    And why which images could not be read.
+
+    Args:
+        limit: at most so many images, spread evenly.
+        top: detections of an image that count, at most 100.
+
+    Raises UserError where nothing can be read, nothing is there to be found, or a class is no query that is known.
+    """
+    views = {str(view.setting): view for view in (model, *map(model.at, settings))}
+    places, loaders = spread(len(boxes), limit), Squashed(boxes.images)
+    bar, rows = (progress or Progress()).start("detecting", len(places) * len(views)), []
+    failures: dict[str, str] = {}
+    for name, view in views.items():
+        bar(0, what=name)
+        loader = loaders.of(view)
+        found, seen, gmacs = find(view.eval(), loader, boxes.classes, places, batch, top, bar)
+        failures.update(loader.failures.items)
+        rows.append(score(name, found, truths([boxes.objects[i] for i in seen]), gmacs))
+    bar.finish()
+    return rows, failures
+
+
+def score(setting: str, found: Sequence[Found], there: Sequence[Found], gmacs: float) -> Precision:
+    """Sum up detections, in the order of what is there."""
+    whole = average_precision(found, there)
+
+    def of(places: Sequence[int]) -> float:
+        if len(places) == len(found):
+            return whole["ap"]
+        return average_precision([found[i] for i in places], [there[i] for i in places])["ap"]
+
+    ap = with_spread(of, len(found))
+    ap = Interval(ap.mean, max(0.0, ap.low), min(1.0, ap.high))
+    return Precision(setting, len(found), ap, whole["ap50"], whole["ap75"], gmacs)
+
+
+def find(
+    view: Detector,
+    loader: Loader,
+    names: Sequence[str],
+    places: Sequence[int],
+    batch: int,
+    top: int,
+    step: Step = lambda n: None,
+) -> tuple[list[Found], list[int], float]:
+    """Detections of the images at ``places``, the places of those that could be read, and 10^9 MACs per image."""
+    weight = view.vit.patch_embed.proj.weight
+    found: list[Found] = []
+    seen: list[int] = []
+    macs = []
+    with torch.no_grad():  # not inference mode, whose tensors must not meet training's
+        queries = view.ask(names)
+        for images in loader.batches(batch, places):
+            out = view(images.images.to(weight.device, weight.dtype), queries)
+            found += detections(out, top)
+            seen += images.indices
+            macs.append(out.trace.macs().cpu())
+            step(len(images.indices))
+    return found, seen, torch.cat(macs).mean().item() / 1e9
+
+
+class Squashed:
+    """Whole images as a detector sees them, decoded once for each size."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+        self._made: dict[tuple[int, int], Loader] = {}
+
+    def of(self, view: AdaptiveViT) -> Loader:
+        """Images as a view wants them."""
+        size = view.input_size()
+        if size not in self._made:
+            self._made[size] = Loader(self.images, squashed(view), cache_bytes=CACHE_BYTES // 8)
+        return self._made[size]
+
+
+def truths(objects: Sequence[Objects]) -> list[Found]:
+    """What is there, as torchmetrics takes it."""
+    return [{"boxes": o.boxes, "labels": o.labels, "iscrowd": o.crowd.long()} for o in objects]
+
+
+def average_precision(found: Sequence[Found], there: Sequence[Found]) -> dict[str, float]:
+    """COCO's AP (mean over classes and IoU 0.5 … 0.95), and AP at IoU 0.5 and 0.75, by torchmetrics and pycocotools.
+
+    Raises UserError where these are missing, or nothing is there to be found.
+    """
+    try:
+        from torchmetrics.detection import MeanAveragePrecision
+
+        metric = MeanAveragePrecision(backend="pycocotools")
+    except ImportError:  # ModuleNotFoundError too
+        raise UserError("average precision needs torchmetrics and pycocotools: pip install 'saccade[tasks]'") from None
+    metric.update(list(found), list(there))
+    values = metric.compute()
+    names = {"ap": "map", "ap50": "map_50", "ap75": "map_75"}
+    result = {ours: float(values[theirs]) for ours, theirs in names.items()}
+    if result["ap"] < 0:
+        raise UserError("no objects in these images: there is no average precision of finding none")
+    return result
+
+
+def with_spread(of: Callable[[Sequence[int]], float], count: int) -> Interval:
+    """A statistic of ``count`` images with its 95 % interval, from its spread over ``GROUPS`` groups of them.
+
+    ``of`` takes places of images. Every tenth image is a group; t · s / √GROUPS of the groups' values is half the
+    interval's length. For a statistic of the whole, like AP, which no image has for itself; with few images a class,
+    groups scatter more than the whole does, so that the interval is rather too long. It is 0 … 1, which is
+    no news, where a group has nothing to be found.
+    """
+    whole = of(range(count))
+    try:
+        values = torch.tensor([of(range(first, count, GROUPS)) for first in range(GROUPS)], dtype=torch.float64)
+    except UserError:
+        return Interval(whole, 0.0, 1.0)
+    half = T_QUANTILE * values.std().item() / GROUPS**0.5
+    return Interval(whole, whole - half, whole + half)

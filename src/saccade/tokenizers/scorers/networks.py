@@ -1,0 +1,184 @@
+"""Frozen networks that scorers look through: by name, from torchvision or timm, with weights that are asked for.
+
+A model neither owns nor saves them: they are in no state dict and no optimiser, always in evaluation mode, shared by
+all scorers that want the same one, and follow the images' device.
+"""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from saccade.errors import UserError, nearest
+
+WEIGHTS = "'pretrained', 'random' or a safetensors file with the network's own keys"
+# Cuts of torchvision's ShuffleNets: the last of these parts that is kept, for each stride. The paper cuts before the
+# classifier only.
+SHUFFLENET = {4: "maxpool", 8: "stage2", 16: "stage3", 32: "conv5"}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Network:
+    """One frozen network; pickled and copied by its name."""
+
+    def __init__(self, name: str, stride: int | None, weights: str, module: nn.Module) -> None:
+        self.key = name, stride, weights
+        self.cpu = module
+        cfg: Any = getattr(module, "pretrained_cfg", None) or {}
+        self.mean, self.std = cfg.get("mean", IMAGENET[0]), cfg.get("std", IMAGENET[1])
+        self._on: dict[torch.device, nn.Module] = {torch.device("cpu"): module}
+
+    def on(self, device: torch.device) -> nn.Module:
+        """The network on a device; made once for each."""
+        if device not in self._on:
+            self._on[device] = copy.deepcopy(self.cpu).to(device)
+        return self._on[device]
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels 0 … 1 [B, 3, H, W] as the network wants them."""
+        mean, std = (torch.tensor(v, dtype=pixels.dtype, device=pixels.device)[:, None, None] for v in self.stats)
+        return (pixels - mean) / std
+
+    @property
+    def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return tuple(self.mean), tuple(self.std)
+
+    def macs(self, height: int, width: int) -> int:
+        """Per image, by torch's counter on a network without values."""
+        return _counted(*self.key[:2], height, width)
+
+    def __reduce__(self) -> tuple:
+        return open_network, self.key
+
+    def __deepcopy__(self, memo: dict) -> Network:
+        return self
+
+
+@lru_cache(maxsize=8)
+def open_network(name: str, stride: int | None, weights: str) -> Network:
+    """A network by its name, cut where its maps have a stride; None: the whole classifier.
+
+    Args:
+        name: torchvision's, or timm's; ``timm/…`` where both have it.
+        weights: 'pretrained' fetches torchvision's or timm's own, 'random' is for measuring costs, or a file.
+
+    Raises:
+        UserError: unknown name or stride, weights that cannot be had.
+    """
+    if weights in ("pretrained", "random"):
+        state = None
+    else:
+        from saccade.checkpoint import read_weights  # which imports what imports this
+
+        state = read_weights(weights)
+    try:
+        # A later caller may ask for gradients; and 'random' weights are the same each time.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)
+            module = _create(name, stride, weights == "pretrained", state)
+    except UserError:
+        raise
+    except Exception as error:
+        if weights != "pretrained":
+            raise UserError(f"scorer network {name!r}: {_line(error)}") from None
+        raise UserError(
+            f"cannot fetch the weights of the scorer network {name!r} ({_line(error)}); give a safetensors file with "
+            f"weights='net.safetensors', or take scorer='pixel', which needs none"
+        ) from None
+    return Network(name, stride, weights, module.eval().requires_grad_(False))
+
+
+def skeleton(name: str, stride: int | None) -> nn.Module:
+    """The same network without values, for shapes and costs."""
+    with torch.device("meta"):
+        return _create(name, stride, False, None).eval().requires_grad_(False)
+
+
+def _create(name: str, stride: int | None, pretrained: bool, state: dict[str, Tensor] | None) -> nn.Module:
+    import torchvision.models as zoo
+
+    own = name.removeprefix("timm/")
+    if own == name and name in zoo.list_models(zoo):
+        return _of_torchvision(name, stride, pretrained, state)
+    if own not in timm.list_models():
+        raise UserError(f"scorer network {name!r}: neither torchvision nor timm has it{_close(own)}")
+    if stride is None:
+        return _filled(timm.create_model(own, pretrained=pretrained), name, state)
+    info: Any = timm.create_model(own, features_only=True).feature_info
+    strides = info.reduction()
+    if stride not in strides:
+        raise UserError(f"scorer network {name!r} has no maps of stride {stride}; it has {sorted(set(strides))}")
+    last = len(strides) - 1 - strides[::-1].index(stride)
+    trunk = timm.create_model(own, features_only=True, out_indices=(last,), pretrained=pretrained)
+    return _OneMap(_filled(trunk, name, state), timm.get_pretrained_cfg(own))
+
+
+def _of_torchvision(name: str, stride: int | None, pretrained: bool, state: dict[str, Tensor] | None) -> nn.Module:
+    import torchvision.models as zoo
+
+    if stride is not None and not name.startswith("shufflenet"):
+        raise UserError(f"scorer network {name!r} is cut for timm's models and ShuffleNets only: try 'timm/{name}'")
+    if stride is not None and stride not in SHUFFLENET:
+        raise UserError(f"scorer network {name!r} has no maps of stride {stride}; it has {sorted(SHUFFLENET)}")
+    model = zoo.get_model(name, weights=None)
+    if pretrained:
+        state = zoo.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    model = _filled(model, name, state)
+    if stride is None:
+        return model
+    names = ["conv1", "maxpool", "stage2", "stage3", "stage4", "conv5"]
+    return nn.Sequential(*(getattr(model, part) for part in names[: names.index(SHUFFLENET[stride]) + 1]))
+
+
+class _OneMap(nn.Module):
+    """The only map of a timm feature network."""
+
+    def __init__(self, trunk: nn.Module, cfg: Any) -> None:
+        super().__init__()
+        self.trunk, self.pretrained_cfg = trunk, {} if cfg is None else cfg.to_dict()
+        self.last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+
+    def forward(self, x: Tensor) -> Tensor:
+        (found,) = self.trunk(x)
+        return found.permute(0, 3, 1, 2) if self.last else found
+
+
+def _filled(module: nn.Module, name: str, state: dict[str, Tensor] | None) -> nn.Module:
+    """Load weights; what a cut network has no use for may be there too."""
+    if state is not None:
+        found = module.load_state_dict(state, strict=False)
+        if found.missing_keys:
+            raise UserError(f"the weights of the scorer network {name!r} lack {len(found.missing_keys)} of its tensors")
+    return module
+
+
+@torch.compiler.assume_constant_result
+def _counted(*key: Any) -> int:
+    return _count(*key)
+
+
+@lru_cache(maxsize=256)
+def _count(name: str, stride: int | None, height: int, width: int) -> int:
+    def run() -> int:
+        module = skeleton(name, stride)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(torch.zeros(1, 3, height, width, device="meta"))
+        return counter.get_total_flops() // 2
+
+    with ThreadPoolExecutor(1) as clean:  # a tracer's modes stay behind
+        return clean.submit(run).result()
+
+
+def _close(name: str) -> str:
+    return nearest(name, timm.list_models())[:200]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

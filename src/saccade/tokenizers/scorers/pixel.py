@@ -1,0 +1,83 @@
+"""``pixel``: what is lost when a block is brought to the size of the finest patch (Quadformer, arXiv 2304.00287)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from saccade.knobs import one_of
+from saccade.plan import Backbone
+from saccade.tokenizers.mosaic import Geometry
+from saccade.tokenizers.pyramid import bilinear
+from saccade.tokenizers.scorers.base import Scene, Scorer, block_mean, register_scorer
+
+# Powers of the block's edge that its mean squared error is multiplied by: the paper's text, its code, the whole error.
+WEIGHTS = {"mean": 0, "edge": 1, "area": 2}
+BLURS = ("box", "bilinear")
+
+
+class Pixel(Scorer):
+    """Squared error of a block after it was made small and large again."""
+
+    def __init__(self, weight: str, blur: str) -> None:
+        super().__init__()
+        self.weight, self.blur = weight, blur
+
+    def forward(self, scene: Scene) -> list[Tensor]:
+        g = scene.geometry
+        errors = (_from_boxes if self.blur == "box" else _from_bilinear)(scene.images, g)
+        return [
+            e * float(g.patch << level) ** WEIGHTS[self.weight] for level, e in zip(g.splittable, errors, strict=True)
+        ]
+
+
+def _from_boxes(images: Tensor, g: Geometry) -> list[Tensor]:
+    """Down and up by means: the variance within the boxes, which adds up from level to level (Haar's wavelets)."""
+    x, total, found = images, None, []
+    for level in range(1, g.levels):
+        (gh, gw), s = g.grid(level), g.patch
+        x = x[..., : 2 * gh * s, : 2 * gw * s]
+        rows, across = x[..., ::2, :] + x[..., 1::2, :], (x[..., ::2, :] - x[..., 1::2, :]).square_()
+        along = (rows[..., ::2] - rows[..., 1::2]).square_()  # [B, C, h/2, w/2]
+        # Of the two rows of a pair each is off by half of their difference; so are the columns of their mean.
+        blocks = (gh, s), (gw, s)
+        lost = _sum(across, blocks[0], (gw, 2 * s)) / 4 / (2 * s * s) + _sum(along, *blocks) / 16 / (s * s)
+        if total is not None:
+            lost = lost + _quarter(total, gh, gw)
+        total = lost
+        found.append(lost)
+        x = (rows[..., ::2] + rows[..., 1::2]) * 0.25
+    return found[::-1]
+
+
+def _sum(x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """[B, C, h·a, w·b] -> sums over blocks of a × b, mean over channels, [B, h, w]."""
+    return x.unflatten(-2, rows).sum(-2).unflatten(-1, columns).sum(-1).mean(1)
+
+
+def _quarter(x: Tensor, h: int, w: int) -> Tensor:
+    """Mean of four: [B, ≥2h, ≥2w] -> [B, h, w]."""
+    return x[:, : 2 * h, : 2 * w].unflatten(1, (h, 2)).unflatten(3, (w, 2)).mean((2, 4))
+
+
+def _from_bilinear(images: Tensor, g: Geometry) -> list[Tensor]:
+    """Down and up as published: the whole image, bilinear, no antialiasing."""
+    found = []
+    for level in g.splittable:
+        h, w = (side * g.patch << level for side in g.grid(level))
+        x = images[..., :h, :w]
+        again = F.interpolate(bilinear(x, 1 << level), size=(h, w), mode="bilinear")
+        found.append(block_mean(again.sub_(x).square_(), g, level, g.patch).mean(1))
+    return found
+
+
+@register_scorer("pixel")
+def pixel(backbone: Backbone, weight: str = "edge", blur: str = "box") -> Pixel:
+    """Squared error of a block after it was made small and large again.
+
+    Args:
+        weight: of the mean squared error: 'mean', none (the paper's text); times the block's 'edge' (its code, and the
+            better reconstruction); times its 'area', the whole error.
+        blur: 'box': by means, cheap and of the same quality; 'bilinear': as published.
+    """
+    return Pixel(one_of("scorer pixel", "weight", weight, WEIGHTS), one_of("scorer pixel", "blur", blur, BLURS))

@@ -1,0 +1,137 @@
+"""Learning to classify: labels from folders, soft targets, a teacher of the same classes, top-1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess
+from saccade.data.cache import Decoded
+from saccade.errors import UserError
+from saccade.measure.accuracy import spread
+from saccade.measure.stats import Interval, proportion
+from saccade.model import AdaptiveViT
+from saccade.progress import Progress
+from saccade.training.augment import isolated
+from saccade.training.config import Config
+from saccade.training.loss import Opinion, Teacher, pooled, terms
+from saccade.training.sets import decode_once, open_sets
+from saccade.training.student import Student, fit_head, open_source, open_teacher, start_from
+from saccade.training.task import Examples, Task, Tick
+
+
+class Classify(Task):
+    """Images, each of one class."""
+
+    metric, column = "top-1", "top1"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.images, self.held = open_sets(config.data)
+        self.decoded: Decoded | None = None
+        self.places = spread(len(self.held), config.data.check_limit) if self.held is not None else []
+        self._loaders: dict[tuple[int, int], Loader] = {}
+
+    def model(self) -> AdaptiveViT:
+        model = open_source(self.config.model)
+        self.side, self.labels = max(model.input_size()), fit_head(model.vit, self.images)
+        self.truth = None if self.held is None else torch.tensor(fit_head(model.vit, self.held))
+        self.classes = model.vit.num_classes
+        return model
+
+    def ready(self, folder: Path, progress: Progress) -> int:
+        self.decoded = decode_once(self.config.data, self.images, self.side, folder, progress)
+        return len(self.images) - (len(self.decoded.failures) if self.decoded else 0)
+
+    def teach(self, student: Student) -> None:
+        rule = self.config.distill
+        if rule.teacher in ("", "self"):
+            return
+        module = open_teacher(rule).to(student.device)
+        if module.num_classes != self.classes:
+            raise UserError(
+                f"the teacher has {module.num_classes} classes and the student {self.classes}: train it first"
+            )
+        if rule.init:
+            start_from(student.vit, module)
+        self.teacher = Teacher(module, Preprocess.of(student.vit))
+        if rule.features and self.teacher.width != student.vit.embed_dim:
+            self.project = nn.Linear(student.vit.embed_dim, self.teacher.width)
+
+    def examples(self, seen: Preprocess) -> Labelled:
+        view = self.config.augment.view(seen.size, seen.interpolation, seen.mean)
+        return Labelled(self.images, self.labels, view, self.decoded)
+
+    def batch(self, images: Tensor, labels: Tensor, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return self.config.augment.batch(images, labels, self.classes, self.config.optim.smoothing, key)
+
+    def terms(self, model: AdaptiveViT, out: Any, targets: Tensor, taught: Any, full: int) -> dict[str, Tensor]:
+        return terms(model, out, targets, taught, self.config.distill, self.project, full)
+
+    def opinion(self, model: AdaptiveViT, out: Any) -> Opinion:
+        return Opinion(out.logits.detach(), pooled(model, out).detach())
+
+    def measure(self, view: AdaptiveViT, tick: Tick) -> tuple[Interval, float]:
+        assert self.truth is not None
+        weight = view.vit.patch_embed.proj.weight
+        hits, macs = [], []
+        for batch in self._loader(view).batches(self.config.run.batch, self.places):
+            with torch.no_grad():  # not inference mode, whose tensors must not meet training's
+                out = view(batch.images.to(weight.device, weight.dtype))
+            hits.append(out.logits.argmax(-1).cpu() == self.truth[batch.indices])
+            macs.append(out.trace.macs().cpu())
+            tick(len(batch.indices))
+        return proportion(torch.cat(hits)), torch.cat(macs).mean().item() / 1e9
+
+    def _loader(self, view: AdaptiveViT) -> Loader:
+        """Held-out images, decoded once for each input size."""
+        assert self.held is not None
+        size = view.input_size()
+        if size not in self._loaders:
+            room = CACHE_BYTES // 8
+            self._loaders[size] = Loader(self.held, Preprocess.of(view.vit, size), cache_bytes=room)
+        return self._loaders[size]
+
+
+class Labelled(Examples):
+    """Images of an image set, one class each, from their files or decoded once."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        labels: Sequence[int],
+        transform: Callable[[Image.Image], Tensor],
+        decoded: Decoded | None = None,
+    ) -> None:
+        """``transform`` takes an RGB image to uint8 [3, h, w], always of the same size."""
+        if len(labels) != len(images) or (decoded is not None and len(decoded) != len(images)):
+            counts = f"{len(labels)} labels" + (f", {len(decoded)} decoded images" if decoded is not None else "")
+            raise ValueError(f"{counts} for {len(images)} images")
+        self.path, self.failures = images.path, {} if decoded is None else decoded.failures
+        self.images, self.labels, self.transform, self.decoded = images, labels, transform, decoded
+        with isolated(0):
+            self._blank = torch.zeros_like(transform(Image.new("RGB", (64, 64))))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def usable(self) -> np.ndarray:
+        places = np.arange(len(self))
+        return places if self.decoded is None else places[self.decoded.sizes[:, 0] > 0]
+
+    def read(self, place: int) -> Image.Image:
+        if self.decoded is None:
+            return self.images.read(place)
+        return Image.fromarray(self.decoded.array(place))
+
+    def view(self, read: Image.Image, place: int) -> tuple[Tensor, Tensor]:
+        return self.transform(read), torch.tensor(self.labels[place])
+
+    def blank(self) -> tuple[Tensor, Tensor]:
+        return self._blank, torch.tensor(0)
