@@ -12,18 +12,20 @@ Measured  docs/results.md, "FlexiViT"
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import torch
-from jobs import logits, right, train_all
+from jobs import logits, train_all
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saccade
 from saccade.data import ImageSet, class_indices, open_images
 from saccade.files import write_text
+from saccade.measure.accuracy import spread
 from saccade.measure.stats import bootstrap, proportion
 
 SIZES = (10, 16, 20, 32, 40)  # patch sizes trained for: 256, 100, 64, 25 and 16 tokens
@@ -99,10 +101,14 @@ def runs_of(data: Path, out: Path, seeds: list[int]) -> dict[str, list[str]]:
 class Tests:
     """Logits of finished runs on the test images, each computed once and kept."""
 
-    def __init__(self, out: Path, images: ImageSet) -> None:
-        self.out, self.images, self.file = out, images, out / "logits.safetensors"
+    def __init__(self, out: Path, images: ImageSet, limit: int | None) -> None:
+        self.out, self.images, self.file = out, images, out / f"logits{limit or ''}.safetensors"
+        self.places = spread(len(images), limit)
         self.seen = load_file(self.file) if self.file.exists() else {}
         self.models: dict[str, saccade.AdaptiveViT] = {}
+
+    def there(self, *runs: str) -> bool:
+        return all((self.out / run / "model").is_dir() for run in runs)
 
     def model(self, run: str) -> saccade.AdaptiveViT:
         if run not in self.models:
@@ -112,12 +118,17 @@ class Tests:
     def logits(self, run: str, setting: str) -> Tensor:
         key = f"{run}|{setting}"
         if key not in self.seen:
-            self.seen[key] = logits(self.model(run), setting, self.images).half()
+            self.seen[key] = logits(self.model(run), setting, self.images, self.places).half()
             save_file(self.seen, self.file)
         return self.seen[key].float()
 
     def hits(self, run: str, setting: str) -> Tensor:
-        return right(self.logits(run, setting), self.model(run), self.images)
+        return self.right(run, self.logits(run, setting))
+
+    def right(self, run: str, logits: Tensor) -> Tensor:
+        """Whether the highest of the logits [n, K] is the label's, [n] float64."""
+        labels = torch.tensor(class_indices(self.images, self.model(run).vit.num_classes))
+        return (logits.argmax(-1) == labels[self.places]).double()
 
     def gmacs(self, run: str, setting: str) -> float:
         view = self.model(run).at(setting)
@@ -127,71 +138,77 @@ class Tests:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is said, the difference in points that decides it, and how far below zero it may be."""
+    """What is said, the runs that it takes, and the paired difference [n], positive where the claim is right."""
 
     text: str
-    difference: Tensor  # [n] paired differences, positive where the claim is right
-    slack: float = 0.0
+    runs: tuple[str, ...]
+    difference: Callable[[], Tensor]
+    slack: float = 0.0  # how far below zero it may be
 
-    def row(self) -> list[str]:
-        found = bootstrap(self.difference)
-        mean, low, high = (100 * v for v in found.three())
-        verdict = "holds" if low > -self.slack else "does not hold" if high < -self.slack else "not decided"
+    def row(self, tests: Tests) -> list[str]:
+        if not tests.there(*self.runs):
+            return [self.text, "", "not run"]
+        mean, low, high = (100 * v for v in bootstrap(self.difference()).three())
+        verdict = "holds" if low > -100 * self.slack else "does not hold" if high < -100 * self.slack else "not decided"
         return [self.text, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", verdict]
 
 
 def claims_of(tests: Tests, seeds: list[int]) -> list[Claim]:
-    """The paper's orderings, each as a paired difference over the test images (means over the seeds there are)."""
+    """The paper's orderings, each as a paired difference over the test images; of all seeds that have been run."""
+    hits, first, found = tests.hits, seeds[0], []
 
-    def mean(run: str, setting: str) -> Tensor:
-        return torch.stack([tests.hits(f"{run}-{seed}", setting) for seed in seeds]).mean(0)
+    def claim(text: str, a: str, at: str, b: str, bt: str, slack: float = 0.0, less: float = 0.0) -> None:
+        """Run ``a`` under ``at`` against run ``b`` under ``bt``; ``<seed>`` in their names stands for each seed."""
+        pairs = [(a.replace("<seed>", str(s)), b.replace("<seed>", str(s))) for s in seeds]
+        pairs = [pair for pair in dict.fromkeys(pairs) if tests.there(*pair)] or pairs[:1]
 
-    found = []
+        def difference() -> Tensor:
+            return torch.stack([hits(one, at) - hits(two, bt) for one, two in pairs]).mean(0) - less
+
+        found.append(Claim(text, tuple(run for pair in pairs for run in pair), difference, slack))
+
     off = [p for p in SIZES if p != 16]
     for p in off:
-        found.append(Claim(f"a model of patch 16 falls by 15 points or more at {p}",
-                           mean("fixed-16", "grid(16)") - mean("fixed-16", f"grid({p})") - 0.15))  # fmt: skip
-    for p in SIZES:
-        text = f"at {p}, flexible is within 1 point of the model trained for {p} alone"
-        found.append(Claim(text, mean("flexible", f"grid({p})") - mean(f"fixed-{p}", f"grid({p})"), 0.01))
-    first = seeds[0]
-    for p in SIZES:
-        text = f"at {p}, flexible with twice the steps is within 1 point of the model trained for {p} alone"
-        each = tests.hits("flexible-long", f"grid({p})") - tests.hits(f"fixed-{p}-{first}", f"grid({p})")
-        found.append(Claim(text, each, 0.01))
+        text = f"a model of patch 16 falls by 15 points or more at {p}"
+        claim(text, "fixed-16-<seed>", "grid(16)", "fixed-16-<seed>", f"grid({p})", less=0.15)
+    for run, what in (("flexible-<seed>", "flexible"), ("flexible-long", "flexible with twice the steps")):
+        for p in SIZES:
+            text = f"at {p}, {what} is within 1 point of the model trained for {p} alone"
+            other = f"fixed-{p}-{'<seed>' if '<seed>' in run else first}"
+            claim(text, run, f"grid({p})", other, f"grid({p})", slack=0.01)
     for fine, coarse in pairwise(SIZES):
-        found.append(Claim(f"flexible: patch {fine} is at least as good as {coarse}",
-                           mean("flexible", f"grid({fine})") - mean("flexible", f"grid({coarse})")))  # fmt: skip
+        text = f"flexible: patch {fine} is at least as good as {coarse}"
+        claim(text, "flexible-<seed>", f"grid({fine})", "flexible-<seed>", f"grid({coarse})")
     for p in off:
         for better, worse in pairwise(("pi", "area", "vanilla")):
-            found.append(Claim(f"a model of patch 16, run at {p}: {better} ≥ {worse}",
-                               tests.hits(f"fixed-16-{first}", resized(p, better))
-                               - tests.hits(f"fixed-16-{first}", resized(p, worse))))  # fmt: skip
-    average = {run: torch.stack([tests.hits(run, g) for g in GRIDS]).mean(0) for run in BEGINNINGS}
+            text, run = f"a model of patch 16, run at {p}: {better} ≥ {worse}", f"fixed-16-{first}"
+            claim(text, run, resized(p, better), run, resized(p, worse))
     for better, worse in pairwise(BEGINNINGS):
-        found.append(Claim(f"mean over the sizes: {better} > {worse}", average[better] - average[worse]))
+        for p in (16, 32):
+            claim(f"at {p}: {better} > {worse}", better, f"grid({p})", worse, f"grid({p})")
     for p in (20, 16, 10):
-        for run, what in (("coarse", "flexible"), ("fixed-32", "fixed")):
-            gain = mean(run, f"grid({p})") - mean(run, "grid(32)")
-            text = f"fine-tuned at 32, deployed at {p}: a {what} model {'gains' if run == 'coarse' else 'loses'}"
-            found.append(Claim(text, gain if run == "coarse" else -gain))
-    found.append(Claim("large patches first, at equal MACs, is as good as patch 16 throughout",
-                       tests.hits("curriculum", "grid(16)") - tests.hits(f"fixed-16-{first}", "grid(16)")))  # fmt: skip
+        fine, coarse = f"grid({p})", "grid(32)"
+        claim(f"fine-tuned at 32, deployed at {p}: flexible gains", "coarse-<seed>", fine, "coarse-<seed>", coarse)
+        claim(f"fine-tuned at 32, deployed at {p}: fixed loses", "fixed-32-<seed>", coarse, "fixed-32-<seed>", fine)
+    text = "large patches first, at equal MACs, is as good as patch 16 throughout"
+    claim(text, "curriculum", "grid(16)", f"fixed-16-{first}", "grid(16)")
     return found + ensembles(tests, f"flexible-{first}")
 
 
 def ensembles(tests: Tests, run: str) -> list[Claim]:
     """Averaging sizes against the best single size that costs no more."""
     cost = {g: tests.gmacs(run, g) for g in GRIDS}
-    labels = torch.tensor(class_indices(tests.images, tests.model(run).vit.num_classes))
     found = []
     for pair in combinations(GRIDS, 2):
         total = sum(cost[g] for g in pair)
         single = max((g for g in GRIDS if cost[g] <= total), key=lambda g: cost[g])
-        shares = torch.stack([tests.logits(run, g).softmax(-1) for g in pair]).mean(0)
-        together = (shares.argmax(-1) == labels).double()
+
+        def difference(pair: tuple[str, ...] = pair, single: str = single) -> Tensor:
+            shares = torch.stack([tests.logits(run, g).softmax(-1) for g in pair]).mean(0)
+            return tests.hits(run, single) - tests.right(run, shares)
+
         text = f"{single} alone ({cost[single]:.2f} GMACs) ≥ {' and '.join(pair)} averaged ({total:.2f} GMACs)"
-        found.append(Claim(text, tests.hits(run, single) - together))
+        found.append(Claim(text, (run,), difference))
     return found
 
 
@@ -201,12 +218,16 @@ def resized(patch: int, how: str) -> str:
 
 
 def accuracies(tests: Tests, seeds: list[int]) -> list[list[str]]:
-    """Rows: models; columns: patch sizes. Sizes that no model was trained for are the last ones."""
-    runs = [*(f"flexible-{s}" for s in seeds), "flexible-long", *(f"fixed-{p}-{s}" for p in SIZES for s in seeds)]
+    """Rows: models; columns: patch sizes, the last of which no model was trained for."""
+    named = ["flexible-<seed>", "flexible-long", *(f"fixed-{p}-<seed>" for p in SIZES), "coarse-<seed>"]
     rows = []
-    for run in [*runs, *(f"coarse-{s}" for s in seeds), *BEGINNINGS, "curriculum"]:
-        cells = [proportion(tests.hits(run, f"grid({p})").bool()) for p in (*SIZES, *BEYOND)]
-        rows.append([run, *(f"{100 * c.mean:.1f} ±{50 * (c.high - c.low):.1f}" for c in cells)])
+    for name in named:
+        runs = [run for run in dict.fromkeys(name.replace("<seed>", str(s)) for s in seeds) if tests.there(run)]
+        if runs:
+            cells = [
+                proportion(torch.cat([tests.hits(run, f"grid({p})") for run in runs]).bool()) for p in (*SIZES, *BEYOND)
+            ]
+            rows.append([name.replace("-<seed>", f" ({len(runs)})"), *(f"{100 * c.mean:.1f}" for c in cells)])
     return rows
 
 
@@ -221,13 +242,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/flexivit"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--limit", type=int, help="test so many images, evenly spread")
+    parser.add_argument("--no-training", action="store_true", help="test the runs that are there")
     arguments = parser.parse_args()
-    train_all(runs_of(arguments.data, arguments.out, arguments.seeds), arguments.out, arguments.at_once)
+    if not arguments.no_training:
+        train_all(runs_of(arguments.data, arguments.out, arguments.seeds), arguments.out, arguments.at_once)
 
-    tests = Tests(arguments.out, open_images(arguments.data / "caltech160.zip", "test"))
+    tests = Tests(arguments.out, open_images(arguments.data / "caltech160.zip", "test"), arguments.limit)
     sizes = [f"grid({p})" for p in (*SIZES, *BEYOND)]
-    costs = ["GMACs", *(f"{tests.gmacs('flexible-long', g):.2f}" for g in sizes)]
-    claims = [claim.row() for claim in claims_of(tests, arguments.seeds)]
+    costs = ["GMACs", *(f"{tests.gmacs(f'flexible-{arguments.seeds[0]}', g):.2f}" for g in sizes)]
+    claims = [claim.row(tests) for claim in claims_of(tests, arguments.seeds)]
     text = [table(["top-1, %", *sizes], [costs, *accuracies(tests, arguments.seeds)])]
     text.append(table(["claim", "difference, points", "verdict"], claims))
     write_text(arguments.out / "flexivit.md", "\n\n".join(text) + "\n")

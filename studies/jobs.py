@@ -35,24 +35,23 @@ def train_all(runs: dict[str, Sequence[str]], out: Path, at_once: int) -> None:
 
 def hits(model: saccade.AdaptiveViT, setting: str, images: ImageSet, batch: int = 50) -> torch.Tensor:
     """Whether each image is classified rightly, [n] float64, in bf16 as it was trained; all must be readable."""
-    return right(logits(model, setting, images, batch), model, images)
+    labels = torch.tensor(class_indices(images, model.vit.num_classes))
+    return (logits(model, setting, images, range(len(images)), batch).argmax(-1) == labels).double()
 
 
-def logits(model: saccade.AdaptiveViT, setting: str, images: ImageSet, batch: int = 50) -> torch.Tensor:
-    """Logits of every image, [n, K] float32, in bf16 as it was trained; all must be readable."""
+def logits(
+    model: saccade.AdaptiveViT, setting: str, images: ImageSet, places: Sequence[int], batch: int = 50
+) -> torch.Tensor:
+    """Logits of the images at these places, [n, K] float32, in bf16 as it was trained; all must be readable."""
     view = model.at(setting).eval()
+    loader = _loader(images, Preprocess.of(model.vit, view.input_size()))
     found = []
-    for seen in _loader(images, Preprocess.of(model.vit, view.input_size())).batches(batch):
+    for seen in loader.batches(batch, places):
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             found.append(view(seen.images).logits.float())
     together = torch.cat(found)
-    assert len(together) == len(images)
+    assert len(together) == len(places)
     return together
-
-
-def right(logits: torch.Tensor, model: saccade.AdaptiveViT, images: ImageSet) -> torch.Tensor:
-    """Whether the highest of the logits [n, K] is the label's, [n] float64."""
-    return (logits.argmax(-1) == torch.tensor(class_indices(images, model.vit.num_classes))).double()
 
 
 _LOADERS: dict[tuple[str, Preprocess], Loader] = {}

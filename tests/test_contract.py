@@ -59,6 +59,14 @@ HARD = {
     "kth": ["kth(3, at=[0, 2], merge=True)", "kth(100, at=1)"],
     "tokenlearner": ["tokenlearner(6, at=1, version='1.0')", "tokenlearner(1, at=3)", "tokenlearner(8, at=2)"],
     "patchmerger": ["patchmerger(1, at=3)", "patchmerger(20, at=0, scale=0.07)", "patchmerger(12, at=1)"],
+    "dynamicvit": ["dynamicvit(0.5, at=[0, 3])", "dynamicvit(0.5, threshold=0.95)", "dynamicvit(0.3)"],
+    "adavit": [
+        "adavit(threshold=0.98)",
+        "adavit(0.5, axes=('patch', 'block'), at=[0, 1, 2, 3], threshold=0.985, form='paper')",
+        "adavit(share=0.5, threshold=0.97, heads='partial')",
+    ],
+    "topk": ["topk(0.3, at=[0, 1, 2, 3], asks='mean')", "topk((0.7, 0.01), at=(1, 3))", "topk(0.5)"],
+    "random_plus": ["random_plus(0.6, axes='patch', at=[0, 3])", "random_plus(0.5, seed=3)", "random_plus(0.6)"],
     "random": ["random(0.5, at=0)", "random(0.02, at=[1, 3])", "random(0.6, seed=7)"],
     "grid": [
         "grid(8)",
@@ -91,6 +99,10 @@ OFF = {
     "kth": ["kth(1)", "kth(at=[])"],
     "tokenlearner": ["tokenlearner(64)"],
     "patchmerger": ["patchmerger(64)"],
+    "dynamicvit": ["dynamicvit(1)", "dynamicvit(at=[])"],
+    "adavit": ["adavit(at=[])"],
+    "topk": ["topk(1)", "topk(at=[])", "topk((1, 1), at=(0, 2))"],
+    "random_plus": ["random_plus(1)", "random_plus(at=[])", "random_plus(axes=())"],
     "random": ["random(1)", "random(0.5, at=[])"],
     "grid": ["grid()", "grid(16)", "grid(16, 128)"],
     "quadtree": ["quadtree(64)", "quadtree(per_batch=64)"],
@@ -109,6 +121,9 @@ def settings_of(name: str) -> list[str]:
 
 
 SETTINGS = [text for name in registry() for text in settings_of(name)]
+HARDEST = {text for name in registry() for text in settings_of(name)[-1 - len(HARD.get(name, [name])) :]}
+# For what a stronger or weaker setting cannot change: the strongest of a menu and the hard ones; slow: all.
+SOME = [text if text in HARDEST else pytest.param(text, marks=slow, id=text) for text in SETTINGS]
 MENUS = list(dict.fromkeys(SETTINGS + [text for name in registry() for text in menu_of(name)]))
 METHODS = [name for name, entry in registry().items() if entry.kind == "method"]
 TOKENIZERS = [name for name, entry in registry().items() if entry.kind == "tokenizer"]
@@ -118,14 +133,17 @@ ONE_EACH = [settings_of(name)[-1] for name in registry()]
 
 
 def in_pairs() -> list:
-    """Every method with one of each kind, in both orders, and behind every tokenizer; slow: with every other."""
+    """Every method with one of each kind, in both orders, and behind every tokenizer; slow: with every other.
+
+    Baselines decide nothing that could go wrong in company: one partner is enough.
+    """
     strong = {name: settings_of(name)[min(2, len(settings_of(name)) - 1)] for name in registry()}
-    fast = [slow if not {a, b} & PARTNERS else () for a, b in itertools.permutations(METHODS, 2)]
-    both = [f"{strong[a]} | {strong[b]}" for a, b in itertools.permutations(METHODS, 2)]
-    return [
-        *(pytest.param(text, marks=marks, id=text) for text, marks in zip(both, fast, strict=True)),
-        *(f"{strong[t]} | {strong[m]}" for t in TOKENIZERS for m in METHODS),
-    ]
+    found: list = []
+    for a, b in itertools.permutations(METHODS, 2):
+        partners = {"tome"} if registry()[a].baseline or registry()[b].baseline else PARTNERS
+        text = f"{strong[a]} | {strong[b]}"
+        found.append(pytest.param(text, marks=() if {a, b} & partners else slow, id=text))
+    return found + [f"{strong[t]} | {strong[m]}" for t in TOKENIZERS for m in METHODS]
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +261,7 @@ def dense_map(model: AdaptiveViT, images: torch.Tensor, sparse: bool) -> torch.T
 
 @torch.no_grad()
 @pytest.mark.parametrize("text", ONE_EACH + [text for name in METHODS for text in HARD.get(name, [])] + in_pairs())
-@pytest.mark.parametrize("first", [True, False], ids=["gates first", "gates last"])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=slow)], ids=["gates first", "gates last"])
 def test_with_gates_masked_equals_sparse(vit, images, text, first):
     """Composed with a method of the other kind, in the same blocks: logits, dense map, and what it cost."""
     gates = {block: RandomGates(block, 6) for block in range(4)}
@@ -277,7 +295,7 @@ def test_gradients_reach_every_parameter(vit, images, text):
         assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("text", SETTINGS)
+@pytest.mark.parametrize("text", SOME)
 def test_weights_make_the_round_trip(vit, images, text, tmp_path):
     model = AdaptiveViT(vit, text)
     save(model, tmp_path / "model")
@@ -313,7 +331,7 @@ def test_sixteen_threads_agree_with_one(vit, text):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", SETTINGS)
+@pytest.mark.parametrize("text", SOME)
 def test_check_20_forwards_of_other_shapes_leave_no_trace(vit, images, text):
     model = AdaptiveViT(vit, text)
     for count, size in ((2, (96, 160)), (1, (64, 64)), (3, (128, 128)), (2, (96, 160))):
@@ -342,7 +360,7 @@ def test_check_20_memory_does_not_grow(text):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", SETTINGS)
+@pytest.mark.parametrize("text", SOME)
 def test_deepcopy_and_pickle(vit, images, text):
     model = AdaptiveViT(vit, text)
     expected = model(images).logits
@@ -355,7 +373,7 @@ def test_deepcopy_and_pickle(vit, images, text):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", SETTINGS)
+@pytest.mark.parametrize("text", SOME)
 def test_at_shares_the_parameters_and_mutates_nothing(vit, images, text):
     model = AdaptiveViT(vit, "tome(r=3)")
     before, parts = copy.deepcopy(model.state_dict()), (model.vit, model.tokenizer, model.plan, model.setting)
@@ -375,7 +393,7 @@ def test_at_shares_the_parameters_and_mutates_nothing(vit, images, text):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", SETTINGS)
+@pytest.mark.parametrize("text", SOME)
 def test_ten_runs_are_one(vit, images, text):
     first = AdaptiveViT(vit, text)(images)
     for seed in range(10):
@@ -385,7 +403,7 @@ def test_ten_runs_are_one(vit, images, text):
         assert torch.equal(again.trace.blocks[-1].owner, first.trace.blocks[-1].owner)
 
 
-@pytest.mark.parametrize("text", SETTINGS)
+@pytest.mark.parametrize("text", SOME)
 def test_in_half_precision_and_inference_mode(vit, images, text):
     with torch.inference_mode():
         exact = AdaptiveViT(vit, text)(images).logits
@@ -414,7 +432,7 @@ def test_dense_map_has_every_cell(vit, images, text):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", SETTINGS)
+@pytest.mark.parametrize("text", SOME)
 def test_no_images_give_no_logits(vit, text):
     model = AdaptiveViT(vit, text)
     out = model(torch.zeros(0, 3, 128, 128))

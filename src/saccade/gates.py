@@ -28,6 +28,7 @@ class Gates:
     head: Tensor | None = None  #  [B, H]  attention heads
     attn: Tensor | None = None  #  [B]     the attention branch
     mlp: Tensor | None = None  #   [B]     the MLP branch
+    own: bool = False  #                   a head that is off passes its own values on; False: nothing
 
 
 def straight_through(logits: Tensor, threshold: float = 0.5) -> Tensor:

@@ -99,6 +99,10 @@ class Gater(nn.Module):
         """Multiply-accumulates of deciding, for n patch tokens."""
         return 0
 
+    def of(self, block: TimmBlock, tokens: Tokens) -> Gates:
+        """The gates of this block; to override where its weights are asked too."""
+        return self(tokens)
+
     def forward(self, tokens: Tokens) -> Gates:
         raise NotImplementedError
 
@@ -166,12 +170,12 @@ class Plan(nn.Module):
             tokens = reduce(tokens, decision) if gate is None else hide(tokens, gate)
         return tokens, cost
 
-    def gates(self, block: int, tokens: Tokens) -> tuple[Gates | None, int]:
-        """The gates of a block (several methods: a part runs where all agree) and the MACs of deciding."""
+    def gates(self, i: int, block: TimmBlock, tokens: Tokens) -> tuple[Gates | None, int]:
+        """The gates of the i-th block (several methods: a part runs where all agree) and the MACs of deciding."""
         cost, found = 0, []
-        for gater in self._steps(block, Gater):
+        for gater in self._steps(i, Gater):
             cost += gater.macs(tokens.num_patches)
-            found.append(gater(padded(tokens)))
+            found.append(gater.of(block, padded(tokens)))
         return _agree(found), cost
 
     def readings(self, block: int, n: int) -> frozenset[str]:
@@ -191,7 +195,8 @@ def _agree(gates: list[Gates]) -> Gates | None:
     merged = gates[0]
     for other in gates[1:]:
         pairs = {f: (getattr(merged, f), getattr(other, f)) for f in ("patch", "head", "attn", "mlp")}
-        merged = Gates(**{f: b if a is None else a if b is None else a * b for f, (a, b) in pairs.items()})
+        both = {f: b if a is None else a if b is None else a * b for f, (a, b) in pairs.items()}
+        merged = Gates(**both, own=merged.own or other.own)
     return merged
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from saccade.gates import Gates
 
 Count = int | Tensor  # the same for every image, or one number per image [B] (differentiable where gates are)
 
@@ -40,6 +44,8 @@ class BlockTrace:
     attn: Tensor | None = None  #    [B]  1 where the attention branch ran; None: for all
     mlp_on: Tensor | None = None  #  [B]  1 where the MLP branch ran; None: for all
     wanted: Tensor | None = None  #  [B]  MACs, had all been skipped that masks leave out (differentiable); None: as ran
+    gates: Gates | None = None  #         masks that were multiplied with (differentiable); None: none were
+    kept: Tensor | None = None  #    [B]  share of patch tokens not dropped, where that is a mask (differentiable)
 
     def macs(self, nominal: bool = False) -> Count:
         """MACs of this block per image; nominal: whole block, no overhead (the papers' convention)."""

@@ -8,9 +8,10 @@ from itertools import combinations, product
 
 import torch
 
+from saccade import budget
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
-from saccade.plan import registry
+from saccade.plan import Reducer, registry
 from saccade.progress import Progress
 from saccade.setting import Setting
 
@@ -85,8 +86,12 @@ def candidates(model: AdaptiveViT, ratio: float | None = None, progress: Progres
 
 
 def price(model: AdaptiveViT, setting: str) -> float:
-    """Executed MACs of one image (of noise, where the count depends on the image)."""
-    view = model.at(setting)
+    """Executed MACs of one image (of noise, where the count depends on the image); by arithmetic where that will do."""
+    view, known = model.at(setting), registry()
+    methods = view.plan.methods
+    static = all(isinstance(s, Reducer) and s.count(model.backbone.num_patches) for m in methods for s in m.steps)
+    if static and all(call.name in known and known[call.name].kind == "method" for call in view.setting.calls):
+        return float(budget.macs(model.backbone, *methods))
     weight = next(model.parameters())
     noise = torch.randn(1, model.backbone.channels, *view.input_size(), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -151,14 +151,14 @@ def decode_ids(data: bytes, name: str, modes: tuple[str, ...] = MODES) -> np.nda
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # Pillow's plugins answer broken bytes with nearly every exception there is
-        raise ImageError(name, f"not a readable image of labels (formats: {', '.join(FORMATS)})") from error
+        raise ImageError(name, f"not readable labels of {', '.join(FORMATS)}: {_line(error)}") from error
     check_pixels(name, "is", *image.size, pixel_limit())
     if image.mode not in modes:
         raise ImageError(name, f"labels in mode {image.mode}: store them as {', '.join(modes)}")
     try:
         values = np.asarray(image).astype(np.int64)
     except Exception as error:
-        raise ImageError(name, " ".join(str(error).split()) or type(error).__name__) from error
+        raise ImageError(name, _line(error)) from error
     if values.min(initial=0) < 0:
         raise ImageError(name, "holds numbers below 0: labels count from 0")
     return values
@@ -171,3 +171,7 @@ def lookup(classes: int, void: int) -> np.ndarray:
     table[values] = np.arange(classes)
     table[void] = VOID
     return table
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

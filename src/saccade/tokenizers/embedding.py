@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 from saccade.plan import ViT
 from saccade.reduction import rows
-from saccade.tokenizers.constants import constant
-from saccade.tokenizers.mosaic import Geometry, Mosaic
+from saccade.tokenizers.mosaic import Geometry, Mosaic, table
 from saccade.tokenizers.pyramid import pyramid
 
 # The table is an image with a channel for each feature, so a block's position is a pixel of its pyramid: the mean of
@@ -31,19 +30,19 @@ def leaf_positions(vit: ViT, own: Tensor | None, mosaic: Mosaic, how: str) -> Te
     """
     g, prefix, images = mosaic.geometry, 0 if vit.no_embed_class else vit.num_prefix_tokens, mosaic.cell.shape[0]
     if how == "sinusoid":
-        table = _sinusoids(g, vit.embed_dim, mosaic.cell.device).to(vit.patch_embed.proj.weight.dtype)
-        first = table.new_zeros(images, prefix, vit.embed_dim)  # the paper's class token has none
+        every = _sinusoids(g, vit.embed_dim, mosaic.cell.device).to(vit.patch_embed.proj.weight.dtype)
+        first = every.new_zeros(images, prefix, vit.embed_dim)  # the paper's class token has none
     elif own is None:
         return None
     else:
         levels = pyramid(own[:, prefix:].mT.unflatten(-1, g.cells), g.levels, TABLES[how])
-        table = torch.cat([level.flatten(2) for level in levels], dim=2)[0].mT
+        every = torch.cat([level.flatten(2) for level in levels], dim=2)[0].mT
         first = own[:, :prefix].expand(images, -1, -1)
-    found = rows(table.unsqueeze(0), mosaic.node.reshape(1, -1)).view(*mosaic.node.shape, table.shape[-1])
+    found = rows(every.unsqueeze(0), mosaic.node.reshape(1, -1)).view(*mosaic.node.shape, every.shape[-1])
     return torch.cat([first, found], dim=1)
 
 
-@constant
+@table
 def _sinusoids(g: Geometry, width: int) -> np.ndarray:
     """The paper's fixed positions of all nodes, [n_0 + n_1 + …, D] fp32 (Quadformer, arXiv 2304.00287, §3).
 

@@ -7,6 +7,7 @@ do: where a coarse node would cross the border, the largest nodes that fit take 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,6 +140,16 @@ class Mosaic:
 # --- tables: cell -> node -------------------------------------------------------------------------------------------
 
 
+def table(build: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
+    """``build(geometry, *values) -> array`` as a function ``(geometry, *values, device) -> Tensor``, built once."""
+    plain = constant(lambda cells, patch, levels, *values: build(Geometry(cells, patch, levels), *values))
+
+    def shared(g: Geometry, *values: object) -> Tensor:
+        return plain(g.cells, g.patch, g.levels, *values)  # a compiler knows tuples as constants, and no class of ours
+
+    return shared
+
+
 def _grids(g: Geometry, level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row and column of the node of a level over each cell, [G] each, and whether it lies inside the image."""
     y, x = (a.reshape(-1) for a in np.meshgrid(*map(np.arange, g.cells), indexing="ij"))
@@ -146,7 +157,7 @@ def _grids(g: Geometry, level: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return y >> level, x >> level, ((y >> level) < h) & ((x >> level) < w)
 
 
-@constant
+@table
 def covering(g: Geometry) -> np.ndarray:
     """Number of the splittable node of each level over each cell, S where it crosses the border, [L-1, G] int64."""
     rows, start = [], 0
@@ -157,7 +168,7 @@ def covering(g: Geometry) -> np.ndarray:
     return np.stack(rows) if rows else np.zeros((0, g.finest), dtype=np.int64)
 
 
-@constant
+@table
 def _corner(g: Geometry) -> np.ndarray:
     """Upper left cell of the node of each level over each cell, [L, G] int64."""
     found = []
@@ -167,7 +178,7 @@ def _corner(g: Geometry) -> np.ndarray:
     return np.stack(found)
 
 
-@constant
+@table
 def _numbers(g: Geometry) -> np.ndarray:
     """Number of the node of each level over each cell among all nodes, the finest level first, [L, G] int64."""
     rows, start = [], 0

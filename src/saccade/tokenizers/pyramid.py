@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.tokenizers.constants import constant
-from saccade.tokenizers.mosaic import Geometry, Mosaic
+from saccade.tokenizers.mosaic import Geometry, Mosaic, table
 
 
 def box(x: Tensor, times: int) -> Tensor:
@@ -58,15 +57,15 @@ def read_leaves(levels: list[Tensor], mosaic: Mosaic) -> Tensor:
     for i, x in enumerate(levels):
         h, w = g.grid(i)
         runs.append(x[..., : h * s, : w * s].reshape(images, channels, h * s * w, s))
-    table = torch.cat(runs, dim=2)  # [B, C, R, s]
-    first, stride = _runs(g, table.device), _strides(g, table.device)
+    whole = torch.cat(runs, dim=2)  # [B, C, R, s]
+    first, stride = _runs(g, whole.device), _strides(g, whole.device)
     level = mosaic.leaf_level
     start = first.reshape(-1)[level * g.finest + mosaic.cell]  # [B, N]
-    down = torch.arange(s, device=table.device)
-    across = torch.arange(channels, device=table.device).unsqueeze(1) * table.shape[2]  # [C, 1]
+    down = torch.arange(s, device=whole.device)
+    across = torch.arange(channels, device=whole.device).unsqueeze(1) * whole.shape[2]  # [C, 1]
     index = (start.unsqueeze(-1) + stride[level].unsqueeze(-1) * down).unsqueeze(2) + across  # [B, N, C, s]
-    index = index + torch.arange(images, device=table.device)[:, None, None, None] * (channels * table.shape[2])
-    rows = table.reshape(-1, s).index_select(0, index.reshape(-1))
+    index = index + torch.arange(images, device=whole.device)[:, None, None, None] * (channels * whole.shape[2])
+    rows = whole.reshape(-1, s).index_select(0, index.reshape(-1))
     return rows.reshape(images, mosaic.cell.shape[1], channels * s * s)
 
 
@@ -79,7 +78,7 @@ def fitted(images: Tensor, patch: int, size: tuple[int, int] | None) -> Tensor:
     return F.interpolate(x, size=(h, w), mode="bicubic", antialias=True, align_corners=False).to(images.dtype)
 
 
-@constant
+@table
 def _runs(g: Geometry) -> np.ndarray:
     """First run of pixels of the node of each level over each cell, [L, G] int64."""
     found, start = [], 0
@@ -92,7 +91,7 @@ def _runs(g: Geometry) -> np.ndarray:
     return np.stack(found)
 
 
-@constant
+@table
 def _strides(g: Geometry) -> np.ndarray:
     """From a run of pixels to the one below it, [L] int64."""
     return np.array([g.grid(level)[1] for level in range(g.levels)])

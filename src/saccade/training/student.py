@@ -61,7 +61,7 @@ class Student(nn.Module):
 
 def open_source(source: Source) -> AdaptiveViT:
     """The model that training starts from. Raises UserError for anything amiss."""
-    if source.name == "scenes":  # the model that comes with the package
+    if source.name == "scenes" and not os.path.isdir("scenes"):  # the model that comes with the package
         source = source.model_copy(update={"name": folder("scenes")})
     if os.path.isdir(source.name):
         if source.weights or source.pretrained or source.args:

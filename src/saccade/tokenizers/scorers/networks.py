@@ -105,7 +105,7 @@ def _create(name: str, stride: int | None, pretrained: bool, state: dict[str, Te
     import torchvision.models as zoo
 
     own = name.removeprefix("timm/")
-    if own == name and name in zoo.list_models(zoo):
+    if own == name and name in zoo.list_models(zoo) and (stride is None or name.startswith("shufflenet")):
         return _of_torchvision(name, stride, pretrained, state)
     if own not in timm.list_models():
         raise UserError(f"scorer network {name!r}: neither torchvision nor timm has it{_close(own)}")
@@ -123,8 +123,6 @@ def _create(name: str, stride: int | None, pretrained: bool, state: dict[str, Te
 def _of_torchvision(name: str, stride: int | None, pretrained: bool, state: dict[str, Tensor] | None) -> nn.Module:
     import torchvision.models as zoo
 
-    if stride is not None and not name.startswith("shufflenet"):
-        raise UserError(f"scorer network {name!r} is cut for timm's models and ShuffleNets only: try 'timm/{name}'")
     if stride is not None and stride not in SHUFFLENET:
         raise UserError(f"scorer network {name!r} has no maps of stride {stride}; it has {sorted(SHUFFLENET)}")
     model = zoo.get_model(name, weights=None)

@@ -1,0 +1,58 @@
+"""Choices that differ from image to image: noisy while they are learned, ragged where they are carried out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from saccade.reduction import Reduction
+from saccade.tokens import Tokens
+
+
+def choose(logits: Tensor, noisy: bool, tau: float = 1.0, threshold: float = 0.5) -> Tensor:
+    """0/1 of each logit, in fp32, straight-through: exactly 0 or 1, with the gradient of a sigmoid.
+
+    Args:
+        noisy: draw, 1 with probability ``sigmoid(logits)`` whatever tau is (binary Gumbel noise, arXiv 1611.00712, from
+            torch's global generator); the gradient is y (1 - y) / tau of the noisy ``y``. False: 1 where
+            ``sigmoid(logits) > threshold``.
+    """
+    logits = logits.float()
+    if noisy:
+        noise = torch.rand_like(logits).clamp(1e-7, 1 - 1e-7).logit()  # the difference of two Gumbels
+        soft = ((logits + noise) / tau).sigmoid()
+        hard = logits + noise > 0
+    else:
+        soft = logits.sigmoid()
+        hard = logits > logit(threshold)
+    return hard.float() + (soft - soft.detach())
+
+
+def logit(share: float) -> float:
+    """The logit of a probability; ±inf at the ends."""
+    return math.log(share / (1 - share)) if 0 < share < 1 else math.copysign(math.inf, share - 0.5)
+
+
+def there(tokens: Tokens, score: Tensor) -> Tensor:
+    """The score [B, N] of patch tokens, -inf for padding and for what is dropped already."""
+    for present in (tokens.valid, tokens.alive):
+        score = score if present is None else score.masked_fill(present == 0, -torch.inf)
+    return score
+
+
+def with_best(chosen: Tensor, score: Tensor) -> Tensor:
+    """Also choose each image's token of the highest score, so that there is one: [B, N] 0/1 (gradients go through)."""
+    best = torch.zeros_like(score).scatter(1, score.detach().argmax(dim=1, keepdim=True), 1.0)
+    return chosen + best * (1 - chosen.detach())
+
+
+def keep_where(chosen: Tensor) -> Reduction:
+    """Keep the tokens where ``chosen`` [B, N] bool is true, in their order: another number in every image.
+
+    Waits for the device: the most that an image keeps decides how long the batch is.
+    """
+    most = int(chosen.sum(1).max()) if len(chosen) else chosen.shape[1]
+    keep = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return Reduction(keep, valid=chosen.gather(1, keep))

@@ -1,0 +1,136 @@
+"""``dynamicvit``: small networks learn which patch tokens to drop (DynamicViT, NeurIPS 2021, arXiv 2106.02034).
+
+To be trained. Two choices differ from the released code: masked training is exact (its ε-smoothed softmax is not), and
+``threshold`` keeps the counts per image that training has learned, where the paper falls back to one count for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saccade.choose import choose, keep_where, logit, there, with_best
+from saccade.errors import UserError
+from saccade.fresh import fresh
+from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
+from saccade.reduction import Reduction
+from saccade.tokens import Tokens
+from saccade.trace import Trace
+
+START = 0.95  # share that is kept before anything is learned
+
+
+def outer(dim: int) -> nn.Sequential:
+    """From a token's own half and the mean half to one logit."""
+    half, quarter = dim // 2, dim // 4
+    layers = (nn.Linear(dim, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 1))
+    return nn.Sequential(*layers)
+
+
+class Predictor(nn.Module):
+    """One logit for each token, from itself and from the mean over those that are left (paper, eq. 1 to 5).
+
+    A softmax over keep and drop is a sigmoid of their difference, so there is one output and not two.
+    """
+
+    def __init__(self, dim: int, seed: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.norm = nn.LayerNorm(dim)
+        self.inner = fresh(lambda: nn.Linear(dim, dim), seed)
+        self.outer = fresh(lambda: outer(dim), seed + 1)
+        nn.init.constant_(self.outer[-1].bias, logit(START))
+
+    def macs(self, n: int) -> int:
+        half, quarter = self.dim // 2, self.dim // 4
+        return n * (self.dim * self.dim + self.dim * half + half * quarter + quarter)
+
+    def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """x [B, N, D], how much each counts in the mean [B, N] (None: all alike) -> [B, N]."""
+        own, shared = F.gelu(self.inner(self.norm(x))).split([self.dim // 2, self.dim - self.dim // 2], dim=-1)
+        if weights is None:
+            mean = shared.mean(1, keepdim=True)
+        else:
+            share = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)  # all may be gone
+            mean = (share.unsqueeze(-1).to(shared.dtype) * shared).sum(1, keepdim=True)
+        return self.outer(torch.cat([own, mean.expand_as(shared)], dim=-1)).squeeze(-1)
+
+
+class Drop(Reducer):
+    """Keep a fixed share of the tokens, those of the highest logits; or all whose probability is above a threshold."""
+
+    site = "block"
+
+    def __init__(self, keep: float, first: bool, dim: int, seed: int, tau: float, threshold: float | None) -> None:
+        super().__init__()
+        self.keep, self.first, self.tau, self.threshold = keep, first, tau, threshold
+        self.predictor = Predictor(dim, seed)
+
+    def planned(self, n: int) -> int:
+        """⌊keep · n⌋ at the first stage and the nearest number at later ones, which gives the published counts."""
+        kept = round(self.keep * n, 9)
+        return max(1, int(kept) if self.first else round(kept))
+
+    def count(self, n: int) -> int | None:
+        return self.planned(n) if self.threshold is None else None
+
+    def macs(self, n: int) -> int:
+        return self.predictor.macs(n)
+
+    def forward(self, tokens: Tokens) -> Reduction:
+        score = there(tokens, self.predictor(tokens.patches, tokens.weights()).float())
+        if self.threshold is not None and not self.training:
+            return keep_where(with_best(choose(score, False, threshold=self.threshold), score) > 0)
+        order = score.detach().argsort(dim=1, descending=True, stable=True)
+        keep = order[:, : self.planned(tokens.num_patches)].sort(dim=1).values
+        return Reduction(keep, gate=with_best(choose(score, True, self.tau), score) if self.training else None)
+
+
+class DynamicViT(Method):
+    """Drops at some blocks; learns to keep ``keep ** stage`` of an image's patches on average."""
+
+    def __init__(self, steps: Iterable[tuple[int, Reducer]], keep: float, ratio: float) -> None:
+        super().__init__(steps)
+        self.keep, self.ratio = keep, ratio
+
+    def loss(self, trace: Trace) -> dict[str, Tensor]:
+        """``ratio`` times the mean over images and stages of (share kept - share wanted)²."""
+        shares = [(i, trace.blocks[at].kept) for i, at in enumerate(self.at) if at < len(trace.blocks)]
+        misses = [(share - self.keep ** (i + 1)) ** 2 for i, share in shares if share is not None]
+        if not misses:
+            return {}
+        return {"ratio": self.ratio * torch.stack(misses).sum() / max(1, trace.images * len(misses))}
+
+
+# No menu: untrained, it keeps tokens at random. `tune` tries the settings that weights were trained for.
+@register("dynamicvit")
+def dynamicvit(
+    backbone: Backbone,
+    keep: float = 0.7,
+    at: int | Iterable[int] | None = None,
+    threshold: float | None = None,
+    ratio: float = 2.0,
+    tau: float = 1.0,
+) -> Method:
+    """Drop the patch tokens that a small network at each stage gives up (arXiv 2106.02034); it has to be trained.
+
+    Args:
+        keep: share of patch tokens kept at each of the blocks, in (0, 1]; what training aims at.
+        at: 0-based blocks before which tokens are dropped; None: a quarter, a half and three quarters of the depth.
+        threshold: keep the tokens whose probability is above it, as many as each image needs (at least one);
+            None: the same number in every image. Training is the same for both.
+        ratio: weight of the loss that holds training to ``keep``.
+        tau: temperature of the draws in training.
+    """
+    keep = fraction("dynamicvit", "keep", keep, 0.001)
+    if threshold is not None:
+        fraction("dynamicvit", "threshold", threshold)
+    for knob, value, least in (("ratio", ratio, 0.0), ("tau", tau, 0.001)):
+        if isinstance(value, bool) or not least <= value <= 1e6:
+            raise UserError(f"dynamicvit: {knob}={value!r} is not a number from {least:g} up to a million")
+    stages = blocks("dynamicvit", at, backbone.stages(), backbone.depth)
+    steps = [(i, Drop(keep, i == stages[0], backbone.dim, 10 * i, tau, threshold)) for i in stages]
+    return DynamicViT(steps, keep, ratio)

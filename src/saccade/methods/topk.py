@@ -1,0 +1,100 @@
+"""``topk``: every block computes only the patches that its class token asks for most; the others wait (IdleViT).
+
+Xu et al. 2023, arXiv 2310.05654: AdaViT's patch axis with one count for all images and nothing to learn. A token that
+a block leaves out rides the residual and may be chosen by the next block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from saccade.choose import there
+from saccade.decide import share_of
+from saccade.errors import UserError
+from saccade.gates import Gates
+from saccade.plan import Backbone, Gater, Method, TimmBlock, blocks, fraction, register
+from saccade.tokens import Tokens
+
+ASKS = ("class", "mean")
+
+
+class Choose(Gater):
+    """Run the ⌈keep · n⌉ patches with the highest q · k, mean over heads, before the softmax."""
+
+    def __init__(self, keep: float, asks: str, dim: int, attn_dim: int) -> None:
+        super().__init__()
+        self.keep, self.asks, self.dim, self.attn_dim = keep, asks, dim, attn_dim
+
+    def macs(self, n: int) -> int:
+        return 2 * self.dim * self.attn_dim + n * self.dim
+
+    @torch.no_grad()
+    def of(self, block: TimmBlock, tokens: Tokens) -> Gates:
+        x = block.norm1(tokens.x)
+        patches = x[:, tokens.num_prefix :]
+        asker = x[:, :1] if self.asks == "class" else patches.mean(1, keepdim=True)
+        score = there(tokens, asked(block.attn, asker, patches).float())
+        order = score.argsort(dim=1, descending=True, stable=True)
+        chosen = order[:, : share_of(self.keep, tokens.num_patches)]
+        return Gates(patch=torch.zeros_like(score).scatter(1, chosen, 1.0))
+
+
+def asked(attn: Any, asker: Tensor, x: Tensor) -> Tensor:
+    """Σ over heads of q · k: asker [B, 1, D], x [B, N, D] -> [B, N], but for what is the same for all tokens.
+
+    A sum over heads of what is linear in x is one vector for each image, Wkᵀ q: no key has to be made. (Where a model
+    norms its keys, these are the keys before that.)
+    """
+    heads, width = attn.num_heads, attn.head_dim
+    inner = heads * width
+    if type(attn.qkv) is nn.Linear:
+        query, key = attn.qkv.weight[:inner], attn.qkv.weight[inner : 2 * inner]
+        q = F.linear(asker, query, None if attn.qkv.bias is None else attn.qkv.bias[:inner])
+    else:
+        q = attn.qkv(asker)[..., :inner]
+    q = attn.q_norm(q.unflatten(-1, (heads, width))).flatten(2)
+    if type(attn.qkv) is nn.Linear:
+        return (x @ (q @ key).transpose(1, 2)).squeeze(-1)
+    return (attn.qkv(x)[..., inner : 2 * inner] @ q.transpose(1, 2)).squeeze(-1)
+
+
+def _default(backbone: Backbone) -> tuple[int, ...]:
+    """From a third of the depth on; the last block computes the class token alone anyway, where it alone is read."""
+    last = backbone.depth - (backbone.pool == "token")
+    return tuple(range(max(1, backbone.depth // 3), max(2, last)))[: backbone.depth - 1] if backbone.depth > 1 else (0,)
+
+
+@register("topk", menu=lambda backbone: [f"topk({k})" for k in (0.8, 0.6, 0.5, 0.4)])
+def topk(
+    backbone: Backbone,
+    keep: float | tuple[float, ...] = 0.5,
+    at: int | Iterable[int] | None = None,
+    asks: str | None = None,
+) -> Method:
+    """Let each block compute only the patches that score highest in it, chosen anew every time (arXiv 2310.05654).
+
+    Args:
+        keep: share of patch tokens that a block computes, in (0, 1]; one for all blocks, or one for each.
+        at: 0-based blocks that choose; None: all from a third of the depth on, but the last where only the class token
+            is read after it (there it alone is computed anyway).
+        asks: whose query scores the patches: the 'class' token's, or the 'mean' patch's, which is the default for models
+            without a class token.
+    """
+    asks = ("class" if backbone.has_class_token else "mean") if asks is None else asks
+    if asks not in ASKS:
+        raise UserError(f"topk: asks={asks!r} is not one of {', '.join(ASKS)}")
+    if asks == "class" and not backbone.has_class_token:
+        raise UserError("topk: asks='class' and this model has no class token: take asks='mean'")
+    chosen = blocks("topk", at, _default(backbone), backbone.depth)
+    shares = tuple(keep) if isinstance(keep, (tuple, list)) else (keep,) * len(chosen)
+    if len(shares) != len(chosen):
+        raise UserError(f"topk: {len(shares)} values of keep for {len(chosen)} blocks ({', '.join(map(str, chosen))})")
+    for share in shares:
+        fraction("topk", "keep", share, 0.001)
+    pairs = zip(chosen, shares, strict=True)
+    return Method((i, Choose(share, asks, backbone.dim, backbone.cost.attn_dim)) for i, share in pairs if share < 1)
