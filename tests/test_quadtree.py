@@ -246,7 +246,7 @@ def test_b4_the_sort_is_several_times_faster_than_the_loop():
 
 @settings(max_examples=1000)
 @given(
-    st.integers(1, 20), st.integers(1, 20), st.sampled_from([4, 7, 14, 16]), st.integers(2, 5), st.integers(0, 10**6)
+    st.integers(1, 13), st.integers(1, 13), st.sampled_from([4, 7, 14, 16]), st.integers(2, 5), st.integers(0, 10**6)
 )
 def test_a1_leaves_are_disjoint_aligned_blocks_that_cover_the_image(gh, gw, patch, levels, seed):
     g = Geometry.of((gh, gw), tuple(patch << i for i in range(levels)))
@@ -257,15 +257,16 @@ def test_a1_leaves_are_disjoint_aligned_blocks_that_cover_the_image(gh, gw, patc
     leaves = g.coarsest + 3 * count
     mosaic = Mosaic.of(g, split, leaves)
     assert mosaic.cell.shape == (2, leaves) and mosaic.valid is None
+    owners, cells, levels_of = mosaic.owner.numpy(), mosaic.cell.numpy(), mosaic.leaf_level.numpy()
     for b in range(2):
-        owner, seen = mosaic.owner[b].view(gh, gw), np.zeros((gh, gw), dtype=int)
-        for leaf, (cell, level) in enumerate(zip(mosaic.cell[b].tolist(), mosaic.leaf_level[b].tolist(), strict=True)):
+        owner, seen = owners[b].reshape(gh, gw), np.zeros((gh, gw), dtype=int)
+        for leaf, (cell, level) in enumerate(zip(cells[b].tolist(), levels_of[b].tolist(), strict=True)):
             y, x, edge = cell // gw, cell % gw, 1 << level
             assert y % edge == 0 and x % edge == 0 and y + edge <= gh and x + edge <= gw and level < g.levels
             assert (owner[y : y + edge, x : x + edge] == leaf).all()
             seen[y : y + edge, x : x + edge] += 1
         assert (seen == 1).all()
-        assert (mosaic.cell[b].diff() > 0).all(), "in the order of their upper left cells"
+        assert (np.diff(cells[b]) > 0).all(), "in the order of their upper left cells"
     assert torch.equal(mosaic.area.sum(1), torch.full((2,), float(gh * gw)))
     assert torch.equal(mosaic.counts().sum(1), torch.full((2,), leaves))
 
@@ -805,7 +806,7 @@ def test_tune_races_it_as_a_reduction_and_not_as_dense(vit):
 
 def test_input_size_is_the_size_asked_for(vit):
     assert AdaptiveViT(vit, "quadtree(100, size=256)").input_size() == (256, 256)
-    assert AdaptiveViT(vit, "quadtree(40, size=(96, 160), sizes=(16, 32))").input_size() == (96, 160)
+    assert AdaptiveViT(vit, "quadtree(39, size=(96, 160), sizes=(16, 32))").input_size() == (96, 160)
     assert AdaptiveViT(vit, "quadtree(31)").input_size() == (128, 128)
     with torch.no_grad():
         model = AdaptiveViT(vit, "quadtree(100, size=256)")
@@ -839,7 +840,7 @@ def test_costs_are_those_of_the_operators(vit, images):
     for setting in (
         "quadtree(31, detail=True)",
         "quadtree(64, detail=True)",
-        "quadtree(4, scorer='attention')",
+        "quadtree(4, scorer='attention(2)')",
         RAGGED[0],
     ):
         model = AdaptiveViT(vit, setting)

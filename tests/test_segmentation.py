@@ -746,6 +746,8 @@ def test_the_command_measures_and_draws(whole, pairs, tmp_path, capsys):
     code, out, _ = run_command(capsys, "segment", model, pairs, "-s", "grid(16)", "--json", "--limit", "4")
     found = json.loads(out)["rows"]
     assert code == 0 and [r["setting"] for r in found] == ["dense", "grid(16)"] and found[0]["images"] == 4
+    code, out, _ = run_command(capsys, "eval", model, pairs, "-s", "grid(16)", "--json", "--limit", "4")
+    assert code == 0 and json.loads(out)["rows"] == found
     code, out, _ = run_command(capsys, "segment", model, pairs, "--how", "slide")
     assert code == 0 and "mIoU" in out and "spot" in out
     photo, drawn = Path(pairs) / "val" / "images" / "50.png", tmp_path / "drawn.png"

@@ -24,6 +24,7 @@ from saccade.training.sampling import Sampler
 from saccade.training.sets import open_sets
 from saccade.training.state import newest, publish, read_state, sweep, write_state
 from saccade.training.student import Student, resized, start_from
+from saccade.training.train import _same
 from saccade.training.watch import Table, read_table
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 10}
@@ -69,6 +70,8 @@ def test_changes_are_toml_or_strings():
         ("run.accumulate=5", ["64", "5"]),
         ("augment.hflip=2", ["augment.hflip"]),
         ("run.precision=fp8", ["run.precision"]),
+        ("task=clasify", ["did you mean 'classify'"]),
+        ("model.size=[1, 2, 3]", ["model.size"]),
     ],
 )
 def test_a_wrong_config_is_one_line_that_names_the_key(change, words):
@@ -167,6 +170,24 @@ def test_decay_falls_on_matrices_alone():
     assert set(seen.values()) == {1} and len(seen) == len(names)
 
 
+def test_what_stands_beside_a_vit_learns_at_the_heads_rate():
+    from saccade.tasks.segment import segmenter
+
+    model = segmenter(tiny(), ("a", "b"), "mask", layers=1)
+    student = Student(model, ["dense", "grid(16)"])
+    assert student.beside == ("decoder",) and student.views[1].decoder is model.decoder
+    optimizer = build_optimizer(student, nn.Identity(), Optim(backbone=0.1, head=3.0))
+    names = {id(p): n for n, p in student.named_parameters()}
+    scales = {names[id(p)]: (g["scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert scales.keys() == set(names.values())
+    assert all((scale == 3.0) == name.startswith("decoder.") for name, (scale, _) in scales.items())
+    assert scales["decoder.class_tokens"][1] == 0.0 and scales["decoder.embed.weight"][1] == 0.05
+    student.train()
+    assert model.decoder.training
+    student.eval()
+    assert not any(view.training or view.decoder.training for view in student.views)
+
+
 def test_rate_warms_up_and_ends_low():
     rule = Optim(lr=1.0, warmup=0.1, final=0.05)
     rates = [rate(step, 100, rule) for step in range(100)]
@@ -212,6 +233,9 @@ def test_another_input_size_resizes_the_positions():
     assert saccade.AdaptiveViT(vit)(torch.randn(1, 3, 48, 48)).logits.shape == (1, 10)
     with pytest.raises(UserError, match="no multiple"):
         resized(tiny().vit, 50)
+    wide = resized(tiny().vit, (24, 48))
+    assert wide.pos_embed.shape == (1, 19, 32) and tuple(wide.patch_embed.img_size) == (24, 48)
+    assert saccade.AdaptiveViT(wide)(torch.randn(1, 3, 24, 48)).logits.shape == (1, 10)
 
 
 def test_views_share_one_set_of_parameters():
@@ -274,6 +298,19 @@ def test_a_table_survives_new_columns_torn_lines_and_steps_run_again(tmp_path):
     again = Table(path, 20, True)
     assert [row["step"] for row in again.rows] == [10, 20] == [row["step"] for row in read_table(path)]
     assert not Table(tmp_path / "none.csv", 0, False).rows and not (tmp_path / "none.csv").exists()
+
+
+# Going on
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_nothing_changed(tmp_path):
+    now = read_config("finetune").model_dump(mode="json")
+    before = {name: {**values} for name, values in now.items() if isinstance(values, dict) and name != "segment"}
+    del before["run"]["tensorboard"]  # as if it, the task and a section had not been there yet
+    _same(now, before, tmp_path)
+    for change in ({"task": "segment"}, {"segment": {**now["segment"], "void": 1}}, {"run": {**now["run"], "seed": 5}}):
+        with pytest.raises(UserError, match="was run with"):
+            _same({**now, **change}, before, tmp_path)
 
 
 # The command

@@ -34,6 +34,9 @@ _HOME = {
     "Method": "plan",
     "Tokenizer": "plan",
     "register": "plan",
+    "register_scorer": "tokenizers.scorers",
+    "save_mosaic": "tokenizers.mosaic_files",
+    "load_mosaic": "tokenizers.mosaic_files",
     "list": "plan:list_methods",  # the verbs of the command, by the same names
     "eval": "measure.sweep:evaluate",
     "bench": "measure.speed",

@@ -117,8 +117,9 @@ def attention_branch(
     seen: list[Attended] = []
 
     def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: Rows | None) -> Tensor:
-        options = {"heads": heads, "own": gates.own, "read": read, "alive": alive, "rows": rows}
-        seen.append(attend(block.attn, block.norm1(x), bias, **options))
+        seen.append(
+            attend(block.attn, block.norm1(x), bias, heads=heads, own=gates.own, read=read, alive=alive, rows=rows)
+        )
         return block.drop_path1(block.ls1(seen[0].x))
 
     tokens = replace(tokens, mask=gates.patch)
@@ -168,7 +169,7 @@ def last_block(block: TimmBlock, tokens: Tokens, left: int) -> tuple[Tokens, Blo
         overhead=0,
         kernel=attended.kernel,
         owner=tokens.owner,
-        wanted=None if live is None else cost.attention(prefix, live) + prefix * cost.mlp,
+        wanted=None if live is None else cost.attention(prefix, live) + prefix * cost.mlp,  # type: ignore[arg-type]
         kept=_kept_share(tokens),
     )
     return replace(tokens, x=x), ran

@@ -57,9 +57,9 @@ class AdaptiveViT(nn.Module):
         self.vit: ViT = vit
         self.tokenizer, self.plan = build(self.backbone, self.setting, self.learned)
         weight = next(vit.parameters())
-        self.plan.to(weight.device, weight.dtype)  # what methods learn runs where the model runs
         self.training = vit.training
         for part in (self.tokenizer, self.plan):
+            part.to(weight.device, weight.dtype)  # what they learn runs where the model runs
             part.train(vit.training)
 
     def at(self, setting: str | Setting) -> AdaptiveViT:

@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     from saccade.cli import (  # noqa: F401  (each adds its verb)
         analyze,
         bench,
+        calibrate,
         convert,
         demo,
         detect,

@@ -63,6 +63,13 @@ def command(
     from saccade.progress import Progress
 
     vit = open_model(model, weights, pretrained, device, threads)
+    if vit.describe().get("task") == "segment":
+        from saccade.cli import segment
+
+        segment.command(
+            model, data, setting, split, limit=limit, batch=batch, device=device, threads=threads, json=json
+        )
+        return
     with Progress(shown=True) as progress:
         rows, failures = evaluate(
             vit,

@@ -33,7 +33,9 @@ STD = 0.02  # of the weights of a decision, as published
 class Decide(Gater):
     """One linear layer for each axis, from the normed class token (without one: the mean token); see ``adavit``."""
 
-    def __init__(self, outputs: Mapping[str, int], dim: int, form: str, own: bool, tau: float, threshold: float) -> None:
+    def __init__(
+        self, outputs: Mapping[str, int], dim: int, form: str, own: bool, tau: float, threshold: float
+    ) -> None:
         super().__init__()
         self.dim, self.form, self.own, self.tau, self.threshold = dim, form, own, tau, threshold
         self.outputs = dict(outputs)

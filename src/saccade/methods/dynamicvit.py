@@ -7,6 +7,7 @@ To be trained. Two choices differ from the released code: masked training is exa
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class Predictor(nn.Module):
         self.dim = dim
         self.norm = nn.LayerNorm(dim)
         self.inner = fresh(lambda: nn.Linear(dim, dim), seed)
-        self.outer = fresh(lambda: outer(dim), seed + 1)
+        self.outer: Any = fresh(lambda: outer(dim), seed + 1)
         nn.init.constant_(self.outer[-1].bias, logit(START))
 
     def macs(self, n: int) -> int:

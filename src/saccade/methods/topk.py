@@ -65,11 +65,14 @@ def asked(attn: Any, asker: Tensor, x: Tensor) -> Tensor:
 
 def _default(backbone: Backbone) -> tuple[int, ...]:
     """From a third of the depth on; the last block computes the class token alone anyway, where it alone is read."""
-    last = backbone.depth - (backbone.pool == "token")
-    return tuple(range(max(1, backbone.depth // 3), max(2, last)))[: backbone.depth - 1] if backbone.depth > 1 else (0,)
+    return tuple(range(max(1, backbone.depth // 3), backbone.depth - (backbone.pool == "token")))
 
 
-@register("topk", menu=lambda backbone: [f"topk({k})" for k in (0.8, 0.6, 0.5, 0.4)])
+def _menu(backbone: Backbone) -> list[str]:
+    return [f"topk({k})" for k in (0.8, 0.6, 0.5, 0.4)] if _default(backbone) else []
+
+
+@register("topk", menu=_menu)
 def topk(
     backbone: Backbone,
     keep: float | tuple[float, ...] = 0.5,
@@ -82,8 +85,8 @@ def topk(
         keep: share of patch tokens that a block computes, in (0, 1]; one for all blocks, or one for each.
         at: 0-based blocks that choose; None: all from a third of the depth on, but the last where only the class token
             is read after it (there it alone is computed anyway).
-        asks: whose query scores the patches: the 'class' token's, or the 'mean' patch's, which is the default for models
-            without a class token.
+        asks: whose query scores the patches, the 'class' token's or the 'mean' patch's; None: the class token's, where
+            there is one.
     """
     asks = ("class" if backbone.has_class_token else "mean") if asks is None else asks
     if asks not in ASKS:

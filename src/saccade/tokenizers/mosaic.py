@@ -7,6 +7,7 @@ do: where a coarse node would cross the border, the largest nodes that fit take 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,11 @@ class Geometry:
     def of(cls, cells: tuple[int, int], sizes: tuple[int, ...]) -> Geometry:
         """For images of so many cells of ``sizes[0]`` pixels."""
         return cls(cells, sizes[0], min(len(sizes), min(cells).bit_length()))
+
+    @classmethod
+    def of_pixels(cls, size: tuple[int, int], sizes: tuple[int, ...]) -> Geometry:
+        """For images of (height, width) pixels, brought to the nearest multiple of ``sizes[0]``."""
+        return cls.of((max(1, round(size[0] / sizes[0])), max(1, round(size[1] / sizes[0]))), sizes)
 
     def grid(self, level: int) -> tuple[int, int]:
         """Nodes of a level, down and across."""
@@ -59,19 +65,21 @@ class Geometry:
         """The fewest leaves there can be."""
         return self.finest - 3 * self.splits
 
+    def nearest(self, tokens: float) -> int:
+        """The number of leaves that can be had nearest to one."""
+        return self.coarsest + 3 * max(0, min(math.floor((tokens - self.coarsest) / 3 + 0.5), self.splits))
+
     def splits_for(self, tokens: int, knob: str = "tokens") -> int:
         """How many splits make so many leaves. UserError, with the nearest number that can be, where none do."""
         extra = tokens - self.coarsest
         if extra % 3 == 0 and 0 <= extra <= 3 * self.splits:
             return extra // 3
-        below = self.coarsest + 3 * max(0, min(extra // 3, self.splits))
-        above = min(below + 3, self.finest)
-        closest = above if abs(above - tokens) < abs(tokens - below) else below
         h, w = (side * self.patch for side in self.cells)
         raise UserError(
             f"quadtree: {knob}={tokens} cannot be had of {h}x{w} pixels in blocks of {self.patch} … "
             f"{self.patch << (self.levels - 1)} pixels: a split adds three, from {self.coarsest} to {self.finest}; "
-            f"the nearest is {closest}" + (" (the mean of the batch's images)" if knob == "per_batch" else "")
+            f"the nearest is {self.nearest(tokens)}"
+            + (" (the mean of the batch's images)" if knob == "per_batch" else "")
         )
 
 

@@ -71,7 +71,7 @@ def read_leaves(levels: list[Tensor], mosaic: Mosaic) -> Tensor:
 
 def fitted(images: Tensor, patch: int, size: tuple[int, int] | None) -> Tensor:
     """Images at ``size`` pixels, None: their own, and then at the nearest multiple of the finest patch."""
-    h, w = (max(patch, round(side / patch) * patch) for side in (size or images.shape[-2:]))
+    h, w = (patch * max(1, round(side / patch)) for side in (size or images.shape[-2:]))
     if tuple(images.shape[-2:]) == (h, w):
         return images
     x = images if images.dtype == torch.float64 else images.float()  # not made for half precision on the CPU

@@ -7,9 +7,7 @@ is fine everywhere is the ViT itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade.errors import UserError
-from saccade.knobs import one_of, switch, whole
+from saccade.knobs import one_of, switch
 from saccade.plan import Backbone, Tokenizer, ViT, register
 from saccade.tokenizers.constants import full_precision
 from saccade.tokenizers.embedding import POSITIONS, Detail, leaf_positions
@@ -26,37 +24,10 @@ from saccade.tokenizers.mosaic import Geometry, Mosaic
 from saccade.tokenizers.pyramid import RESAMPLERS, fitted, pyramid, read_leaves
 from saccade.tokenizers.scorers.base import Scene, Scorer, build_scorer
 from saccade.tokenizers.scorers.gate import credit
-from saccade.tokenizers.selection import split_above, split_most, split_shared
+from saccade.tokenizers.selection import Budget
 from saccade.tokens import Tokens
 
 Size = int | tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many tokens there are: exactly one of the three is given."""
-
-    tokens: int | None  #             in every image
-    per_batch: int | None  #          in an image, on average over the batch
-    threshold: tuple[float, ...] | None  # that a block must score to be split, the finest splittable level first
-
-    def splits(self, g: Geometry) -> int | None:
-        """Splits of every image, where that is known before looking. UserError for a number that cannot be had."""
-        if self.tokens is not None:
-            return g.splits_for(self.tokens)
-        if self.per_batch is not None:
-            count = g.splits_for(self.per_batch, "per_batch")
-            return count if count in (0, g.splits) else None
-        return None if g.splits else 0
-
-    def choose(self, scores: Sequence[Tensor], g: Geometry) -> Tensor:
-        """The nodes to split, [B, S] bool; scores as ``selection`` takes them."""
-        if self.tokens is not None:
-            return split_most(scores, g.splits_for(self.tokens))
-        if self.per_batch is not None:
-            return split_shared(scores, g.splits_for(self.per_batch, "per_batch") * scores[0].shape[0])
-        assert self.threshold is not None
-        return split_above(scores, [self.threshold[level - 1] for level in g.splittable])
 
 
 class Quadtree(Tokenizer):
@@ -116,7 +87,7 @@ class Quadtree(Tokenizer):
         return self._embed(scene, mosaic, None)
 
     def _geometry(self, images: Tensor) -> Geometry:
-        return Geometry.of((images.shape[-2] // self.sizes[0], images.shape[-1] // self.sizes[0]), self.sizes)
+        return Geometry.of_pixels((images.shape[-2], images.shape[-1]), self.sizes)
 
     def _scene(self, vit: ViT, images: Tensor) -> Scene:
         g = self._geometry(images)
@@ -160,11 +131,6 @@ def _pixels(g: Geometry) -> str:
     return "x".join(str(side * g.patch) for side in g.cells)
 
 
-def _legal(g: Geometry, tokens: float) -> int:
-    """The number of tokens that can be had nearest to one."""
-    return g.coarsest + 3 * max(0, min(round((tokens - g.coarsest) / 3), g.splits))
-
-
 def _menu(backbone: Backbone) -> list[str]:
     """The model's own input at 80 to 30 % of its tokens, and a larger one, for detail where it matters."""
     (patch, other), (h, w) = backbone.patch_size, backbone.input_size
@@ -173,8 +139,8 @@ def _menu(backbone: Backbone) -> list[str]:
     sizes, own = (patch, 2 * patch, 4 * patch), (h // patch) ** 2
     found = []
     for side, shares in ((h, (0.8, 0.65, 0.5, 0.4, 0.3)), (h // sizes[2] * sizes[2] + sizes[2], (0.65, 0.5, 0.4))):
-        g = Geometry.of((side // patch, side // patch), sizes)
-        found += [f"quadtree({_legal(g, share * own)}, size={side})" for share in shares]
+        g = Geometry.of_pixels((side, side), sizes)
+        found += [f"quadtree({g.nearest(share * own)}, size={side})" for share in shares]
     return list(dict.fromkeys(found))
 
 
@@ -183,9 +149,8 @@ def _steps(
 ) -> bool:
     """A range of tokens stops at what can be had."""
     edges = sizes or _default_sizes(backbone)
-    h, w = _pair(size) if size is not None else backbone.input_size
-    g = Geometry.of((max(1, round(h / edges[0])), max(1, round(w / edges[0]))), edges)
-    return tokens is None or _legal(g, tokens) == tokens
+    g = Geometry.of_pixels(backbone.input_size if size is None else _pair(size), edges)
+    return tokens is None or g.nearest(tokens) == tokens
 
 
 @register("quadtree", kind="tokenizer", menu=_menu, steps=_steps)
@@ -212,7 +177,8 @@ def quadtree(
         per_batch: patch tokens of an image on average: the batch has exactly so many times its images, busy ones more.
         threshold: split every block that scores as much; one number, or one for each size, the smaller first.
         sizes: edges of the patches in pixels, each twice the one before; None: the weights' own, twice, and four times.
-        scorer: who says what is split, like "pixel(weight='area')"; None: 'pixel', or with a threshold 'entropy'.
+        scorer: who says what is split, with knobs of its own, like "pixel(weight='area')": pixel, entropy, laplacian,
+            feature, attention, gate, maps, gradcam, random; None: 'pixel', or with a threshold 'entropy'.
         size: pixels that images are brought to, s or (h, w); None: as they come.
         resample: how a large patch is made small: 'area' (means) or 'bilinear' (published: no antialiasing).
         positions: of a large patch: the 'mean' of the positions under it, the one at its 'centre', or for all patches
@@ -222,13 +188,12 @@ def quadtree(
         detail: learn what a large patch hides (APT's zero-initialised branch).
     """
     edges = _default_sizes(backbone) if sizes is None else _check_sizes(sizes)
-    floors = _check_budget(tokens, per_batch, threshold, len(edges) - 1)
+    budget = Budget.of(tokens, per_batch, threshold, len(edges) - 1)
     chosen = build_scorer(scorer or ("pixel" if threshold is None else "entropy"), backbone)
     chosen.check(edges[0])
     pixels = None if size is None else _pair(size)
-    budget = Budget(tokens, per_batch, floors)
     if pixels is not None:
-        budget.splits(Geometry.of((max(1, round(pixels[0] / edges[0])), max(1, round(pixels[1] / edges[0]))), edges))
+        budget.splits(Geometry.of_pixels(pixels, edges))
     one_of("quadtree", "resample", resample, RESAMPLERS)
     one_of("quadtree", "positions", positions, POSITIONS)
     if positions == "sinusoid" and backbone.dim % 2:
@@ -251,27 +216,6 @@ def _check_sizes(sizes: tuple[int, ...]) -> tuple[int, ...]:
         right = tuple(min(32, max(4, sizes[0])) << i for i in range(len(sizes)))
         raise UserError(f"quadtree: sizes={sizes!r} must start at 4 to 32 pixels and double, like {right}")
     return tuple(sizes)
-
-
-def _check_budget(
-    tokens: int | None, per_batch: int | None, threshold: float | tuple[float, ...] | None, count: int
-) -> tuple[float, ...] | None:
-    """The three knobs of which one is needed; the thresholds, one for each size that can be split."""
-    named = {"tokens": tokens, "per_batch": per_batch, "threshold": threshold}
-    given = [name for name, value in named.items() if value is not None]
-    if len(given) != 1:
-        raise UserError(f"quadtree: give one of tokens, per_batch and threshold, not {' and '.join(given) or 'none'}")
-    for name in ("tokens", "per_batch"):
-        if named[name] is not None:
-            whole("quadtree", name, named[name], 1, 10**6)  # type: ignore[arg-type]
-    if threshold is None:
-        return None
-    floors = tuple(threshold) if isinstance(threshold, tuple) else (threshold,) * count
-    if len(floors) != count or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in floors):
-        raise UserError(
-            f"quadtree: threshold={threshold!r} is not one number, or {count}, one a size that can be split"
-        )
-    return floors
 
 
 def _pair(size: Size) -> tuple[int, int]:

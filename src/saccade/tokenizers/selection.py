@@ -14,6 +14,7 @@ numbered in this order, row by row; S is their number and D that of the levels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -21,9 +22,64 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saccade.errors import UserError
+from saccade.knobs import whole
 from saccade.tokenizers.constants import constant
+from saccade.tokenizers.mosaic import Geometry
 
 BITS = 62  # of an int64 that a key may fill
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens there are: exactly one of the three is given."""
+
+    tokens: int | None  #             in every image
+    per_batch: int | None  #          in an image, on average over the batch
+    threshold: (
+        tuple[float, ...] | None
+    )  # that a block must score to be split, for blocks of twice the finest size first
+
+    @classmethod
+    def of(
+        cls, tokens: int | None, per_batch: int | None, threshold: float | tuple[float, ...] | None, levels: int
+    ) -> Budget:
+        """From the knobs, for so many levels that can be split. UserError unless exactly one makes sense."""
+        counts = {"tokens": tokens, "per_batch": per_batch}
+        named = [k for k, v in {**counts, "threshold": threshold}.items() if v is not None]
+        if len(named) != 1:
+            raise UserError(
+                f"quadtree: give one of tokens, per_batch and threshold, not {' and '.join(named) or 'none'}"
+            )
+        for knob, value in counts.items():
+            if value is not None:
+                whole("quadtree", knob, value, 1, 10**6)
+        if threshold is None:
+            return cls(tokens, per_batch, None)
+        floors = threshold if isinstance(threshold, tuple) else (threshold,) * levels
+        if len(floors) != levels or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in floors):
+            raise UserError(
+                f"quadtree: threshold={threshold!r} is not one number, or {levels}, one a size but the finest"
+            )
+        return cls(None, None, floors)
+
+    def splits(self, g: Geometry) -> int | None:
+        """Splits of every image, where that is known before looking. UserError for a number that cannot be had."""
+        if self.tokens is not None:
+            return g.splits_for(self.tokens)
+        if self.per_batch is not None:
+            count = g.splits_for(self.per_batch, "per_batch")
+            return count if count in (0, g.splits) else None
+        return None if g.splits else 0
+
+    def choose(self, scores: Sequence[Tensor], g: Geometry) -> Tensor:
+        """The nodes to split, [B, S] bool."""
+        if self.tokens is not None:
+            return split_most(scores, g.splits_for(self.tokens))
+        if self.per_batch is not None:
+            return split_shared(scores, g.splits_for(self.per_batch, "per_batch") * scores[0].shape[0])
+        assert self.threshold is not None
+        return split_above(scores, [self.threshold[level - 1] for level in g.splittable])
 
 
 def split_most(scores: Sequence[Tensor], count: int) -> Tensor:

@@ -1,0 +1,71 @@
+"""``saccade calibrate``: the threshold of a setting for a mean budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saccade.cli import app
+from saccade.cli.common import (
+    Data,
+    Device,
+    Json,
+    Model,
+    Pretrained,
+    Split,
+    Threads,
+    Weights,
+    open_model,
+    print_json,
+    print_table,
+)
+
+
+@app.command("calibrate")
+def command(
+    model: Model,
+    data: Data,
+    setting: Annotated[str, typer.Option("--setting", "-s", help="A method with a threshold: 'dynamicvit(0.7)'.")],
+    gmacs: Annotated[float, typer.Option(help="The budget: mean 10^9 multiply-accumulates an image.")],
+    out: Annotated[str | None, typer.Option(help="Folder for the model under the setting that is found.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder for what was measured, to go on after a stop.")] = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    split: Split = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many images, evenly spread.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """The threshold at which the mean cost of an image meets a budget; easy images then cost less than hard ones.
+
+    Example: saccade calibrate runs/dynamic/model photos/ -s "dynamicvit(0.7)" --gmacs 0.8 --out calibrated
+    """
+    import os
+
+    from saccade.files import check_folder
+    from saccade.measure.calibrate import calibrate
+    from saccade.progress import Progress
+
+    if out is not None:
+        check_folder(os.path.dirname(os.path.abspath(out)))
+    vit = open_model(model, weights, pretrained, device, threads)
+    folder = None if cache is None else Path(cache)
+    with Progress(shown=True) as progress:
+        found = calibrate(
+            vit, data, setting, gmacs, split=split, limit=limit, batch=batch, cache=folder, progress=progress
+        )
+    if out is not None:
+        vit.at(found.setting).save(out)
+    if json:
+        print_json(found.to_dict())
+        return
+    cells = [f"{value:.3f}" for value in (found.gmacs, found.gmacs_p50, found.gmacs_p95, found.gmacs_dense)]
+    top1 = f"{found.top1.mean:.2%} [{found.top1.low:.1%}, {found.top1.high:.1%}]"
+    columns = ["setting", "GMACs, mean", "p50", "p95", "dense", found.metric]
+    print_table(f"{model}, {found.images} images of {data}", columns, [[found.setting, *cells, top1]])
+    if out is not None:
+        print(f"model: {out}")

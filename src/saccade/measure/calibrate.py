@@ -1,0 +1,156 @@
+"""``calibrate``: the threshold at which a setting meets a budget, where its cost differs from image to image.
+
+A threshold keeps what each image needs, whatever else is in its batch; only the mean over images can be aimed at
+(`selection` spec, §9.6). Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from saccade.data import ImageSet, open_images
+from saccade.errors import UserError
+from saccade.measure.accuracy import Judge, Predictions, spread
+from saccade.measure.cache import Cache
+from saccade.measure.stats import Interval, proportion
+from saccade.model import AdaptiveViT
+from saccade.plan import registry
+from saccade.progress import Progress
+from saccade.setting import Setting
+
+KNOB = "threshold"
+STEPS = 12  # of the bisection
+WIDEST = 12.0  # logit of the highest threshold that is tried; the lowest is its mirror image
+CLOSE = 0.005  # share of the budget that may be left over
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A setting that meets a budget, and what it costs and knows on the images it was found on."""
+
+    setting: str
+    threshold: float
+    images: int
+    gmacs: float  #     mean per image, that ran
+    gmacs_p50: float
+    gmacs_p95: float
+    gmacs_dense: float
+    metric: str  #      "top-1", or "agreement with dense" where there are no labels
+    top1: Interval
+    tried: int  #       thresholds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+
+def with_threshold(setting: str | Setting, value: float) -> str:
+    """The setting with another threshold. Raises UserError unless exactly one of its methods has that knob."""
+    setting, known = Setting.parse(setting), registry()
+    able = [name for name, entry in known.items() if entry.kind == "method" and KNOB in entry.knobs]
+    places = [i for i, call in enumerate(setting.calls) if call.name in able]
+    if len(places) != 1:
+        has = f"{len(places)} of its methods have one" if places else "none of its methods has one"
+        raise UserError(f"{setting} cannot be calibrated by a {KNOB}: {has}; give one of {', '.join(able)}")
+    call = setting.calls[places[0]]
+    order = list(known[call.name].knobs).index(KNOB)
+    if len(call.args) > order:
+        changed = replace(call, args=(*call.args[:order], value, *call.args[order + 1 :]))
+    else:
+        changed = replace(call, kwargs=(*((k, v) for k, v in call.kwargs if k != KNOB), (KNOB, value)))
+    return str(Setting(tuple(changed if i == places[0] else c for i, c in enumerate(setting.calls))))
+
+
+def calibrate(
+    model: AdaptiveViT,
+    data: str | ImageSet,
+    setting: str,
+    gmacs: float,
+    *,
+    split: str | None = None,
+    limit: int | None = 200,
+    batch: int = 32,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Bisect the ``threshold`` of a setting until the mean MACs of an image are just within a budget.
+
+    Args:
+        data: images that the model was not trained on, as for ``saccade.eval``.
+        setting: has exactly one method with a ``threshold``; that of the line itself is ignored.
+        gmacs: the budget, 10^9 MACs that run, mean over images.
+        split: of a folder of splits; None: the held-out one.
+        limit: at most so many images, spread evenly over the set.
+        cache: a folder for what settings said, so that an interrupted call goes on from there.
+        progress: where to show it; None: nowhere.
+
+    Raises:
+        UserError: bad data or setting, or a budget that no threshold meets.
+    """
+    if isinstance(gmacs, bool) or not 0 < gmacs < 1e6:
+        raise UserError(f"gmacs={gmacs!r} is not a number above 0 and below a million")
+    with_threshold(setting, 0.5)  # refuses before anything is read
+    images = data if isinstance(data, ImageSet) else open_images(data, split)
+    judge = Judge(model, images, batch=batch)
+    places = spread(len(images), limit)
+    advance = (progress or Progress()).start("calibrating", (STEPS + 3) * len(places))
+    store = None if cache is None else Cache(cache, model, images.fingerprint(), judge.preprocess(), model.backbone)
+    advance(0, what="calibrating: the dense model")
+    dense = judge.predict(judge.dense, places, advance)
+    judge.need(dense, "dense")
+    seen: dict[float, Predictions] = {}
+
+    def cost(threshold: float) -> float:
+        if threshold not in seen:
+            name = with_threshold(setting, threshold)
+            advance(0, what=f"calibrating: {KNOB}={threshold:g}")
+            ask = partial(judge.predict, model.at(name).eval(), places, advance)
+            seen[threshold] = ask() if store is None else store.get(name, places, ask)
+            judge.need(seen[threshold], name)
+        return seen[threshold].macs.mean().item() / 1e9
+
+    threshold = bisect(cost, gmacs)
+    found = seen[threshold]
+    each = found.macs / 1e9
+    return Calibrated(
+        setting=with_threshold(setting, threshold),
+        threshold=threshold,
+        images=len(each),
+        gmacs=each.mean().item(),
+        gmacs_p50=each.quantile(0.5).item(),
+        gmacs_p95=each.quantile(0.95).item(),
+        gmacs_dense=dense.macs.mean().item() / 1e9,
+        metric=judge.metric,
+        top1=proportion(judge.hits(found)),
+        tried=len(seen),
+    )
+
+
+def bisect(cost: Callable[[float], float], budget: float, steps: int = STEPS) -> float:
+    """The threshold in (0, 1) of the highest cost within a budget, for a cost that falls as thresholds rise.
+
+    Bisects logits, since what a network is sure of lies near 0 and 1. A cost that does not always fall gives a
+    threshold within the budget all the same. Raises UserError where the highest threshold is over it.
+    """
+    low, high = -WIDEST, WIDEST
+    if cost(sigmoid(low)) <= budget:
+        return sigmoid(low)
+    if (cheapest := cost(sigmoid(high))) > budget:
+        raise UserError(f"gmacs={budget:g} is out of reach of a {KNOB}, the least is {cheapest:.3g}")
+    for _ in range(steps):
+        middle = (low + high) / 2
+        spent = cost(sigmoid(middle))
+        low, high = (low, middle) if spent <= budget else (middle, high)
+        if (1 - CLOSE) * budget <= spent <= budget:
+            break
+    return sigmoid(high)
+
+
+def sigmoid(logit: float) -> float:
+    """A probability that reads well: rounded to six digits, which moves the logit of none by more than a twelfth."""
+    return round(1 / (1 + math.exp(-logit)), 6)

@@ -1,0 +1,427 @@
+"""Methods that select what is computed, and thresholds for a budget. Spec `selection` A4, A6, B1-B5, C1, D1.
+
+Masked against sparse execution (A1-A3, A9, A10) is in `test_gates` and `test_ragged`; every setting here also keeps
+the contract of `test_contract` (cost, batches, gradients, half precision, other shapes).
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import saccade.methods.dynamicvit
+import saccade.ragged
+from data_helpers import encode, picture, write_folder
+from oracles import attention_by_hand, block_macs, make_images, make_tokens, make_vit, relative
+from saccade.attention import attend
+from saccade.choose import choose, keep_where, with_best
+from saccade.errors import UserError
+from saccade.gates import Gates
+from saccade.measure.calibrate import bisect, calibrate, with_threshold
+from saccade.methods.diffrate import Thin
+from saccade.methods.dynamicvit import Drop, Predictor
+from saccade.methods.random_plus import Blind
+from saccade.model import AdaptiveViT
+from saccade.ragged import Rows
+from saccade.reduction import reduce
+
+# --- choices --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 5.0])
+def test_b1_how_often_does_not_depend_on_the_temperature(tau):
+    torch.manual_seed(0)
+    draws = 200_000
+    for value in (-2.0, 0.0, 1.0, 3.0):
+        share = float(choose(torch.full((draws,), value), True, tau).mean())
+        expected = 1 / (1 + math.exp(-value))
+        assert abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / draws)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 5.0])
+def test_b2_exactly_zero_or_one_with_the_gradient_of_the_noisy_sigmoid(tau):
+    logits = torch.linspace(-6, 6, 500).requires_grad_()
+    torch.manual_seed(3)
+    gate = choose(logits, True, tau)
+    assert set(gate.tolist()) == {0.0, 1.0}
+    gate.sum().backward()
+    torch.manual_seed(3)
+    u = torch.rand(500).clamp(1e-7, 1 - 1e-7)
+    y = torch.sigmoid((logits.detach() + u.log() - (1 - u).log()) / tau)
+    torch.testing.assert_close(logits.grad, y * (1 - y) / tau, rtol=0, atol=1e-6)
+
+
+def test_b3_without_noise_a_choice_is_a_threshold():
+    logits = torch.tensor([-50.0, -1.0, 0.0, 1e-6, 3.0, 50.0, -torch.inf])
+    assert choose(logits, False).tolist() == [0, 0, 0, 1, 1, 1, 0]
+    assert choose(logits, False, threshold=0.9).tolist() == [0, 0, 0, 0, 1, 1, 0]
+    assert choose(logits, False, threshold=1.0).sum() == 0 and choose(logits, False, threshold=0.0).sum() == 6
+
+
+def test_keeping_what_is_chosen():
+    chosen = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 1, 0, 0]], dtype=torch.bool)
+    found = keep_where(chosen)
+    assert found.valid.tolist() == [[True, True, True], [True, False, False]]
+    assert found.keep[0].tolist() == [1, 3, 4] and found.keep[1, 0] == 2
+    assert keep_where(chosen[:0]).keep.shape == (0, 5)
+    score = torch.tensor([[1.0, 3, 2], [5, 4, 6]])
+    assert with_best(torch.zeros(2, 3), score).tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert with_best(torch.ones(2, 3), score).tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+# --- dynamicvit -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_predictor_by_hand():
+    predictor = Predictor(8, seed=0)
+    x, weights = torch.randn(2, 5, 8), torch.tensor([[1.0, 0, 2, 1, 0], [1, 1, 1, 1, 1]])
+    for given in (weights, None):
+        found = predictor(x, given)
+        for b in range(2):
+            inner = [F.gelu(predictor.inner(predictor.norm(row))) for row in x[b]]
+            counts = [1.0] * 5 if given is None else given[b].tolist()
+            mean = sum(c * z[4:] for c, z in zip(counts, inner, strict=True)) / sum(counts)
+            for i in range(5):
+                assert relative(predictor.outer(torch.cat([inner[i][:4], mean]))[0], found[b, i]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("keep", "counts", "gmacs"),
+    [
+        (0.9, [176, 158, 142], 4.04),
+        (0.8, [156, 125, 100], 3.46),
+        (0.7, [137, 96, 67], 2.98),
+        (0.6, [117, 70, 42], 2.56),
+        (0.5, [98, 49, 24], 2.23),
+    ],
+)
+def test_d1_counts_and_cost_are_the_published_ones(keep, counts, gmacs):
+    """DeiT-S, predictors included; selection §1."""
+    n, found, total = 196, [], 0.0
+    for block in range(12):
+        if block in (3, 6, 9):
+            drop = Drop(keep, block == 3, 384, 0, 1.0, None)
+            total += drop.macs(n)
+            n = drop.count(n)
+            found.append(n)
+        total += block_macs(n + 1, n + 1, 384)
+    assert found == counts
+    total += 196 * 3 * 16**2 * 384 + 384 * 1000
+    assert total / 1e9 == pytest.approx(gmacs, abs=0.01)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a4_training_hides_what_evaluation_drops(scale, monkeypatch):
+    """Masked training without noise is ragged evaluation; larger scores leak no more."""
+    monkeypatch.setattr(saccade.ragged, "WORTH", 1.0)
+    vit = make_vit("vit")
+    with torch.no_grad():
+        for block in vit.blocks:
+            block.attn.qkv.weight[: 2 * 96].mul_(scale)
+    model = AdaptiveViT(vit, "dynamicvit(0.5, at=[0, 1], threshold=0.95)")
+    images = make_images(vit, 4)
+    with torch.no_grad():
+        dropped = model(images)
+    assert dropped.trace.macs().unique().numel() > 1, "another number of tokens in every image"
+    monkeypatch.setattr(
+        saccade.methods.dynamicvit, "choose", lambda logits, *_, **__: choose(logits, False, threshold=0.95)
+    )
+    masked = model.train()(images)
+    model.eval()
+    assert relative(masked.logits, dropped.logits) <= 2e-5
+    for hidden, gone in zip(masked.trace.blocks[:2], dropped.trace.blocks[:2], strict=True):
+        assert relative(hidden.wanted.detach() - hidden.overhead, (gone.macs() - gone.overhead).float()) <= 1e-6
+
+
+def test_b4_the_ratio_loss_and_its_gradient():
+    vit = make_vit("vit")
+    model = AdaptiveViT(vit, "dynamicvit(0.5, at=[0, 2])").train()
+    (method,) = model.plan.methods
+    kept = [torch.tensor([0.5, 0.7]), torch.tensor([0.25, 0.15])]
+    blocks = [SimpleNamespace(kept=kept[0]), SimpleNamespace(kept=kept[0]), SimpleNamespace(kept=kept[1])]
+    loss = method.loss(SimpleNamespace(images=2, blocks=blocks))["ratio"]
+    assert float(loss) == pytest.approx(2.0 * (0 + 0.2**2 + 0 + 0.1**2) / 4, abs=1e-7)
+    out = model(make_images(vit, 3))
+    sum(method.loss(out.trace).values()).backward()
+    model.eval()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in method.steps.parameters())
+    assert all(step.predictor.outer[-1].bias.grad > 0 for step in method.steps), "it keeps too many at first"
+    assert method.loss(model(make_images(vit, 2)).trace) == {}, "nothing is masked in evaluation"
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip"])
+@pytest.mark.parametrize("training", [True, False])
+def test_b5_when_everything_is_given_up_the_best_token_stays(family, training):
+    vit = make_vit(family)
+    model = AdaptiveViT(vit, "dynamicvit(0.5, at=[0, 1], threshold=0.5)").train(training)
+    with torch.no_grad():
+        for step in model.plan.methods[0].steps:
+            step.predictor.outer[-1].bias.fill_(-50.0)
+    out = model(make_images(vit, 3))
+    out.logits.square().sum().backward()
+    model.eval()
+    assert out.logits.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    if training:
+        assert torch.equal(out.trace.blocks[1].kept.detach(), torch.full((3,), 1 / 16))
+
+
+# --- adavit ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["fused", "unfused", "packed"])
+def test_a6_a_head_that_is_partly_off_passes_its_own_values(way, monkeypatch):
+    monkeypatch.setenv("SACCADE_ATTENTION", "fused" if way == "fused" else "unfused")
+    attn = make_vit("vit").blocks[0].attn
+    x, width = torch.randn(2, 5, 96), attn.head_dim
+    heads = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
+    if way == "packed":
+        rows = Rows.of(torch.ones(2, 5, dtype=torch.bool))
+        found = attend(attn, x.flatten(0, 1), heads=heads, own=True, rows=rows).x.unflatten(0, (2, 5))
+    else:
+        found = attend(attn, x, heads=heads, own=True).x
+    values = attn.qkv(x)[..., 2 * 96 :]
+    mixed = values.clone()
+    shares = attention_by_hand(attn, x[0])[1]
+    mixed[0, :, :width] = shares[0] @ values[0, :, :width]
+    assert relative(found, attn.proj(mixed)) <= 1e-5
+
+
+def test_gates_read_the_class_token_and_each_patch():
+    vit = make_vit("vit")
+    model = AdaptiveViT(vit, "adavit(threshold=0.98)")
+    tokens = make_tokens(3, 16, width=96)
+    (gater,) = model.plan.methods[0].steps  # the first block has none, the last of three computes the class token alone
+    with torch.no_grad():
+        gates = gater(tokens)
+        for b in range(3):
+            rows = [(row - row.mean()) / (row.var(unbiased=False) + 1e-6).sqrt() for row in tokens.x[b]]
+            patch = [float(gater.layers["patch"](row).sigmoid() > 0.98) for row in rows[1:]]
+            head = (gater.layers["head"](rows[0]).sigmoid() > 0.98).float()
+            attn, mlp = (gater.layers["block"](rows[0]).sigmoid() > 0.98).float().tolist()
+            assert gates.patch[b].tolist() == patch and torch.equal(gates.head[b], head)
+            assert (float(gates.attn[b]), float(gates.mlp[b])) == (attn, mlp)
+    assert 0 < float(gates.patch.mean()) < 1
+    start = AdaptiveViT(vit, "adavit()").plan.methods[0].steps[0](tokens)
+    assert all(bool((gate == 1).all()) for gate in (start.patch, start.head, start.attn, start.mlp))
+
+
+def test_c1_the_usage_loss_by_hand():
+    (method,) = AdaptiveViT(make_vit("vit"), "adavit((0.5, 0.75, 1.0), weight=2.0)").plan.methods
+    patch, head = torch.tensor([[1.0, 0, 1], [1, 1, 0]]), torch.tensor([[1.0, 1], [1, 0]])
+    ones = torch.ones(2)
+
+    def loss(**gates) -> float:
+        block = SimpleNamespace(gates=Gates(**gates))
+        return float(method.loss(SimpleNamespace(images=2, blocks=[None, block]))["usage"])
+
+    found = loss(patch=patch, head=head, attn=ones, mlp=torch.tensor([1.0, 0]))
+    assert found == pytest.approx(2 * ((4 / 6 - 0.5) ** 2 + 0 + (0.75 - 1) ** 2), abs=1e-7)
+    assert loss(patch=torch.tensor([[1.0, 0], [1, 0]]), head=head, attn=ones, mlp=ones) == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("axes", [("patch",), ("head",), ("block",), ("patch", "head", "block")])
+def test_c1_the_budget_is_the_price_of_the_gates(axes):
+    vit = make_vit("vit")
+    model = AdaptiveViT(vit, f"adavit(axes={axes!r}, share=0.5, weight=3.0)").train()
+    (method,) = model.plan.methods
+    torch.manual_seed(0)
+    trace = model(make_images(vit, 4)).trace
+    loss = method.loss(trace)["budget"]
+    model.eval()
+    miss = float(trace.wanted().detach().mean()) / (0.5 * float(trace.macs(nominal=True).mean())) - 1
+    assert float(loss) == pytest.approx(3 * miss**2, rel=1e-5)
+    loss.backward()
+    for step in method.steps:
+        for layer in step.layers.values():
+            assert float(layer.bias.grad.min()) > 0, "more is dearer"
+
+
+@pytest.mark.parametrize("heads", ["full", "partial"])
+def test_b4_every_axis_learns_from_the_task(heads):
+    vit = make_vit("vit", depth=4)
+    model = AdaptiveViT(vit, f"adavit(heads={heads!r})").train()
+    model(make_images(vit, 4)).logits.square().sum().backward()
+    model.eval()
+    grads = {name: p.grad for name, p in model.plan.named_parameters()}
+    assert len(grads) == 2 * 3 * 2 and all(g.isfinite().all() and g.abs().sum() > 0 for g in grads.values())
+
+
+def test_c2_usage_goes_where_it_is_asked_to():
+    """Gates alone, with nothing but their own loss: 150 steps."""
+    torch.manual_seed(0)
+    vit = make_vit("vit", depth=3, embed_dim=48, num_heads=3).requires_grad_(False)
+    model = AdaptiveViT(vit, "adavit((0.5, 0.7, 0.6), tau=1.0)").train()
+    (method,) = model.plan.methods
+    optimizer, images, seen = torch.optim.Adam(method.parameters(), 0.1), make_images(vit, 16), []
+    for _ in range(150):
+        trace = model(images).trace
+        gates = trace.blocks[1].gates
+        seen.append([float(g.detach().mean()) for g in (gates.patch, gates.head, torch.stack([gates.attn, gates.mlp]))])
+        optimizer.zero_grad()
+        method.loss(trace)["usage"].backward()
+        optimizer.step()
+    model.eval()
+    found = torch.tensor(seen[-75:]).mean(0)
+    assert seen[0][0] > 0.9
+    assert (found - torch.tensor([0.5, 0.7, 0.6])).abs().max() <= 0.05
+
+
+# --- topk and the random control ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "siglip"])
+def test_topk_is_the_mean_over_heads_of_q_times_k(family):
+    vit = make_vit(family)
+    tokens, _ = AdaptiveViT(vit).encode(make_images(vit, 3))
+    block, prefix = vit.blocks[1], tokens.num_prefix
+    gater = AdaptiveViT(vit, "topk(0.3, at=1)").plan.methods[0].steps[0]
+    found = gater.of(block, tokens).patch
+    for b in range(3):
+        x = block.norm1(tokens.x[b])
+        q, k, _ = block.attn.qkv(x).view(-1, 3, block.attn.num_heads, block.attn.head_dim).unbind(1)
+        asker = q[0] if prefix else q.mean(0)
+        score = [float((asker * k[j]).sum(-1).mean()) for j in range(prefix, len(x))]
+        best = sorted(range(len(score)), key=lambda j: -score[j])[:5]  # ⌈0.3 · 16⌉
+        assert sorted(best) == found[b].nonzero().squeeze(1).tolist()
+
+
+@torch.no_grad()
+def test_topk_runs_as_a_rectangle_and_everybody_may_come_back():
+    vit = make_vit("vit", depth=4)
+    model = AdaptiveViT(vit, "topk(0.5, at=[1, 2])")
+    out = model(make_images(vit, 3))
+    middle = out.trace.blocks[1:3]
+    assert all(run.queries == run.keys == run.mlp == 9 and isinstance(run.queries, int) for run in middle)
+    assert all((run.owner >= 0).all() for run in out.trace.blocks), "nothing is dropped for good"
+
+
+@torch.no_grad()
+def test_random_plus_runs_the_share_it_says():
+    vit = make_vit("vit", depth=4)
+    tokens = make_tokens(3, 20, width=96)
+    gater = Blind(0.7, ("patch", "head", "block"), 10, (True, False), seed=5)
+    gates = gater.eval()(tokens)
+    assert gates.patch.sum(1).tolist() == [14.0] * 3 and gates.head.sum(1).tolist() == [7.0] * 3
+    assert gates.attn.tolist() == [1.0] * 3 and gates.mlp.tolist() == [0.0] * 3
+    torch.manual_seed(0)
+    gates = gater.train()(make_tokens(300, 20, width=96))
+    for gate in (gates.patch, gates.head, torch.stack([gates.attn, gates.mlp])):
+        assert abs(float(gate.mean()) - 0.7) <= 4 * math.sqrt(0.21 / gate.numel())
+    branches = [on for step in AdaptiveViT(vit, "random_plus(0.5)").plan.methods[0].steps for on in step.branches]
+    assert sum(branches) == len(branches) // 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("dynamicvit(1.5)", ["keep=1.5", "[0.001, 1]"]),
+        ("dynamicvit(threshold=2)", ["threshold=2", "[0, 1]"]),
+        ("dynamicvit(tau=0)", ["tau=0"]),
+        ("adavit((0.5, 0.5))", ["usage=(0.5, 0.5)", "one for each axis"]),
+        ("adavit(axes='patches')", ["axes='patches'", "patch, head, block"]),
+        ("adavit(gmacs=1, share=0.5)", ["one of gmacs and share"]),
+        ("adavit(gmacs=-1)", ["gmacs=-1"]),
+        ("adavit(form='code')", ["form='code'", "released"]),
+        ("topk((0.5, 0.5), at=1)", ["2 values of keep for 1 blocks"]),
+        ("topk(asks='head')", ["asks='head'", "class, mean"]),
+        ("random_plus(2)", ["usage=2"]),
+    ],
+)
+def test_knobs_out_of_range_are_named(setting, words):
+    with pytest.raises(UserError) as error:
+        AdaptiveViT(make_vit("vit"), setting)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@torch.no_grad()
+def test_the_papers_form_needs_the_models_own_grid():
+    vit = make_vit("vit")
+    with pytest.raises(UserError, match="16 places and there are 4"):
+        AdaptiveViT(vit, "grid(32) | adavit(form='paper', axes='patch')")(make_images(vit, 1))
+
+
+# --- diffrate -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("metric", ["key", "x"])
+def test_diffrate_by_hand(metric):
+    """Seven of sixteen: three dropped, four merged into their nearest kept token."""
+    reducer = Thin(3, 4, "cls_attn", metric, 8)
+    key, score = torch.randn(3, 16, 8), torch.rand(3, 16)
+    size = torch.randint(1, 4, (3, 16)).float()
+    tokens = make_tokens(3, 16, key=key, cls_attn=score, size=size)
+    found = reduce(tokens, reducer(tokens))
+    feature = key if metric == "key" else tokens.patches
+    for b in range(3):
+        ranked = sorted(range(16), key=lambda i: -float(score[b, i]))
+        kept = sorted(ranked[:9])
+        groups = {i: [i] for i in kept}
+        for i in ranked[9:13]:
+            near = max(kept, key=lambda j: float(F.cosine_similarity(feature[b, i], feature[b, j], dim=0)))
+            groups[near].append(i)
+        for slot, members in enumerate(groups.values()):
+            total = sum(float(size[b, i]) for i in members)
+            mean = sum(size[b, i] * tokens.patches[b, i] for i in members) / total
+            assert relative(found.patches[b, slot], mean) <= 1e-5 and float(found.size[b, slot]) == total
+    assert found.num_patches == reducer.count(16) == 9 and int((found.owner < 0).sum()) == 9
+
+
+# --- calibrate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.55, 0.9])
+def test_bisection_meets_a_budget_closely_and_never_misses_it(budget):
+    seen = []
+
+    def cost(threshold: float) -> float:
+        seen.append(threshold)
+        return 0.2 + 0.8 * (1 - threshold) ** 3
+
+    found = bisect(cost, budget)
+    assert 0.98 * budget <= cost(found) <= budget and len(seen) <= 15
+    assert bisect(cost, 2.0) < 1e-5, "no need to leave anything out"
+    with pytest.raises(UserError, match=r"gmacs=0\.1 .* least is 0\.2"):
+        bisect(cost, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "changed"),
+    [
+        ("dynamicvit(0.7)", "dynamicvit(0.7, threshold=0.25)"),
+        ("dynamicvit(0.7, None, 0.5)", "dynamicvit(0.7, None, 0.25)"),
+        ("grid(32) | adavit(threshold=0.9, tau=1.0)", "grid(32) | adavit(tau=1.0, threshold=0.25)"),
+    ],
+)
+def test_only_the_threshold_changes(setting, changed):
+    assert with_threshold(setting, 0.25) == changed
+
+
+@pytest.mark.parametrize("setting", ["evit(0.5)", "dense", "dynamicvit() | adavit()"])
+def test_a_setting_without_one_threshold_is_refused(setting):
+    with pytest.raises(UserError, match="cannot be calibrated"):
+        with_threshold(setting, 0.5)
+
+
+def test_calibrate_on_images(tmp_path):
+    images = write_folder(tmp_path / "photos", {f"{i}.png": encode(picture(seed=i)) for i in range(6)})
+    vit = make_vit("vit")
+    model = AdaptiveViT(vit)
+    dense = float(model(make_images(vit, 1)).trace.macs()) / 1e9
+    budget = 0.85 * dense
+    found = calibrate(model, str(images), "dynamicvit(0.7)", budget, cache=tmp_path / "cache")
+    assert found.gmacs <= budget and found.images == 6 and 0 < found.threshold < 1
+    assert found.gmacs_p50 <= found.gmacs_p95 and found.gmacs_dense == pytest.approx(dense, rel=1e-6)
+    assert with_threshold(found.setting, found.threshold) == found.setting
+    again = calibrate(model, str(images), "dynamicvit(0.7)", budget, cache=tmp_path / "cache")
+    assert again == found, "read from the cache"
+    with pytest.raises(UserError, match="out of reach"):
+        calibrate(model, str(images), "dynamicvit(0.7)", 0.01 * dense)
