@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# One process for each core, each with one thread: the models of the tests are small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 .PHONY: demo test test-all lint format clean
 
@@ -15,10 +17,10 @@ demo: $(READY)
 	$(BIN)/python -m saccade demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check .

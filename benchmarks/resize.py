@@ -20,8 +20,9 @@ from timm.layers import resample_patch_embed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saccade
-from saccade.tokenizers import embed
-from saccade.tokenizers.embed import PRESETS, pi_matrix, resize_kernel
+from saccade.tokenizers import matrices
+from saccade.tokenizers.embed import PRESETS, resize_kernel
+from saccade.tokenizers.matrices import pi_matrix
 
 SIZES = (8, 10, 12, 15, 16, 20, 24, 30, 40, 48)
 
@@ -38,8 +39,8 @@ def main() -> None:
     kernel = torch.randn(arguments.width, 3, 32, 32)
     spec = PRESETS["google"]
 
-    def matrices() -> None:
-        embed._cached.cache_clear()
+    def build() -> None:
+        matrices._cached.cache_clear()
         for size in SIZES:
             pi_matrix(32, size, spec.kernel_mode, spec.kernel_antialias)
 
@@ -53,7 +54,7 @@ def main() -> None:
 
     print(f"torch {torch.__version__}, {arguments.threads} threads; from 32 x 32 to {', '.join(map(str, SIZES))}\n")
     print("| | all ten, ms |\n|---|---|")
-    print(f"| Saccade: the matrices | {fastest(matrices, arguments.repeats):.1f} |")
+    print(f"| Saccade: the matrices | {fastest(build, arguments.repeats):.1f} |")
     print(f"| Saccade: kernels of width {arguments.width}, matrices there | {fastest(ours, arguments.repeats):.1f} |")
     print(f"| timm: a kernel of width 1, which is its matrices | {fastest(lambda: timms(kernel[:1, :1]), 1):.0f} |")
     print(f"| timm: kernels of width {arguments.width} | {fastest(lambda: timms(kernel), 1):.0f} |")

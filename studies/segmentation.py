@@ -8,9 +8,9 @@ Method    ViT-Tiny (AugReg, ImageNet-1k, patch 16) to CamVid's 11 classes, image
           and learning rates. mIoU on the 101 validation images at their own 360×480, at sizes trained and not, with
           95 % bootstrap intervals over images; differences are paired. One seed unless more are given.
 Command   python studies/segmentation.py camvid_dev.zip vit_tiny_patch16_224.safetensors --out runs/segmentation
-Cost      about 20 minutes of one free core for each seed
+Cost      an estimate: 25 minutes of one free core for each seed
 Expected  flexible: no worse at 16 than fixed, far better away from it; near the one trained at 32 there.
-Measured  docs/results.md, "Segmentation"
+Measured  not yet
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ HARD = {
     "kth": ["kth(3, at=[0, 2], merge=True)", "kth(100, at=1)"],
     "tokenlearner": ["tokenlearner(6, at=1, version='1.0')", "tokenlearner(1, at=3)", "tokenlearner(8, at=2)"],
     "patchmerger": ["patchmerger(1, at=3)", "patchmerger(20, at=0, scale=0.07)", "patchmerger(12, at=1)"],
+    "radial": ["radial(0.5, at=0)", "radial(0.02, at=[1, 3], norm='linf')", "radial(0.4, norm='l1')"],
     "diffrate": [
         "diffrate([0, 5, 0, 3], [2, 0, 30, 0])",
         "diffrate(0, 9, metric='x')",
@@ -67,7 +68,7 @@ HARD = {
     "dynamicvit": ["dynamicvit(0.5, at=[0, 3])", "dynamicvit(0.5, threshold=0.95)", "dynamicvit(0.3)"],
     "adavit": [
         "adavit(threshold=0.98)",
-        "adavit(0.5, axes=('patch', 'block'), at=[0, 1, 2, 3], threshold=0.98, form='paper')",
+        "adavit(0.5, axes=('patch', 'block'), at=[0, 1, 2, 3], threshold=0.98)",
         "adavit(share=0.5, threshold=0.97, heads='partial')",
     ],
     "topk": ["topk(0.3, at=[0, 1, 2, 3], asks='mean')", "topk((0.7, 0.01), at=(1, 3))", "topk(0.5)"],
@@ -104,6 +105,7 @@ OFF = {
     "kth": ["kth(1)", "kth(at=[])"],
     "tokenlearner": ["tokenlearner(64)"],
     "patchmerger": ["patchmerger(64)"],
+    "radial": ["radial(1)", "radial(at=[])"],
     "diffrate": ["diffrate(0, 0)", "diffrate([], [0, 0])"],
     "dynamicvit": ["dynamicvit(1)", "dynamicvit(at=[])"],
     "adavit": ["adavit(at=[])"],
@@ -139,7 +141,7 @@ ONE_EACH = [settings_of(name)[-1] for name in registry()]
 
 
 def in_pairs() -> list:
-    """Every method with one of each kind, in both orders, and behind every tokenizer; slow: with every other.
+    """Every method behind one of each kind, before one, and behind every tokenizer; slow: with every other, both ways.
 
     Baselines decide nothing that could go wrong in company: one partner is enough.
     """
@@ -148,7 +150,7 @@ def in_pairs() -> list:
     for a, b in itertools.permutations(METHODS, 2):
         partners = {"tome"} if registry()[a].baseline or registry()[b].baseline else PARTNERS
         text = f"{strong[a]} | {strong[b]}"
-        found.append(pytest.param(text, marks=() if {a, b} & partners else slow, id=text))
+        found.append(pytest.param(text, marks=() if a in partners or b == "tome" else slow, id=text))
     return found + [f"{strong[t]} | {strong[m]}" for t in TOKENIZERS for m in METHODS]
 
 

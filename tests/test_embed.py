@@ -20,19 +20,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from saccade.errors import UserError
-from saccade.tokenizers import embed
+from saccade.tokenizers import matrices
 from saccade.tokenizers.embed import (
     METHODS,
-    MODES,
     PRESETS,
     ResizeSpec,
     choose,
-    pi_matrix,
     resize_kernel,
-    resize_matrix,
     resize_output,
     resize_positions,
 )
+from saccade.tokenizers.matrices import MODES, pi_matrix, resize_matrix
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos50.zip"
 SIZES = (8, 10, 12, 15, 16, 20, 24, 30, 40, 48)
@@ -74,9 +72,9 @@ def rms(x: Tensor) -> float:
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """No matrix has been built yet."""
-    embed._cached.cache_clear()
+    matrices._cached.cache_clear()
     yield
-    embed._cached.cache_clear()
+    matrices._cached.cache_clear()
 
 
 def photos() -> Tensor:
@@ -382,7 +380,7 @@ def test_a12_first_use_in_a_context(context: Callable[[], AbstractContextManager
 
     with context():
         inside = build()
-    embed._cached.cache_clear()
+    matrices._cached.cache_clear()
     for got, want in zip(inside, build(), strict=True):
         assert type(got) is Tensor and got.device.type == "cpu" and got.dtype == torch.float64
         assert not got.is_inference() and not got.requires_grad and torch.equal(got, want)
@@ -395,7 +393,7 @@ def test_a12_first_use_with_another_default_dtype(fresh: None) -> None:
         inside = pi_matrix(11, 7, "bicubic", True)
     finally:
         torch.set_default_dtype(before)
-    embed._cached.cache_clear()
+    matrices._cached.cache_clear()
     assert torch.equal(inside, pi_matrix(11, 7, "bicubic", True))
 
 
@@ -712,7 +710,7 @@ def test_matrices_of_ten_sizes_are_quick_and_small(fresh: None) -> None:
     """benchmarks/resize.py: timm takes seconds. Time of the processor, and the best of three: others may be at it."""
     times = []
     for _ in range(3):
-        embed._cached.cache_clear()
+        matrices._cached.cache_clear()
         start = time.process_time()
         made = [pi_matrix(32, size, "bilinear", True) for size in SIZES]
         times.append(time.process_time() - start)
@@ -723,7 +721,7 @@ def test_matrices_of_ten_sizes_are_quick_and_small(fresh: None) -> None:
 def test_matrices_are_built_once(fresh: None) -> None:
     for _ in range(3):
         resize_kernel(randn(3, 32, 32), (8, 8), DEFAULT)
-    assert embed._cached.cache_info().misses == 1
+    assert matrices._cached.cache_info().misses == 1
     assert pi_matrix(32, 8, "bilinear", True) is pi_matrix(32, 8, "bilinear", True)
 
 

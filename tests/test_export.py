@@ -18,6 +18,12 @@ from test_contract import settings_of
 
 ONE_EACH = [("vit", settings_of(name)[2]) for name in registry()]
 TOGETHER = ("vit", "grid(24) | imagepiece(p=0.6, merge=0.2) | evit(0.7, fuse=True, at=2) | tome(r=1)")
+MERGING = (
+    "vit",
+    "algm(0.5, 0) | pitome(0.95) | tofu(r=[1, 1]) | mctf(r=2, at=1) | token_pooling(0.9, at=1)"
+    " | dpc_knn(0.9, at=2) | kth(2, at=1, merge=True) | tokenlearner(3, at=2) | patchmerger(2, at=2)",
+)
+ALONE = [case for case in ONE_EACH if case[1].split("(")[0] not in TOGETHER[1] + MERGING[1]]  # that are in no company
 POOLED = ("siglip-average", "imagepiece(p=0.6, merge=0.2, keep=0.8, score='received')")
 FAMILIES = [
     ("vit", "tome(r=3)"),
@@ -60,7 +66,9 @@ def test_check_19_compiled_in_one_graph(family, setting, backend):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("family", "setting"), [("vit", ""), *ONE_EACH, TOGETHER, POOLED, *slow(FAMILIES)])
+@pytest.mark.parametrize(
+    ("family", "setting"), [("vit", ""), *ALONE, TOGETHER, MERGING, POOLED, *slow([*FAMILIES, *ONE_EACH])]
+)
 def test_check_19_exported_for_any_batch(family, setting):
     module = Logits(family, setting)
     example = make_images(module.model.vit, 2)

@@ -356,7 +356,7 @@ def test_weights_from_a_file(vit, images, tmp_path):
     assert relative(whole.fc(found(x).mean((2, 3))), whole(x)) <= 1e-5
     scores_of(vit, f"feature(weights='{tmp_path}/net.safetensors')", images)
     save_file({"fc.bias": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"lack \d+ of its tensors|size mismatch"):
+    with pytest.raises(UserError, match=r"no weights of the scorer network .*: conv1.0.weight and \d+ more"):
         networks.open_network("shufflenet_v2_x0_5", 32, str(tmp_path / "other.safetensors"))
 
 
@@ -391,7 +391,7 @@ def test_c6_class_activation_maps(images, name, labelled):
         assert torch.equal(gradcam.class_maps(net, pixels, labels, layer), found)
     for b in range(3):
         expected = cam_by_hand(*parts, net.normalised(pixels)[b], None if labels is None else int(labels[b]))
-        assert relative(found[b], expected) <= 1e-4
+        assert float((found[b] - expected).abs().max()) <= 1e-4
     assert float(found.min()) >= 0 and float(found.max()) <= 1
 
 
@@ -660,7 +660,8 @@ def test_c2_c3_photos_rebuilt_from_their_mosaics(fifty, tokens, edge, mean, rand
     ours = rebuilt(fifty, mosaic_of(vit, f"quadtree({tokens})", fifty))
     assert float(ours.mean()) >= edge - 0.1, "the default scorer is as good"
     blind = rebuilt(fifty, mosaic_of(vit, f"quadtree({tokens}, scorer='random', resample='bilinear')", fifty))
-    small = F.interpolate(F.interpolate(fifty, size=(side, side), mode="bilinear"), size=(256, 256), mode="bilinear")
+    small = F.interpolate(fifty, size=(side, side), mode="bilinear", antialias=True)
+    small = F.interpolate(small, size=(256, 256), mode="bilinear")
     grid = -10 * (small - fifty).square().mean((1, 2, 3)).log10()
     assert float(grid.mean()) == pytest.approx(uniform, abs=0.05)
     assert float(blind.mean()) == pytest.approx(random, abs=0.7), "other seeds, other places"
@@ -690,18 +691,15 @@ def test_c5_tokens_at_apts_thresholds(data_dir, size, sizes, threshold, mean, le
 
 def test_f2_busy_photos_get_more_of_the_batchs_tokens(fifty):
     vit = make(256, depth=1)
-    _, fine = scores_of(vit, "entropy", normalised(fifty))
-    busy = fine.mean((1, 2))
 
     def ranks(x: Tensor) -> Tensor:
         return x.argsort().argsort().double()
 
-    for setting in ("quadtree(per_batch=100)", "quadtree(per_batch=100, scorer='entropy')"):
-        mosaic = mosaic_of(vit, setting, fifty)
-        tokens = mosaic.valid.sum(1)
+    for scorer in ("entropy", "pixel"):
+        _, fine = scores_of(vit, scorer, normalised(fifty))
+        tokens = mosaic_of(vit, f"quadtree(per_batch=100, scorer='{scorer}')", fifty).valid.sum(1)
         assert int(tokens.sum()) == 100 * 50
-        spearman = torch.corrcoef(torch.stack([ranks(busy), ranks(tokens.double() + 1e-6 * torch.arange(50))]))[0, 1]
-        assert float(spearman) > 0.7, setting
+        assert float(torch.corrcoef(torch.stack([ranks(fine.mean((1, 2))), ranks(tokens)]))[0, 1]) > 0.85
 
 
 @pytest.mark.slow

@@ -193,16 +193,18 @@ def test_a6_a_head_that_is_partly_off_passes_its_own_values(way, monkeypatch):
     assert relative(found, attn.proj(mixed)) <= 1e-5
 
 
-def test_gates_read_the_class_token_and_each_patch():
+@pytest.mark.parametrize("form", ["released", "paper"])
+def test_gates_read_the_class_token_and_each_patch(form):
     vit = make_vit("vit")
-    model = AdaptiveViT(vit, "adavit(threshold=0.98)")
+    model = AdaptiveViT(vit, f"adavit(threshold=0.98, form={form!r})")
     tokens = make_tokens(3, 16, width=96)
     (gater,) = model.plan.methods[0].steps  # the first block has none, the last of three computes the class token alone
     with torch.no_grad():
         gates = gater(tokens)
         for b in range(3):
             rows = [(row - row.mean()) / (row.var(unbiased=False) + 1e-6).sqrt() for row in tokens.x[b]]
-            patch = [float(gater.layers["patch"](row).sigmoid() > 0.98) for row in rows[1:]]
+            places = gater.layers["patch"](rows[0]) if form == "paper" else map(gater.layers["patch"], rows[1:])
+            patch = [float(logit.sigmoid() > 0.98) for logit in places]
             head = (gater.layers["head"](rows[0]).sigmoid() > 0.98).float()
             attn, mlp = (gater.layers["block"](rows[0]).sigmoid() > 0.98).float().tolist()
             assert gates.patch[b].tolist() == patch and torch.equal(gates.head[b], head)
@@ -373,6 +375,23 @@ def test_diffrate_by_hand(metric):
             mean = sum(size[b, i] * tokens.patches[b, i] for i in members) / total
             assert relative(found.patches[b, slot], mean) <= 1e-5 and float(found.size[b, slot]) == total
     assert found.num_patches == reducer.count(16) == 9 and int((found.owner < 0).sum()) == 9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("norm", "rows"),
+    [
+        ("l1", ["....", ".##.", ".##.", "...."]),
+        ("linf", ["....", ".##.", ".##.", "...."]),
+        ("l2", [".##.", "####", "####", ".##."]),
+    ],
+)
+def test_radial_keeps_the_middle(norm, rows):
+    text = "".join(rows)
+    vit = make_vit("vit")
+    setting = f"radial({text.count('#') / 16}, at=1, norm={norm!r})"
+    owner = AdaptiveViT(vit, setting).encode(make_images(vit, 2))[1].blocks[1].owner
+    assert ["".join("#" if o >= 0 else "." for o in image) for image in owner.tolist()] == [text, text]
 
 
 # --- calibrate ------------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ _HOME = {
     "list": "plan:list_methods",  # the verbs of the command, by the same names
     "eval": "measure.sweep:evaluate",
     "bench": "measure.speed",
+    "calibrate": "measure.calibrate",
     "tune": "measure.publish",
     "analyze": "analysis",
     "train": "training.train",

@@ -52,8 +52,8 @@ def flexify(
     the forward pass, differentiably. Under the empty setting it is the plain ViT of the underlying patch size. With the
     source's own sizes nothing is resized. A source is never changed.
 
-    Resizing twice is not resizing once: at its own patch size the flexible model is near its source, not equal to it,
-    until it is trained.
+    Resizing twice is not resizing once: at its own patch size an untrained flexible model is near its source, not equal
+    to it. The nearer, the more of its positions it keeps: ``grid=None`` for all, where training will be short.
 
     Args:
         source: a timm name, a folder saved by Saccade, or a timm ViT.

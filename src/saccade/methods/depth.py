@@ -41,8 +41,8 @@ def depth(backbone: Backbone, blocks: int | None = None, head: str = "shared") -
 
     Args:
         blocks: how many; None: all of them.
-        head: 'shared', the ViT's own norm and classifier; 'own', one of each for this depth, which reads the class token
-            and has to be learned.
+        head: 'shared', the ViT's own norm and classifier; 'own', one of each for this depth, which has to be learned
+            (it reads the class token).
     """
     blocks = backbone.depth if blocks is None else blocks
     if type(blocks) is not int or not 1 <= blocks <= backbone.depth:

@@ -14,30 +14,20 @@ pseudo-inverse of its transpose, ``P = (Bᵀ)⁺`` ("PI-resize", FlexiViT, arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from operator import index
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.errors import UserError, nearest
+from saccade.errors import UserError
+from saccade.tokenizers.matrices import MODES, axis_matrix, one_of
 
-MODES = ("bilinear", "bicubic")
 RHO = 0.9  # correlation of neighbouring pixels where a method needs one: about that of photos
-
-
-def _one_of(what: str, name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    if name not in known:
-        raise UserError(f"unknown {what} {name!r}{nearest(str(name), known)}")
-    return name
 
 
 @dataclass(frozen=True)
@@ -53,8 +43,8 @@ class ResizeSpec:
     pos_antialias: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("resize mode", self.kernel_mode, MODES)
-        _one_of("resize mode", self.pos_mode, MODES)
+        one_of("resize mode", self.kernel_mode, MODES)
+        one_of("resize mode", self.pos_mode, MODES)
         for name in ("kernel_antialias", "pos_antialias"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}={getattr(self, name)!r} of a resize spec is neither True nor False")
@@ -69,7 +59,7 @@ class ResizeSpec:
     @classmethod
     def preset(cls, name: str) -> ResizeSpec:
         """One of `PRESETS` by its name; `UserError` if there is none."""
-        return PRESETS[_one_of("resize preset", name, PRESETS)]
+        return PRESETS[one_of("resize preset", name, PRESETS)]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ResizeSpec:
@@ -78,7 +68,7 @@ class ResizeSpec:
         if not isinstance(values, Mapping):
             raise UserError(f"a resize spec has the fields {', '.join(known)}; it is not {str(values)[:50]!r}")
         for name in values:
-            _one_of("resize field", name, known)
+            one_of("resize field", name, known)
         if missing := [name for name in known if name not in values]:
             raise UserError(f"the resize spec lacks {', '.join(missing)}: give every field, or use a preset")
         return cls(**values)
@@ -109,72 +99,6 @@ def choose(method: str, asked: str | None, trained: ResizeSpec | None) -> Resize
     return trained or spec or PRESETS["default"]
 
 
-def resize_matrix(old: int, new: int, mode: str, antialias: bool) -> Tensor:
-    """``B`` [new, old], float64 on the CPU: resizes one axis from `old` to `new` pixels, with half-pixel centres.
-
-    Built once and shared: do not write to it.  `UserError` for an unknown mode and a size below 1.
-    """
-    return _matrix("image", 0.0, index(old), index(new), mode, antialias, torch.device("cpu"), torch.float64)
-
-
-def pi_matrix(old: int, new: int, mode: str, antialias: bool) -> Tensor:
-    """``P = (Bᵀ)⁺`` [new, old], float64 on the CPU: resizes one axis of a kernel (arXiv 2212.08013, §3.4).
-
-    Built once and shared: do not write to it.  Raises as `resize_matrix`.
-    """
-    return _matrix("pi", 0.0, index(old), index(new), mode, antialias, torch.device("cpu"), torch.float64)
-
-
-@torch.compiler.assume_constant_result  # takes a plain function: torch.compile would trace through the cache
-def _matrix(*key: Any) -> Tensor:
-    return _cached(*key)
-
-
-@lru_cache(maxsize=1024)
-def _cached(*key: Any) -> Tensor:
-    # Autocast, inference mode, a default device, torch.func's levels and a tracer's fake tensors all belong to the
-    # thread that set them.  What is kept outlives them, so it must carry none of them: a new thread has none.
-    with ThreadPoolExecutor(1) as clean:
-        return clean.submit(_build, *key).result()
-
-
-def _build(
-    axis: str, rho: float, old: int, new: int, mode: str, antialias: bool, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """The matrix [new, old] of one axis ([old, new] for 'root'), one of `AXES`."""
-    _one_of("resize mode", mode, MODES)
-    if min(old, new) < 1:
-        raise UserError(f"cannot resize {old} to {new} pixels: both must be at least 1")
-    # One image whose columns are the basis, not a batch of columns: antialiased resizing of (N > 1, 1, old, 1) gives
-    # wrong rows on the CPU (torch 2.15).
-    basis = torch.eye(old, dtype=torch.float64)[None, None]
-    image = F.interpolate(basis, size=(new, old), mode=mode, align_corners=False, antialias=antialias)[0, 0]
-    # NumPy, because torch would first start an OpenMP team for the new thread, which takes milliseconds.
-    return torch.from_numpy(AXES[axis](image.numpy(), rho)).to(dtype).to(device)
-
-
-def _pinv(matrix: np.ndarray) -> np.ndarray:
-    # B has full rank and is well conditioned (at worst 6 up to 64 pixels, 22 at 1000): rcond is to drop nothing.
-    return np.linalg.pinv(matrix, rcond=1e-10)
-
-
-def _root(size: int, rho: float) -> np.ndarray:
-    """``L`` with ``L Lᵀ = Σ``, the covariance ``ρ^|i - j|`` of `size` pixels in a row."""
-    away = np.subtract.outer(np.arange(size), np.arange(size))
-    return np.linalg.cholesky(rho ** np.abs(away).astype(float))
-
-
-# What becomes of B [new, old] on one axis.
-AXES: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
-    "image": lambda b, rho: b,
-    "area": lambda b, rho: b * (b.shape[1] / b.shape[0]),
-    "pi": lambda b, rho: _pinv(b.T),
-    # argmin ‖w - Bᵀŵ‖_Σ = (LᵀBᵀ)⁺ Lᵀ w, which is also (BΣBᵀ)⁻¹ BΣ w, the best linear guess of <x, w> from B x.
-    "sigma": lambda b, rho: _pinv(_root(b.shape[1], rho).T @ b.T) @ _root(b.shape[1], rho).T,
-    "root": lambda b, rho: (b @ _root(b.shape[1], rho)).T.copy(),  # its product with B x has the covariance of B x
-}
-
-
 def _product(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """Multiply the trailing ``len(matrices)`` axes, one after the other; None leaves an axis as it is."""
     kind = x.device.type
@@ -192,7 +116,7 @@ def _apply(x: Tensor, new: Sequence[int], axis: str, rho: float, mode: str, anti
     # No symbols: torch.compile makes a program per size.
     sizes = [(index(old), index(size)) for old, size in zip(x.shape[-len(new) :], new, strict=True)]
     key = mode, antialias, x.device, x.dtype
-    return _product(x, [None if old == size else _matrix(axis, rho, old, size, *key) for old, size in sizes])
+    return _product(x, [None if old == size else axis_matrix(axis, rho, old, size, *key) for old, size in sizes])
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -210,8 +134,8 @@ def _token_norm(kernel: Tensor, resized: Tensor, new: Sequence[int], spec: Resiz
     """Root mean square of the tokens over patches of covariance Σ, old over new: a single number."""
     key = spec.kernel_mode, spec.kernel_antialias, kernel.device, kernel.dtype
     sizes = [(index(old), index(size)) for old, size in zip(kernel.shape[-len(new) :], new, strict=True)]
-    before = _product(kernel, [_matrix("root", rho, old, old, *key) for old, _ in sizes])
-    after = _product(resized, [_matrix("root", rho, old, size, *key) for old, size in sizes])
+    before = _product(kernel, [axis_matrix("root", rho, old, old, *key) for old, _ in sizes])
+    after = _product(resized, [axis_matrix("root", rho, old, size, *key) for old, size in sizes])
     tiny = torch.finfo(kernel.dtype).tiny
     return torch.linalg.vector_norm(before) / torch.linalg.vector_norm(after).clamp(min=tiny)
 
@@ -220,7 +144,7 @@ def _token_norm(kernel: Tensor, resized: Tensor, new: Sequence[int], spec: Resiz
 class How:
     """A way to resize a kernel: what each axis is multiplied by, and then the whole."""
 
-    axis: str  # one of AXES
+    axis: str  # one of `matrices.AXES`
     scale: Callable[[Tensor, Tensor, Sequence[int], ResizeSpec, float], Tensor] | None = None
 
 
@@ -254,7 +178,7 @@ def resize_kernel(kernel: Tensor, new: Sequence[int], spec: ResizeSpec, how: str
     Raises:
         UserError: unknown `how`, rho outside [0, 0.999], a size below 1, more sizes than axes.
     """
-    method = METHODS[_one_of("kernel resize", how, METHODS)]
+    method = METHODS[one_of("kernel resize", how, METHODS)]
     if not 0 <= rho <= 0.999:
         raise UserError(f"rho={rho!r} is not in [0, 0.999]: the correlation of neighbouring pixels")
     if not 0 < len(new) <= kernel.ndim:
@@ -313,7 +237,7 @@ def resize_output(
     Raises:
         UserError: unknown layout, sizes below 1 or not as many new as old, a weight that has not that many pixels.
     """
-    _one_of("layout", layout, LAYOUTS)
+    one_of("layout", layout, LAYOUTS)
     old, new = tuple(old), tuple(new)
     count = math.prod(old)
     if not old or len(old) != len(new) or min(old) < 1:

@@ -19,6 +19,7 @@ from saccade.tokenizers.scorers.base import Scene, Scorer, register_scorer
 from saccade.tokenizers.scorers.pixel import Pixel
 from saccade.tokenizers.selection import over_path
 
+LIMIT = 20.0  # of the factor's logarithm
 SIDE = 4  # a block is looked at as a thumbnail of so many pixels a side
 
 
@@ -52,7 +53,8 @@ class Gate(Scorer):
         weight = self.hidden.weight.dtype
         factor = self.out(F.gelu(self.hidden(torch.cat(seen, dim=1).to(weight)))).squeeze(-1).float()  # [B, S]
         parts = factor.split([g.nodes(level) for level in g.splittable], dim=1)
-        return [score * part.view(score.shape).exp() for score, part in zip(base, parts, strict=True)]
+        soft = [LIMIT * torch.tanh(part / LIMIT) for part in parts]
+        return [score * part.view(score.shape).exp() for score, part in zip(base, soft, strict=True)]
 
 
 def credit(scores: list[Tensor], mosaic: Mosaic) -> Tensor:

@@ -21,8 +21,9 @@ from saccade.tokenizers.mosaic import Geometry
 from saccade.tokenizers.scorers.base import Scene, Scorer, current, pooled, register_scorer
 from saccade.tokenizers.scorers.networks import Network, open_network, skeleton
 
-# Hooks stay where they are, on a network that threads share, and do nothing unless their own thread is listening.
-_LISTENING: ContextVar[list[Tensor] | None] = ContextVar("gradcam", default=None)
+# Hooks stay where they are, on a network that threads share, and do nothing unless their own thread listens to them:
+# the module that is listened to, and what it gave.
+_LISTENING: ContextVar[tuple[nn.Module, list[Tensor]] | None] = ContextVar("gradcam", default=None)
 
 
 class GradCam(Scorer):
@@ -54,7 +55,7 @@ def class_maps(network: Network, pixels: Tensor, labels: Tensor | None, layer: s
     if not any(hook is _listen for hook in target._forward_hooks.values()):
         target.register_forward_hook(_listen)
     heard: list[Tensor] = []
-    token = _LISTENING.set(heard)
+    token = _LISTENING.set((target, heard))
     try:
         with torch.inference_mode(False), torch.enable_grad():
             logits = net(network.normalised(pixels.clone()).float())
@@ -72,12 +73,12 @@ def class_maps(network: Network, pixels: Tensor, labels: Tensor | None, layer: s
 
 def _listen(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     """Cut the graph below the map, so that the gradient need not go further."""
-    heard = _LISTENING.get()
-    if heard is None:
+    listening = _LISTENING.get()
+    if listening is None or listening[0] is not module:
         return None
     leaf = output.detach().requires_grad_()
-    heard.append(leaf.view_as(leaf))  # torch's counter of operators cannot follow a gradient that ends in a leaf
-    return heard[-1]
+    listening[1].append(leaf.view_as(leaf))  # torch's counter of operators cannot follow a gradient that ends in a leaf
+    return listening[1][-1]
 
 
 def _as_map(x: Tensor, net: nn.Module) -> Tensor:

@@ -97,8 +97,12 @@ def open_network(name: str, stride: int | None, weights: str) -> Network:
 
 def skeleton(name: str, stride: int | None) -> nn.Module:
     """The same network without values, for shapes and costs."""
-    with torch.device("meta"):
-        return _create(name, stride, False, None).eval().requires_grad_(False)
+    try:
+        with torch.device("meta"):
+            module = _create(name, stride, False, None)
+    except NotImplementedError:  # its builder computes widths with tensors
+        module = _create(name, stride, False, None).to("meta")
+    return module.eval().requires_grad_(False)
 
 
 def _create(name: str, stride: int | None, pretrained: bool, state: dict[str, Tensor] | None) -> nn.Module:
@@ -151,9 +155,13 @@ class _OneMap(nn.Module):
 def _filled(module: nn.Module, name: str, state: dict[str, Tensor] | None) -> nn.Module:
     """Load weights; what a cut network has no use for may be there too."""
     if state is not None:
-        found = module.load_state_dict(state, strict=False)
-        if found.missing_keys:
-            raise UserError(f"the weights of the scorer network {name!r} lack {len(found.missing_keys)} of its tensors")
+        wrong = [k for k, v in module.state_dict().items() if k not in state or state[k].shape != v.shape]
+        if wrong:
+            raise UserError(
+                f"these are no weights of the scorer network {name!r}: {wrong[0]} and {len(wrong) - 1} more are missing "
+                "or of another shape"
+            )
+        module.load_state_dict(state, strict=False)
     return module
 
 

@@ -14,6 +14,7 @@ from saccade.tokenizers.scorers.base import Scene, Scorer, block_mean, register_
 # Powers of the block's edge that its mean squared error is multiplied by: the paper's text, its code, the whole error.
 WEIGHTS = {"mean": 0, "edge": 1, "area": 2}
 BLURS = ("box", "bilinear")
+NOISE = 1e-5  # of rounding, far below an 8-bit step: what is flat must score 0 on every device, or ties are no ties
 
 
 class Pixel(Scorer):
@@ -67,7 +68,8 @@ def _from_bilinear(images: Tensor, g: Geometry) -> list[Tensor]:
         h, w = (side * g.patch << level for side in g.grid(level))
         x = images[..., :h, :w]
         again = F.interpolate(bilinear(x, 1 << level), size=(h, w), mode="bilinear")
-        found.append(block_mean(again.sub_(x).square_(), g, level, g.patch).mean(1))
+        lost = F.hardshrink(again.sub_(x), NOISE).square_()
+        found.append(block_mean(lost, g, level, g.patch).mean(1))
     return found
 
 
