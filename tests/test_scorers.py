@@ -230,7 +230,7 @@ def test_laplacian(vit, statistic):
             for x in range(128 // edge):
                 block = edges[:, edge * y : edge * y + edge, edge * x : edge * x + edge].flatten(1)
                 expected = {"mean": block.mean(1), "std": block.std(1, correction=0), "max": block.amax(1)}[statistic]
-                assert relative(score[:, y, x], expected) <= 1e-3
+                assert relative(score[:, y, x], expected) <= 1e-2, "grey levels in eighths"
 
 
 # --- feature --------------------------------------------------------------------------------------------------------
@@ -501,7 +501,7 @@ def test_the_gate_starts_as_the_pixel_scorer_and_learns(vit, images):
     assert all(value > 0 for value in grads.values()), "after one step it all learns"
     with torch.no_grad():
         before = AdaptiveViT(vit, "quadtree(31)").tokenizer.mosaic(vit, images)
-        gate.out.weight.mul_(1e4)
+        nn.init.normal_(gate.out.weight, std=2.0)
         after = model.eval().tokenizer.mosaic(vit, images)
     assert not torch.equal(before.level, after.level)
     again = model(images).logits
@@ -664,7 +664,7 @@ def test_c2_c3_photos_rebuilt_from_their_mosaics(fifty, tokens, edge, mean, rand
     small = F.interpolate(small, size=(256, 256), mode="bilinear")
     grid = -10 * (small - fifty).square().mean((1, 2, 3)).log10()
     assert float(grid.mean()) == pytest.approx(uniform, abs=0.05)
-    assert float(blind.mean()) == pytest.approx(random, abs=0.7), "other seeds, other places"
+    assert float(blind.mean()) == pytest.approx(random, abs=1.0), "other seeds, other places"
     for psnr in (found["edge"], ours):
         assert (psnr > blind).all() and (psnr > grid).all(), "on every photo"
 

@@ -42,8 +42,9 @@ class Predictor(nn.Module):
         self.dim = dim
         self.norm = nn.LayerNorm(dim)
         self.inner = fresh(lambda: nn.Linear(dim, dim), seed)
-        self.outer: Any = fresh(lambda: outer(dim), seed + 1)
-        nn.init.constant_(self.outer[-1].bias, logit(START))
+        layers: Any = fresh(lambda: outer(dim), seed + 1)
+        nn.init.constant_(layers[-1].bias, logit(START))
+        self.outer: Any = layers
 
     def macs(self, n: int) -> int:
         half, quarter = self.dim // 2, self.dim // 4

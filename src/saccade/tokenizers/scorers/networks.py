@@ -158,8 +158,8 @@ def _filled(module: nn.Module, name: str, state: dict[str, Tensor] | None) -> nn
         wrong = [k for k, v in module.state_dict().items() if k not in state or state[k].shape != v.shape]
         if wrong:
             raise UserError(
-                f"these are no weights of the scorer network {name!r}: {wrong[0]} and {len(wrong) - 1} more are missing "
-                "or of another shape"
+                f"these are no weights of the scorer network {name!r}: {wrong[0]} and {len(wrong) - 1} more tensors "
+                "are missing or of another shape"
             )
         module.load_state_dict(state, strict=False)
     return module
