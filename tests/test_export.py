@@ -23,7 +23,9 @@ MERGING = (
     "algm(0.5, 0) | pitome(0.95) | tofu(r=[1, 1]) | mctf(r=2, at=1) | token_pooling(0.9, at=1)"
     " | dpc_knn(0.9, at=2) | kth(2, at=1, merge=True) | tokenlearner(3, at=2) | patchmerger(2, at=2)",
 )
-ALONE = [case for case in ONE_EACH if case[1].split("(")[0] not in TOGETHER[1] + MERGING[1]]  # that are in no company
+COMPANY = TOGETHER[1] + MERGING[1]
+ALONE = [case for case in ONE_EACH if case[1].split("(")[0] not in COMPANY]
+AMONG = [case for case in ONE_EACH if case not in ALONE]
 POOLED = ("siglip-average", "imagepiece(p=0.6, merge=0.2, keep=0.8, score='received')")
 FAMILIES = [
     ("vit", "tome(r=3)"),
@@ -67,7 +69,8 @@ def test_check_19_compiled_in_one_graph(family, setting, backend):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("family", "setting"), [("vit", ""), *ALONE, TOGETHER, MERGING, POOLED, *slow([*FAMILIES, *ONE_EACH])]
+    ("family", "setting"),
+    [("vit", ""), *ALONE, TOGETHER, pytest.param(*MERGING, id="merging"), POOLED, *slow([*FAMILIES, *AMONG])],
 )
 def test_check_19_exported_for_any_batch(family, setting):
     module = Logits(family, setting)

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from oracles import logits_by_hand, make_images, make_tokens, make_vit, merge_by_hand, relative
 from saccade.backbone import backbone_of
-from saccade.budget import fit, macs
+from saccade.budget import fit, macs, static
 from saccade.cluster import cheapest, gathered, highest, nearest, squared_distances, squared_distances_to
 from saccade.errors import UserError
 from saccade.knobs import exact_schedule, schedule
+from saccade.measure.candidates import price
 from saccade.methods.algm import MergeAnywhere, MergeWindows
 from saccade.methods.dpc_knn import DensityPeaks
 from saccade.methods.imagepiece import Reading, Retokenize
@@ -806,6 +807,18 @@ def test_arithmetic_gives_what_a_trace_gives(family):
     for text in settings:
         model = AdaptiveViT(vit, text)
         assert macs(backbone, *model.plan.methods) == int(model(images).trace.macs()), text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name, entry in registry().items() if entry.kind == "method"])
+def test_a_price_by_arithmetic_is_that_of_a_run(name):
+    """For every method that is registered; those that do not know their cost beforehand are run."""
+    model = AdaptiveViT(make_vit("deit", depth=4, img_size=128))
+    images = make_images(model.vit, 1)
+    for text in registry()[name].menu(model.backbone):
+        view = model.at(text)
+        if static(model.backbone, *view.plan.methods):
+            assert price(model, text) == float(view(images).trace.macs()), text
 
 
 @pytest.mark.parametrize(

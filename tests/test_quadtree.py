@@ -289,7 +289,6 @@ def test_a2_both_ends_are_uniform_grids():
         ("quadtree(1000, size=256)", r"tokens=1000 .* nearest is 256$"),
         ("quadtree(81, size=256)", r"tokens=81 .* nearest is 82$"),
         ("quadtree(per_batch=3200, size=256)", r"per_batch=3200 .* nearest is 256 \(the mean of the batch's images\)"),
-        ("quadtree()", r"one of tokens, per_batch and threshold, not none"),
         ("quadtree(64, threshold=5.5)", r"not tokens and threshold"),
         ("quadtree(0)", r"tokens=0 is not a whole number"),
         ("quadtree(True)", r"tokens=True"),

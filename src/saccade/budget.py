@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from saccade.errors import UserError
-from saccade.plan import Backbone, Method, Plan
+from saccade.plan import Backbone, Method, Plan, Reducer
 
 
 def macs(backbone: Backbone, *methods: Method) -> int:
@@ -20,7 +20,7 @@ def macs(backbone: Backbone, *methods: Method) -> int:
     attention is fused (as it is in fp32).
     """
     plan, cost, prefix = Plan(methods), backbone.cost, backbone.num_prefix
-    n, total = backbone.num_patches, 0
+    n, total, depth = backbone.num_patches, 0, plan.depth(backbone.depth)
 
     def decide(site: str) -> None:
         nonlocal n, total
@@ -28,9 +28,9 @@ def macs(backbone: Backbone, *methods: Method) -> int:
             total += reducer.macs(n)
             n = reducer.count(n) or n
 
-    for block in range(backbone.depth):
+    for block in range(depth):
         decide("block")
-        if backbone.pool == "token" and block == backbone.depth - 1:  # nobody reads what the patches would become
+        if backbone.pool == "token" and block == depth - 1:  # nobody reads what the patches would become
             total += int(cost.attention(prefix, prefix + n)) + prefix * cost.mlp
             n = 0
             break
@@ -43,6 +43,13 @@ def macs(backbone: Backbone, *methods: Method) -> int:
     patch = backbone.channels * backbone.patch_size[0] * backbone.patch_size[1]
     fixed, each = backbone.head
     return total + backbone.num_patches * patch * backbone.dim + fixed + each * (prefix + n)
+
+
+def static(backbone: Backbone, *methods: Method) -> bool:
+    """Whether ``macs`` knows all there is to know: no gates, no counts that depend on the image, no other head."""
+    steps = [step for method in methods for step in method.steps]
+    counted = all(isinstance(s, Reducer) and s.count(backbone.num_patches) is not None for s in steps)
+    return counted and all(type(method).head is Method.head for method in methods)
 
 
 def fit(

@@ -11,7 +11,7 @@ import torch
 from saccade import budget
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
-from saccade.plan import Reducer, registry
+from saccade.plan import registry
 from saccade.progress import Progress
 from saccade.setting import Setting
 
@@ -89,8 +89,8 @@ def price(model: AdaptiveViT, setting: str) -> float:
     """Executed MACs of one image (of noise, where the count depends on the image); by arithmetic where that will do."""
     view, known = model.at(setting), registry()
     methods = view.plan.methods
-    static = all(isinstance(s, Reducer) and s.count(model.backbone.num_patches) for m in methods for s in m.steps)
-    if static and all(call.name in known and known[call.name].kind == "method" for call in view.setting.calls):
+    plain = all(call.name in known and known[call.name].kind == "method" for call in view.setting.calls)
+    if plain and budget.static(model.backbone, *methods):
         return float(budget.macs(model.backbone, *methods))
     weight = next(model.parameters())
     noise = torch.randn(1, model.backbone.channels, *view.input_size(), generator=torch.Generator().manual_seed(0))

@@ -144,6 +144,12 @@ def _menu(backbone: Backbone) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _half(backbone: Backbone, edges: tuple[int, ...], size: Size | None) -> int:
+    """The number nearest to half of the finest patches of the model's own input, or of ``size``."""
+    h, w = backbone.input_size if size is None else _pair(size)
+    return Geometry.of_pixels((h, w), edges).nearest(0.5 * (h // edges[0]) * (w // edges[0]))
+
+
 def _steps(
     backbone: Backbone, tokens: int | None, sizes: tuple[int, ...] | None, size: Size | None, **_: object
 ) -> bool:
@@ -170,7 +176,8 @@ def quadtree(
 ) -> Quadtree:
     """Patches of several sizes, small where there is much to see (Quadformer, arXiv 2304.00287; APT, 2510.18091).
 
-    One budget is needed, and each split adds three tokens, so a number of tokens must be one that can be had.
+    Each split adds three tokens, so a number of tokens must be one that can be had. Of the first three knobs one is
+    given; with none, half of the tokens that the finest patches would be.
 
     Args:
         tokens: patch tokens of every image, exactly.
@@ -188,6 +195,8 @@ def quadtree(
         detail: learn what a large patch hides (APT's zero-initialised branch).
     """
     edges = _default_sizes(backbone) if sizes is None else _check_sizes(sizes)
+    if tokens is None and per_batch is None and threshold is None:
+        tokens = _half(backbone, edges, size)
     budget = Budget.of(tokens, per_batch, threshold, len(edges) - 1)
     chosen = build_scorer(scorer or ("pixel" if threshold is None else "entropy"), backbone)
     chosen.check(edges[0])

@@ -61,7 +61,7 @@ class Budget:
             raise UserError(
                 f"quadtree: threshold={threshold!r} is not one number, or {levels}, one a size but the finest"
             )
-        return cls(None, None, floors)
+        return cls(None, None, tuple(map(float, floors)))
 
     def splits(self, g: Geometry) -> int | None:
         """Splits of every image, where that is known before looking. UserError for a number that cannot be had."""
