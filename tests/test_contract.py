@@ -38,7 +38,13 @@ HARD = {
         "evit(0.3, fuse=True, at=[0, 1])",
         "evit(0.6, fuse=True, score='received')",
     ],
-    "tome": ["tome(r=1)", "tome(r=[0, 20, 0, 4])", "tome(r=1000)", "tome(r=6, inflection=-1)", "tome(gmacs=0.1)"],
+    "tome": [
+        "tome(r=1)",
+        "tome(r=[0, 20, 0, 4])",
+        "tome(r=1000)",
+        "tome(r=6, inflection=-1)",
+        "tome(speed=1.3, metric='x', proportional=False)",
+    ],
     "imagepiece": [
         "imagepiece(p=1, merge=0.5, merge_at=[0, 1, 2, 3])",
         "imagepiece(p=1, merge=0.1, of='first', split='halves', per='patch', merge_at=[0, 1, 2, 3])",

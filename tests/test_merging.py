@@ -623,10 +623,7 @@ def test_without_proportional_attention_sizes_still_weigh_means():
         return x, [1.0] * len(x)  # what attention is told
 
     expected = logits_by_hand(vit, images[:1], step)
-    model = AdaptiveViT(vit, "tome(r=[4, 4])")
-    for reducer in model.plan.methods[0].steps:
-        reducer.proportional = False
-    found = model(images[:1])
+    found = AdaptiveViT(vit, "tome(r=[4, 4], proportional=False)")(images[:1])
     assert relative(found.logits, expected) <= 1e-5
     assert set(found.trace.kernels) == {"fused"}, "no bias, so the fastest kernel stays"
     assert not found.tokens.proportional and float(found.tokens.size.max()) > 1
@@ -770,6 +767,8 @@ def test_imagepiece_judges_a_token_or_the_patches_in_it():
         ("imagepiece(speed=99)", "out of reach, the most is"),
         ("tome(gmacs=0.0001)", "out of reach, the least is"),
         ("tome(total=-1)", "total=-1"),
+        ("tome(metric='q')", "metric='q' is not one of key, x"),
+        ("tome(proportional=0)", "proportional=0"),
         ("tofu(merge_from=4)", r"merge_from=4 is not a whole number in \[0, 3\]"),
         ("token_pooling(centre='mode')", "centre='mode'"),
         ("token_pooling(iterations=99)", r"iterations=99 .*\[0, 20\]"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -73,11 +72,9 @@ class BipartiteMerge(Reducer):
     ToMe's bipartite soft matching (arXiv 2210.09461, §3.1), which several methods build on.
     """
 
-    proportional: ClassVar[bool] = True
-
-    def __init__(self, r: int, width: int, metric: str = "key") -> None:
+    def __init__(self, r: int, width: int, metric: str = "key", proportional: bool = True) -> None:
         super().__init__()
-        self.r, self.width, self.metric = r, width, metric
+        self.r, self.width, self.metric, self.proportional = r, width, metric, proportional
         self.read = frozenset({"key"} if metric == "key" else ())
 
     def count(self, n: int) -> int:

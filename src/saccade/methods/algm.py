@@ -58,8 +58,8 @@ class MergeAnywhere(BipartiteMerge):
     """Merge the ⌊share · n⌋ most similar pairs of tokens."""
 
     def __init__(self, share: float, dim: int, proportional: bool) -> None:
-        super().__init__(0, dim, "x")
-        self.share, self.proportional = share, proportional  # type: ignore[misc]
+        super().__init__(0, dim, "x", proportional)
+        self.share = share
 
     def count(self, n: int) -> int:
         return n - min(part_of(self.share, n), n // 2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from saccade.budget import fit
-from saccade.decide import BipartiteMerge
-from saccade.knobs import exact_schedule, schedule
+from saccade.decide import METRICS, BipartiteMerge
+from saccade.knobs import exact_schedule, one_of, schedule, switch
 from saccade.plan import Backbone, Method, register
 
 resolve = partial(schedule, "tome")
@@ -24,6 +24,8 @@ def tome(
     r: int | tuple = 13,
     inflection: float = 0.0,
     total: int | None = None,
+    metric: str = "key",
+    proportional: bool = True,
     gmacs: float | None = None,
     speed: float | None = None,
 ) -> Method:
@@ -33,14 +35,22 @@ def tome(
         r: patch tokens merged away in each block, or a list with one number per block.
         inflection: -1 merges 2r in the first block falling to 0 in the last, +1 the reverse, 0 the same everywhere.
         total: patch tokens merged away in all blocks together, exactly, instead of r (whose schedules round down).
+        metric: similarity of the mean 'key' over heads, or of the features 'x'.
+        proportional: attention counts a merged token as often as it has patches; False (better without supervision,
+            says the paper): once.
         gmacs: find the total for so many GMACs an image (of the model's own size) instead.
         speed: find the total for so many times fewer MACs instead.
     """
+    width = backbone.head_dim if one_of("tome", "metric", metric, METRICS) == "key" else backbone.dim
+    switch("tome", "proportional", proportional)
+
+    def build(rates: list[int]) -> Method:
+        return Method((i, BipartiteMerge(v, width, metric, proportional)) for i, v in enumerate(rates) if v)
+
+    depth = backbone.depth
     if gmacs is not None or speed is not None:
-        make = partial(tome, backbone, r, inflection)
-        return fit("tome", backbone, make, backbone.depth * backbone.num_patches // 2, gmacs, speed)
-    if total is None:
-        rates = schedule("tome", r, inflection, backbone.depth)
-    else:
-        rates = exact_schedule("tome", total, inflection, backbone.depth)
-    return Method((i, BipartiteMerge(v, backbone.head_dim)) for i, v in enumerate(rates) if v)
+        most = depth * backbone.num_patches // 2
+        return fit("tome", backbone, lambda n: build(exact_schedule("tome", n, inflection, depth)), most, gmacs, speed)
+    if total is not None:
+        return build(exact_schedule("tome", total, inflection, depth))
+    return build(schedule("tome", r, inflection, depth))
