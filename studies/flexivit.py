@@ -183,6 +183,14 @@ def claims_of(tests: Tests, seeds: list[int]) -> list[Claim]:
         for better, worse in pairwise(("pi", "area", "vanilla")):
             text, run = f"a model of patch 16, run at {p}: {better} ≥ {worse}", f"fixed-16-{first}"
             claim(text, run, resized(p, better), run, resized(p, worse))
+            if p > 16:  # as in the paper: as many tokens as at 16, from an image that is as much larger as the patch
+                size = 160 * p // 16
+                text = f"the same at {p} with the image enlarged to {size}: {better} ≥ {worse}"
+                claim(text, run, resized(p, better, size), run, resized(p, worse, size))
+    for p in BEYOND:  # seen by no run
+        near = f"grid({SIZES[-1]})"
+        claim(f"at {p}: flexible > fixed-16", "flexible-<seed>", f"grid({p})", "fixed-16-<seed>", f"grid({p})")
+        claim(f"flexible: {p} < {SIZES[-1]}", "flexible-<seed>", near, "flexible-<seed>", f"grid({p})")
     for better, worse in pairwise(BEGINNINGS):
         for p in (16, 32):
             claim(f"at {p}: {better} > {worse}", better, f"grid({p})", worse, f"grid({p})")
@@ -212,9 +220,10 @@ def ensembles(tests: Tests, run: str) -> list[Claim]:
     return found
 
 
-def resized(patch: int, how: str) -> str:
-    """The setting of a patch size reached by one of the paper's ways to resize a kernel."""
-    return f"grid({patch})" if how == "pi" else f"grid({patch}, how={how!r})"
+def resized(patch: int, how: str, size: int | None = None) -> str:
+    """The setting of a patch size reached by one of the paper's ways to resize a kernel, on images of a size in px."""
+    more = (f", how={how!r}" if how != "pi" else "") + (f", size={size}" if size else "")
+    return f"grid({patch}{more})"
 
 
 def accuracies(tests: Tests, seeds: list[int]) -> list[list[str]]:

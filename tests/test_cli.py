@@ -90,17 +90,10 @@ def outside(*arguments: str, **options) -> subprocess.CompletedProcess:
 # Starting
 
 
-def test_help_is_quick_and_loads_nothing_heavy():
-    walls = []
-    for _ in range(3):
-        start = time.perf_counter()
-        found = outside("-m", "saccade", "--help")
-        walls.append(time.perf_counter() - start)
-        assert found.returncode == 0
-        assert all(verb in found.stdout for verb in ("eval", "bench", "tune", "view", "list", "demo"))
-        if walls[-1] < 2:
-            break
-    assert min(walls) < 2
+def test_help_loads_nothing_heavy():
+    found = outside("-m", "saccade", "--help")
+    assert found.returncode == 0
+    assert all(verb in found.stdout for verb in ("eval", "bench", "tune", "view", "list", "demo"))
     for arguments in (["--help"], ["tune", "-h"], []):
         code = f"import sys, saccade.cli\ntry: saccade.cli.main({arguments})\nfinally: print('|', *sys.modules)"
         found = outside("-c", code)
@@ -199,6 +192,8 @@ def test_bench(run):
         ("dense", 1), ("evit(0.5)", 1), ("dense", 2), ("evit(0.5)", 2),
     ]  # fmt: skip
     assert found["threads"] == torch.get_num_threads()
+    code, out, _ = run("bench", "model", "-s", "evit(0.4..0.8..0.2)", "--batch", 1, "--seconds", 0, "--json")
+    assert [r["setting"] for r in json.loads(out)["rows"]] == ["dense", "evit(0.4)", "evit(0.6)", "evit(0.8)"]
     code, out, _ = run("bench", "model", "--batch", 2, "--seconds", 0, "--dtype", "bf16")
     assert code == 0
     assert "dense" in out and "1.00×" in out and "bf16" in out

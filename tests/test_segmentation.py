@@ -20,6 +20,7 @@ from data_helpers import bare_png, encode, write_folder, write_zip
 from oracles import counted_macs, make_images, make_vit, randomise
 from saccade.data import ImageError, Preprocess
 from saccade.errors import UserError
+from saccade.tasks.coco_panoptic import open_panoptic
 from saccade.tasks.heads import HEADS, MaskTransformer, build_head
 from saccade.tasks.miou import Counts, accuracy, count, evaluate_segmentation, interval, iou, mean_iou, paint
 from saccade.tasks.panoptic import PanopticSet, compare, evaluate_panoptic, mean_quality, parts
@@ -561,6 +562,48 @@ def test_panoptic_sets_are_read_and_measured(tmp_path):
     assert all(0 <= r.pq.low <= r.pq.mean <= r.pq.high <= 1 for r in rows) and json.dumps(rows[0].to_dict())
     with pytest.raises(UserError, match="did you mean 'spot'"):
         evaluate_panoptic(small(), str(path), ["spott"])
+
+
+def coco(labels: np.ndarray) -> tuple[np.ndarray, list[dict]]:
+    """Labels -> COCO's colours and segments: the two halves of a class are two segments, the void has none."""
+    half = np.arange(labels.shape[1]) >= labels.shape[1] // 2
+    ids = np.where(labels == 9, 0, 1000 + 70_000 * labels.astype(np.int64) + half)
+    info = [
+        {"id": int(one), "category_id": 10 + (int(one) - 1000) // 70_000, "iscrowd": 0} for one in np.unique(ids) if one
+    ]
+    return ids, info
+
+
+def test_panoptic_sets_of_coco_are_read(tmp_path):
+    given, told = {}, {"annotations": [], "categories": [{"id": 10 + k, "name": n} for k, n in enumerate(NAMES[:-1])]}
+    told["categories"].append({"id": 10 + len(NAMES) - 1, "name": "unicorn"})  # that the model does not know
+    for i in range(2):
+        image, labels = pair(i)
+        ids, info = coco(labels)
+        info[0]["iscrowd"] = int(i == 1)
+        colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+        given[f"images/{i}.png"], given[f"panoptic/{i}.png"] = encode(image), encode(Image.fromarray(colours))
+        told["annotations"].append({"file_name": f"{i}.png", "segments_info": info})
+    del told["annotations"][1]["segments_info"][-1]
+    path = write_folder(tmp_path, {**given, "panoptic.json": json.dumps(told).encode()})
+    pixels = open_panoptic(path, None, NAMES, 9)
+    labels = pair(0)[1]
+    ids = coco(labels)[0]
+    found = pixels.read(0)[1]
+    assert np.array_equal(found[..., 0], np.where((labels == 9) | (labels == len(NAMES) - 1), VOID, labels))
+    for one in np.unique(ids):
+        numbers = found[..., 1][ids == one]
+        assert (numbers == numbers[0]).all() and not (found[..., 1][ids != one] == numbers[0]).any()
+    with pytest.raises(ImageError, match=r"of which panoptic\.json knows nothing"):
+        pixels.read(1)
+    rows, failures = evaluate_panoptic(small(), str(path), [NAMES[0]])
+    assert rows[0].images == 1 and list(failures) == ["panoptic/1.png"]
+    (path / "panoptic.json").write_text('{"annotations": [{}], "categories": []}')
+    with pytest.raises(UserError, match=r"panoptic.json in .* is not in COCO's panoptic format \(KeyError: "):
+        open_panoptic(path, None, NAMES, 9)
+    (path / "panoptic.json").write_text('{"annotations": [], "categories": [{"id": 1, "name": "unicorn"}]}')
+    with pytest.raises(UserError, match="has categories unicorn, the model"):
+        open_panoptic(path, None, NAMES, 9)
 
 
 # Training

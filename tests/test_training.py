@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import saccade
 from data_helpers import encode, picture, write_folder
 from saccade.errors import UserError
+from saccade.tokenizers.embed import PRESETS
 from saccade.training.config import Config, Data, Knot, Optim, Sampling, read_config, shipped
 from saccade.training.loss import from_teacher
 from saccade.training.optim import build_optimizer, rate
@@ -225,6 +226,20 @@ def test_a_resized_start_keeps_the_function_at_the_teachers_size():
     assert saccade.AdaptiveViT(finer.eval())(larger).logits.shape == (2, 10)
     with pytest.raises(UserError, match="another shape"):
         start_from(tiny(embed_dim=64).vit, teacher)
+
+
+def test_weights_trained_at_several_patch_sizes_belong_to_their_resize(tmp_path):
+    plain = Student(tiny(), ["dense", "grid(8)"]).views[0]
+    assert plain.backbone.resize is None
+    Student(tiny(), ["grid(8)", "grid(16, resize='google')"])
+    with pytest.raises(UserError, match="in 2 ways"):
+        Student(tiny(), ["grid(4)", "grid(16, resize='google')"])
+    trained = Student(tiny(), ["grid(8)", "grid(16, resize='google')"]).views[0]
+    saccade.save(trained, tmp_path / "model")
+    loaded = saccade.load(tmp_path / "model")
+    assert loaded.at("grid(16)").tokenizer.spec == PRESETS["google"]
+    with pytest.raises(UserError, match="not how these weights were trained"):
+        loaded.at("grid(16, resize='timm')")
 
 
 def test_another_input_size_resizes_the_positions():

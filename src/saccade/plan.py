@@ -61,6 +61,8 @@ class Backbone:
 class Tokenizer(nn.Module):
     """Makes tokens of images."""
 
+    resize: ResizeSpec | None = None  # how it resizes the weights' kernel or positions; None: it uses them as they are
+
     def input_size(self, native: tuple[int, int]) -> tuple[int, int]:
         """Pixels (h, w) that images should come in, given those of the weights; others are resized on the way."""
         return native

@@ -37,17 +37,21 @@ def command(
 ) -> None:
     """Interleaved timing of settings and the dense model: speed-up, MAC ratio and their quotient, conversion.
 
+    A setting may hold ranges, a..b or a..b..step: one row for each value.
+
     Example: saccade bench deit_small_patch16_224 -s "evit(0.7)" --batch 1 8 32 --dtype bf16
     """
     import torch
 
     from saccade.measure.speed import Runner, bench
+    from saccade.measure.sweep import expanded
     from saccade.progress import Progress
 
     vit = open_model(model, weights, pretrained, device, threads, trained=False)
     runner = Runner(dtype, compile)
     with Progress(shown=True) as progress:
-        settings = [str(vit.setting), *setting]
+        asked = [name for text in setting for name in expanded(vit, text)]
+        settings = list(dict.fromkeys([str(vit.setting), *asked]))
         speeds = bench(vit, settings, batch=batch, runner=runner, seconds=seconds, progress=progress)
     place = str(next(vit.parameters()).device)
     if json:

@@ -57,7 +57,7 @@ class Detect(Task):
         model = open_source(self.config.model)
         self.side = max(model.input_size())
         model.vit.reset_classifier(0)
-        return Detector(model.vit, heads=self._heads(model.vit.embed_dim))
+        return Detector(model.vit, learned=model.learned, heads=self._heads(model.vit.embed_dim))
 
     def _heads(self, dim: int) -> Heads:
         """Those of the detector that training starts from, where they can be asked for these names; else new ones."""

@@ -96,8 +96,16 @@ def own_cells(features: Tensor) -> Tensor:
 class Detector(AdaptiveViT):
     """A ViT without a classifier under a setting, with heads on its cells."""
 
-    def __init__(self, vit: ViT, setting: str | Setting = "", trained: tuple[str, ...] = (), *, heads: Heads) -> None:
-        super().__init__(vit, setting, trained)
+    def __init__(
+        self,
+        vit: ViT,
+        setting: str | Setting = "",
+        trained: tuple[str, ...] = (),
+        learned: dict[str, Tensor] | None = None,
+        *,
+        heads: Heads,
+    ) -> None:
+        super().__init__(vit, setting, trained, learned)
         self.heads = heads
         if vit.num_classes or heads.dim != vit.embed_dim:
             raise UserError(
@@ -106,7 +114,7 @@ class Detector(AdaptiveViT):
             )
 
     def at(self, setting: str | Setting) -> Detector:
-        return Detector(self.vit, setting, self.trained, heads=self.heads)
+        return Detector(self.vit, setting, self.trained, self.learned, heads=self.heads)
 
     def forward(self, images: Tensor, queries: Tensor | None = None) -> Detected:  # type: ignore[override]
         """images [B, C, h, w], normalised -> one prediction a cell, for ``queries`` [K, E] (None: its own classes)."""
@@ -131,7 +139,7 @@ class Detector(AdaptiveViT):
         if not (isinstance(queries, dict) and isinstance(names, list) and all(isinstance(n, str) for n in names)):
             raise UserError("this detector does not say what its queries and names are")
         heads = Heads(open_texts(queries), model.vit.embed_dim, names)
-        return cls(model.vit, model.setting, model.trained, heads=heads)
+        return cls(model.vit, model.setting, model.trained, model.learned, heads=heads)
 
 
 def squashed(view: AdaptiveViT) -> Preprocess:

@@ -3,6 +3,7 @@
 Panoptic quality (Kirillov et al., arXiv 1801.00868) by torchmetrics. A set is laid out as pairs of
 ``split/images/name.jpg`` and ``split/panoptic/name.png`` (or without splits). The PNG is RGB: red is the class's value
 as in label files (``saccade.tasks.pixels``); green · 256 + blue tells things of a class apart (any number, also 0).
+COCO's own layout is read too (``saccade.tasks.coco_panoptic``).
 
 A segmenter knows classes alone. As a trivial baseline, and no more than that, things are the connected parts of its
 map: two cars that touch are one, and a car behind a pole is two.
@@ -24,7 +25,7 @@ from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval
 from saccade.progress import Progress
 from saccade.tasks.miou import interval, looks
-from saccade.tasks.pixels import VOID, PixelSet, decode_ids, open_pixels, read_bytes
+from saccade.tasks.pixels import VOID, PixelSet, decode_ids, read_bytes
 from saccade.tasks.segment import How, Segmenter
 
 LEAST = 64  # pixels: smaller parts of a thing's map are said to be nothing
@@ -79,7 +80,7 @@ def evaluate_panoptic(
     """Panoptic quality of every setting, things being connected parts of the map; and why which could not be read.
 
     Args:
-        data: a folder or zip laid out as this module says.
+        data: a folder or zip laid out as this module says, or as COCO's.
         things: the classes of which single things are told apart; the others are stuff.
         void: red of what has no class; None: as in label files of the training.
         least: pixels of the smallest part that counts as a thing.
@@ -88,7 +89,12 @@ def evaluate_panoptic(
         UserError: bad data, settings or things; torchmetrics or scipy missing.
     """
     void = model.void if void is None else void
-    pixels = data if isinstance(data, PanopticSet) else open_pixels(data, split, model.classes, void, PanopticSet)
+    if isinstance(data, PanopticSet):
+        pixels = data
+    else:
+        from saccade.tasks.coco_panoptic import open_panoptic  # it is a set of this module's kind
+
+        pixels = open_panoptic(data, split, model.classes, void)
     unknown = [name for name in things if name not in model.classes]
     if unknown or not things:
         found = f"there is no class {unknown[0]!r}{nearest(unknown[0], model.classes)}" if unknown else "no things"

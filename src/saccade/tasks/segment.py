@@ -44,12 +44,13 @@ class Segmenter(AdaptiveViT):
         vit: ViT,
         setting: str | Setting = "",
         trained: tuple[str, ...] = (),
+        learned: dict[str, Tensor] | None = None,
         *,
         decoder: LinearHead | MaskTransformer,
         classes: tuple[str, ...],
         void: int = VOID,
     ) -> None:
-        super().__init__(vit, setting, trained)
+        super().__init__(vit, setting, trained, learned)
         if vit.num_classes:
             raise UserError(f"this ViT still has a classifier of {vit.num_classes} classes: vit.reset_classifier(0)")
         if decoder.classes != len(classes):
@@ -59,7 +60,8 @@ class Segmenter(AdaptiveViT):
         self.decoder, self.classes, self.void = decoder, tuple(classes), void
 
     def at(self, setting: str | Setting) -> Segmenter:
-        return Segmenter(self.vit, setting, self.trained, decoder=self.decoder, classes=self.classes, void=self.void)
+        known: dict[str, Any] = {"decoder": self.decoder, "classes": self.classes, "void": self.void}
+        return Segmenter(self.vit, setting, self.trained, self.learned, **known)
 
     def forward(self, images: Tensor) -> Output:
         """images [B, C, h, w], normalised -> logits [B, K, h, w], tokens, trace; the trace's head is the decoder."""
@@ -78,7 +80,8 @@ class Segmenter(AdaptiveViT):
         if not (isinstance(decoder, dict) and named and type(void) is int and 0 <= void < 2**16):
             raise UserError("this segmentation model does not say what its decoder, its classes and void are")
         head = build_head(model.vit.embed_dim, **{"kind": None, **decoder})
-        return cls(model.vit, model.setting, model.trained, decoder=head, classes=tuple(classes or ()), void=void)
+        names = tuple(classes or ())
+        return cls(model.vit, model.setting, model.trained, model.learned, decoder=head, classes=names, void=void)
 
 
 def segmenter(
@@ -92,7 +95,8 @@ def segmenter(
     model.vit.reset_classifier(0)
     head = build_head(model.vit.embed_dim, kind, classes=len(classes), **knobs).to(model.vit.patch_embed.proj.weight)
     head.train(model.training)
-    return Segmenter(model.vit, model.setting, model.trained, decoder=head, classes=classes, void=void)
+    known: dict[str, Any] = {"decoder": head, "classes": classes, "void": void}
+    return Segmenter(model.vit, model.setting, model.trained, model.learned, **known)
 
 
 def enlarged(logits: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:

@@ -110,14 +110,22 @@ class Embedded:
 class TextImage(AdaptiveViT):
     """A ViT without a classifier under a setting, and the space it shares with texts."""
 
-    def __init__(self, vit: ViT, setting: str | Setting = "", trained: tuple[str, ...] = (), *, space: Space) -> None:
-        super().__init__(vit, setting, trained)
+    def __init__(
+        self,
+        vit: ViT,
+        setting: str | Setting = "",
+        trained: tuple[str, ...] = (),
+        learned: dict[str, Tensor] | None = None,
+        *,
+        space: Space,
+    ) -> None:
+        super().__init__(vit, setting, trained, learned)
         self.space = space
         if vit.num_classes:
             raise UserError(f"this ViT still has a classifier of {vit.num_classes} classes: vit.reset_classifier(0)")
 
     def at(self, setting: str | Setting) -> TextImage:
-        return TextImage(self.vit, setting, self.trained, space=self.space)
+        return TextImage(self.vit, setting, self.trained, self.learned, space=self.space)
 
     def forward(self, images: Tensor) -> Embedded:  # type: ignore[override]
         """images [B, C, h, w], normalised -> their places in the space."""
@@ -146,7 +154,7 @@ class TextImage(AdaptiveViT):
         if not (isinstance(texts, dict) and isinstance(project, bool) and isinstance(loss, str)):
             raise UserError("this text-image model does not say what its texts, projection and loss are")
         space = Space(open_texts(texts), model.vit.num_features, project=project, loss=loss)
-        return cls(model.vit, model.setting, model.trained, space=space)
+        return cls(model.vit, model.setting, model.trained, model.learned, space=space)
 
 
 def described(texts: Any) -> dict[str, Any]:

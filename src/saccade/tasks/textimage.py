@@ -54,10 +54,11 @@ class Pairing(Task):
         model.vit.reset_classifier(0)
         given = load(name) if os.path.isdir(name) else None
         if isinstance(given, TextImage):
-            return TextImage(model.vit, space=given.space)
+            return TextImage(model.vit, learned=model.learned, space=given.space)
         features = model.vit.num_features
         texts = open_tower(rule.width or features, **self.config.texts.model_dump())
-        return TextImage(model.vit, space=Space(texts, features, project=rule.width is not None, loss=rule.loss))
+        space = Space(texts, features, project=rule.width is not None, loss=rule.loss)
+        return TextImage(model.vit, learned=model.learned, space=space)
 
     def ready(self, folder: Path, progress: Progress) -> int:
         self.decoded = decode_once(self.config.data, self.images, self.side, folder, progress)

@@ -177,7 +177,10 @@ def grid(
         )
     pixels = None if size is None else _pair("size", size, 1, 8192)
     spec = choose("grid", resize, backbone.resize)
-    return Grid(sides, pixels, spec, fit, steps, how, fraction("grid", "rho", rho, 0.0, 0.999))
+    made = Grid(sides, pixels, spec, fit, steps, how, fraction("grid", "rho", rho, 0.0, 0.999))
+    if sides != backbone.patch_size or pixels not in (None, backbone.input_size):
+        made.resize = spec
+    return made
 
 
 def _pair(knob: str, value: Size, low: int, high: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from saccade.assets import folder
+from saccade.backbone import resize_of, set_resize
 from saccade.checkpoint import create_model, load, load_weights
 from saccade.data import ImageSet, class_indices
 from saccade.errors import UserError
@@ -36,6 +37,11 @@ class Student(nn.Module):
         self.beside = tuple(name for name, _ in model.named_children() if name not in own)
         for name in self.beside:
             self.add_module(name, getattr(model, name))
+        ways = {view.tokenizer.resize for view in self.views} - {None}
+        if len(ways) > 1:
+            raise UserError(f"the settings resize the patch kernel in {len(ways)} ways: train with one resize=")
+        if ways and resize_of(self.vit) is None:
+            set_resize(self.vit, ways.pop())  # from now on the weights belong to it, and are saved with it
 
     def train(self, mode: bool = True) -> Student:
         super().train(mode)
@@ -75,7 +81,7 @@ def open_source(source: Source) -> AdaptiveViT:
         vit = vit if tuple(vit.patch_embed.img_size) == size else resized(vit, size)
     if source.crop_pct is not None:
         vit.pretrained_cfg = {**vit.pretrained_cfg, "crop_pct": source.crop_pct}
-    return AdaptiveViT(vit)
+    return AdaptiveViT(vit, learned=model.learned)
 
 
 def resized(vit: ViT, size: int | tuple[int, int]) -> ViT:
@@ -84,11 +90,11 @@ def resized(vit: ViT, size: int | tuple[int, int]) -> ViT:
     if min(h, w) < 1 or h % patch[0] or w % patch[1]:
         raise UserError(f"model.size={size} is no multiple of the patch size {patch[0]}x{patch[1]}")
     old, new = tuple(vit.patch_embed.grid_size), (h // patch[0], w // patch[1])
-    table = vit.pos_embed
+    table, spec = vit.pos_embed, resize_of(vit) or ResizeSpec()
     vit.patch_embed.set_input_size(img_size=size)
     if table is not None:
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        vit.pos_embed = nn.Parameter(resize_positions(table.detach(), old, new, prefix, ResizeSpec()))
+        vit.pos_embed = nn.Parameter(resize_positions(table.detach(), old, new, prefix, spec))
     return vit
 
 
@@ -134,7 +140,7 @@ def start_from(student: ViT, teacher: nn.Module) -> None:
     if not hasattr(teacher, "patch_embed") or own.keys() != state.keys():
         raise UserError(f"distill.init: {type(teacher).__name__} and the student are not the same architecture")
     kernel, table = "patch_embed.proj.weight", "pos_embed"
-    spec = ResizeSpec()
+    spec = resize_of(student) or ResizeSpec()
     if own[kernel].shape != state[kernel].shape:
         state[kernel] = resize_kernel(state[kernel], tuple(own[kernel].shape[-2:]), spec)
     if table in own and own[table].shape != state[table].shape:
