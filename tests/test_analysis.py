@@ -573,7 +573,7 @@ def test_shape_bias_of_a_model(model, tmp_path):
 
 
 def test_every_analysis_is_registered_and_says_what_it_asks():
-    assert [*registry()] == ["bias", "cka", "correspondence", "ensemble", "relevance"]
+    assert [*registry()] == ["bias", "cka", "correspondence", "ensemble", "merging", "relevance"]
     assert all(entry.summary.endswith(".") and "arXiv" in entry.summary for entry in registry().values())
 
 
@@ -654,13 +654,14 @@ def test_without_names_all_that_fit_are_run_and_the_others_are_told(model, photo
 
     for name, entry in registry().items():
         monkeypatch.setitem(analysis._REGISTRY, name, analysis.Analysis(name, quick(name), entry.misfit))
-    assert list(analyze(model, photos, out=tmp_path / "a")) == ["cka", "correspondence", "ensemble", "relevance"] == ran
+    fitting = ["cka", "correspondence", "ensemble", "merging", "relevance"]
+    assert list(analyze(model, photos, out=tmp_path / "a")) == fitting == ran
     left_out = json.loads((tmp_path / "a" / "analysis.json").read_text())["left_out"]
     assert list(left_out) == ["bias"] and "is not laid out as cue-conflict pictures" in left_out["bias"]
     analyze(model, conflicts(tmp_path / "cues"))
-    assert ran[4:] == ["bias", "cka", "correspondence", "ensemble", "relevance"]
+    assert ran[5:] == ["bias", *fitting]
     few = write_folder(tmp_path / "few", files(each=2))
-    assert list(analyze(model, few)) == ["cka", "correspondence", "relevance"]
+    assert list(analyze(model, few)) == ["cka", "correspondence", "merging", "relevance"]
 
 
 def test_adding_an_analysis_is_adding_a_function(model, photos, tmp_path, monkeypatch):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from data_helpers import write_folder
 from oracles import (
+    encode_by_hand,
     logits_by_hand,
     make_images,
     make_tokens,
@@ -18,10 +21,18 @@ from oracles import (
     relative,
     retokenize_by_hand,
 )
+from saccade import views
+from saccade.analysis import analyze, merging
 from saccade.errors import UserError
+from saccade.measure import speed, sweep
 from saccade.methods.imagepiece import Reading, Retokenize
 from saccade.model import AdaptiveViT
 from saccade.reduction import Reduction, reduce
+from saccade.setting import Setting
+from saccade.training import train as training
+from saccade.training.config import read_config
+from saccade.training.sampling import Sampler
+from test_measure import files
 
 
 def retokenizer(p=0.3, merge=0.08, metric="key", weighted=True) -> Retokenize:
@@ -234,3 +245,193 @@ def test_check_08_few_tokens(patches):
 def test_knobs_out_of_range(setting, says):
     with pytest.raises(UserError, match=rf"^imagepiece: .*{says}|^imagepiece: {says}"):
         AdaptiveViT(make_vit(), setting)
+
+
+# --- statistics: spec §1.6, Tables 5 to 7 ----------------------------------------------------------------------------
+
+
+def statistics_by_hand(vit, image, decide, p, tops):
+    """For each block: (inattentive, risen), cosines of all pairs that become one, merged tokens and how many are top.
+
+    ``decide`` is as in ``logits_by_hand`` and also gives the groups of patch tokens (indices of the sequence).
+    """
+    found, low_before, went = [], set(), {}
+
+    def step(block, x, attention, key, size):
+        nonlocal low_before, went
+        patches = list(range(vit.num_prefix_tokens, len(x)))
+        order = sorted(patches, key=lambda i: float(attention[0][i]))
+        low = set(order[: math.floor(p * len(patches) + 1e-9)])
+        left = [went[i] for i in low_before if i in went]  # those of the block before that are still there
+        x, size, groups = decide(block, x, attention, key, size)
+        merged = [i for group in groups if len(group) > 1 for i in group]
+        unit = key / key.norm(dim=-1, keepdim=True)
+        cosines = [float(unit[i] @ unit[j]) for g in groups for i, j in itertools.combinations(g, 2)]
+        top = {k: len(set(merged) & set(order[math.floor((1 - k) * len(patches) + 1e-9) :])) for k in tops}
+        found.append(((len(left), sum(i not in low for i in left)), cosines, len(merged), top))
+        low_before = low
+        went = {i: slot + vit.num_prefix_tokens for slot, group in enumerate(groups) for i in group}
+        return x, size
+
+    encode_by_hand(vit, image, step)
+    return found
+
+
+def as_groups(before: int, pairs: list[tuple[int, int]], prefix: int = 1) -> list[list[int]]:
+    sources = {source for source, _ in pairs}
+    kept = [i for i in range(prefix, before) if i not in sources]
+    return [[i, *(source for source, into in pairs if into == i)] for i in kept]
+
+
+@pytest.mark.parametrize("family", ["vit", "distilled"])
+@pytest.mark.parametrize("kind", ["tome", "imagepiece", "evit"])
+def test_statistics_are_those_of_slow_loops(family, kind):
+    vit = make_vit(family, depth=4)
+    prefix = vit.num_prefix_tokens
+    setting = {
+        "tome": "tome(r=4)",
+        "imagepiece": "imagepiece(p=0.7, merge=0.25, keep=0.6, prune_at=2)",
+        "evit": "evit(0.6)",
+    }
+
+    def decide(block, x, attention, key, size):
+        n = len(x)
+        if kind == "tome":
+            x, size, groups = merge_by_hand(x, key, size, 4, has_class=True, has_dist=prefix == 2)
+            return x, size, [g for g in groups if min(g) >= prefix]
+        if block < 2 and kind == "imagepiece":
+            x, size, pairs = retokenize_by_hand(x, attention[0], key, size, 0.7, 0.25, prefix)
+            return x, size, as_groups(n, pairs, prefix)
+        if (block == 2 and kind == "imagepiece") or (kind == "evit" and block in (1, 2, 3)):
+            scores = attention[0].tolist()
+            count = math.ceil(0.6 * (n - prefix) - 1e-9)
+            kept = sorted(sorted(range(prefix, n), key=lambda i: -scores[i])[:count])
+            x, size = prune_by_hand(x, attention[0], size, 0.6, prefix)
+            return x, size, [[i] for i in kept]
+        return x, size, [[i] for i in range(prefix, n)]
+
+    images = make_images(vit, 3)
+    tops = merging.TOPS
+    found = merging.count(AdaptiveViT(vit, setting[kind]), images, p=0.4)
+    assert [c.block for c in found] == [0, 1, 2, 3]
+    for b, image in enumerate(images):
+        for ours, ((low, risen), cosines, merged, top) in zip(
+            found, statistics_by_hand(vit, image, decide, 0.4, tops), strict=True
+        ):
+            assert (ours.inattentive[b], ours.risen[b], ours.merged[b]) == (low, risen, merged)
+            assert ours.pairs[b] == len(cosines)
+            assert float(ours.similarity[b]) == pytest.approx(sum(cosines), abs=1e-4)
+            assert {k: float(v[b]) for k, v in ours.top.items()} == top
+
+
+def test_statistics_of_imagepiece_and_of_a_model_that_reduces_nothing():
+    vit = make_vit(depth=4, img_size=112)
+    images = make_images(vit, 4)
+    for counts in merging.count(AdaptiveViT(vit, "imagepiece(merge=0.1, merge_at=[0, 1, 2])"), images)[:3]:
+        assert float(counts.merged.sum()) > 0 and float(counts.top[0.7].sum()) == 0, "by construction"
+    dense = merging.count(AdaptiveViT(vit), images)
+    assert all(float(c.pairs.sum() + c.merged.sum()) == 0 for c in dense)
+    assert float(dense[0].inattentive.sum()) == 0 and all(float(c.inattentive.sum()) == 4 * 14 for c in dense[1:])
+    assert all(0 < float(c.risen.sum()) < float(c.inattentive.sum()) for c in dense[1:])
+    tome = merging.count(AdaptiveViT(vit, "tome(r=12)"), images)
+    assert 0.4 < float(tome[0].top[0.7].sum() / tome[0].merged.sum()) < 0.95, "the negative control"
+
+
+@pytest.mark.parametrize(
+    "setting", ["adavit(0.7)", "quadtree(31, size=128)", "dynamicvit(0.5, threshold=0.5)", "stem()"]
+)
+def test_statistics_of_ragged_and_gated_settings(setting):
+    vit = make_vit(depth=4)
+    for counts in merging.count(AdaptiveViT(vit, f"{setting} | tome(r=2)").eval(), make_images(vit, 3)):
+        assert (counts.risen <= counts.inattentive).all() and (counts.merged <= counts.tokens).all()
+        assert (counts.similarity.abs() <= counts.pairs + 1e-6).all()
+
+
+def test_statistics_do_not_depend_on_the_batch_and_change_nothing():
+    vit = make_vit(depth=4)
+    model, images = AdaptiveViT(vit, "imagepiece(p=0.7, merge=0.2)"), make_images(vit, 4)
+    before = model(images).logits
+    whole = merging.count(model, images)
+    parts = [merging.count(model, images[i : i + 1]) for i in range(4)]
+    for i, counts in enumerate(whole):
+        joined = merging.together(tuple(part[i] for part in parts))
+        assert torch.equal(joined.risen, counts.risen) and torch.allclose(joined.similarity, counts.similarity)
+    assert torch.equal(model(images).logits, before)
+
+
+def test_a_ratio_has_an_interval_over_images():
+    generator = torch.Generator().manual_seed(0)
+    wholes = torch.randint(5, 20, (400,), generator=generator).double()
+    parts = torch.stack([(torch.rand(int(w), generator=generator) < 0.3).sum() for w in wholes]).double()
+    found = merging.ratio(parts, wholes)
+    assert found.mean == pytest.approx(float(parts.sum() / wholes.sum())) and found.low < 0.3 < found.high
+    expected = 1.96 * math.sqrt(0.21 / float(wholes.sum()))
+    assert (found.high - found.low) / 2 == pytest.approx(expected, rel=0.25)
+    assert merging.ratio(torch.zeros(3), torch.zeros(3)) is None
+
+
+def test_the_analysis_writes_a_table_for_each_setting(tmp_path):
+    photos = write_folder(tmp_path / "photos", files(each=4))
+    settings = ["dense", "tome(r=3)", "imagepiece(p=0.7, merge=0.2)"]
+    model = AdaptiveViT(make_vit(depth=4))
+    found = analyze(model, photos, settings, "merging", batch=5, out=tmp_path / "out")["merging"]
+    assert [*found.data["layers"]] == settings and "`dense` merges nothing." in found.lines
+    rows = found.data["layers"]["tome(r=3)"]
+    assert [row["block"] for row in rows] == [0, 1, 2, 3] and rows[0]["risen"] is None
+    assert all(low <= mean <= high for row in rows for mean, low, high in [row["similarity"]])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "attended to again" in page and page.count("block 3") >= 3
+    with pytest.raises(UserError, match=r"merging: p=1 is not between 0 and 1"):
+        analyze(model, photos, settings, "merging(p=1)")
+    with pytest.raises(UserError, match=r"merging: metric='q'"):
+        analyze(model, photos, settings, "merging(metric='q')")
+
+
+# --- composition, and training ---------------------------------------------------------------------------------------
+
+TOGETHER = {"quadtree(100) | imagepiece() | evit(0.8)": True, "grid(20) | tome(r=6) | adavit()": False}  # static?
+
+
+@pytest.mark.parametrize("setting", TOGETHER)
+def test_compositions_train_evaluate_draw_and_export(setting, tmp_path):
+    photos = write_folder(tmp_path / "photos", files(each=6))
+    AdaptiveViT(make_vit("deit", img_size=224, depth=4, embed_dim=48)).save(str(tmp_path / "source"))
+    config = {
+        "model": {"name": str(tmp_path / "source")},
+        "data": {"path": str(photos), "holdout": 0.0, "workers": 0},
+        "sampling": {"settings": [setting]},
+        "run": {"steps": 2, "batch": 6, "threads": 1},
+    }
+    model = training.train(config, out=tmp_path / "run").model
+    assert str(model.setting) == setting
+    rows, _ = sweep.evaluate(model, photos, [setting])
+    assert {row.setting for row in rows} == {"dense", setting}
+    assert rows[1].gmacs < rows[0].gmacs
+    picture = tmp_path / "a.png"
+    views.view(model, next(photos.rglob("*.png")), setting, out=picture)
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", [setting for setting, static in TOGETHER.items() if static])
+def test_compositions_whose_counts_are_static_export(setting):
+    model = AdaptiveViT(make_vit("deit", img_size=224, depth=4, embed_dim=48), setting)
+    logits, images = speed.Logits(model).eval(), torch.randn(3, 3, 224, 224)
+    program = torch.export.export(logits, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with torch.no_grad():
+        assert relative(program.module()(images), logits(images)) <= 1e-5
+
+
+def test_keep_rate_and_merge_ratio_are_annealed_as_in_evit():
+    """1 for a thirtieth of the training, then half a cosine over a third of it, then as it stays (spec §1.5)."""
+    config = read_config("imagepiece", ["data.path=x"])
+    sampler = Sampler(config.sampling, [1.0] * len(config.sampling.settings), 300, seed=0)
+    calls = [dict(Setting.parse(text).calls[-1].kwargs) for text in config.sampling.settings]
+    keeps, merges = (torch.tensor([float(c.get(k, v)) for c in calls]) for k, v in (("keep", 1.0), ("merge", 0.0)))
+    for step in range(300):
+        t = min(max((step / 299 - 1 / 30) * 3, 0.0), 1.0)
+        done = (1 - math.cos(math.pi * t)) / 2
+        weights = torch.from_numpy(sampler.weights(step)).float()
+        assert float(weights @ keeps) == pytest.approx(1 - 0.2 * done, abs=0.013)
+        assert float(weights @ merges) == pytest.approx(0.08 * done, abs=0.005)
+    assert (keeps[-1], merges[-1]) == (pytest.approx(0.8), pytest.approx(0.08))

@@ -22,6 +22,7 @@ _HOME = {
     "save": "checkpoint",
     "flexify": "flexible",
     "convert": "flexible",
+    "fit_stem": "stem",
     "Setting": "setting",
     "Tokens": "tokens",
     "Reduction": "reduction",

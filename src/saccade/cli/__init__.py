@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         eval,
         list,
         segment,
+        stem,
         train,
         tune,
         view,

@@ -64,7 +64,8 @@ class Segment(Task):
         plain = open_source(source)
         earlier = load(source.name, "dense") if os.path.isdir(source.name) else None
         if isinstance(earlier, Segmenter) and earlier.classes == rule.classes:  # its decoder goes on learning
-            return Segmenter(plain.vit, decoder=earlier.decoder, classes=rule.classes, void=rule.void)
+            known: dict[str, Any] = {"decoder": earlier.decoder, "classes": rule.classes, "void": rule.void}
+            return Segmenter(plain.vit, learned=plain.learned, **known)
         knobs = {} if rule.head == "linear" else {"layers": rule.layers}
         return segmenter(plain, rule.classes, rule.head, void=rule.void, **knobs)
 

@@ -1,0 +1,48 @@
+"""``saccade stem``: a convolutional stem in place of the patch embedding, fitted without training."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from saccade.cli import app
+from saccade.cli.common import Json, Pretrained, Weights, open_model, print_json
+
+
+@app.command("stem")
+def command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A timm model name, or a folder saved by Saccade.")],
+    data: Annotated[str, typer.Argument(metavar="[DATA]", help="Folder or zip of images to fit on.")] = "scenes",
+    out: Annotated[str, typer.Option(help="Folder for the model.")] = "runs/stem",
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    limit: Annotated[int, typer.Option(min=2, help="At most so many images, evenly spread.")] = 256,
+    json: Json = False,
+) -> None:
+    """Four overlapping convolutions that give nearly the tokens of the patch embedding (arXiv 2412.16491): stem().
+
+    The patch embedding stays beside it: "grid() | …" runs without the stem, "stem() | …" with it. Train either.
+
+    Example: saccade stem vit_tiny_patch16_224 photos/ --out stemmed --pretrained
+    """
+    from saccade.checkpoint import save
+    from saccade.files import check_folder
+    from saccade.progress import Progress
+    from saccade.stem import fit_stem, read_images, token_error
+
+    check_folder(os.path.dirname(os.path.abspath(out)))
+    model = open_model(source, weights, pretrained, device="cpu")
+    images = read_images(model, data, limit)
+    held = max(1, len(images) // 5)
+    with Progress(shown=True) as progress:
+        made = fit_stem(model, images[held:], limit=limit, progress=progress)
+    error = token_error(made, images[:held])
+    save(made, out)
+    facts = {"images": len(images) - held, "error": error}
+    if json:
+        print_json({"folder": out, **facts})
+        return
+    print(f"{out}: stem() fitted on {facts['images']} images; on {held} others its tokens are off by {error:.2%}")
+    print("of their variance (0: the patch embedding's own). Evaluate it before you train it.")

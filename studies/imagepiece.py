@@ -1,0 +1,361 @@
+"""ImagePiece by parts: what are stem, re-tokenization and pruning worth, and is the whole better than others?
+
+Claims    arXiv 2412.16491 (AAAI 2025; its code was never released). 1. Re-tokenizing and pruning beats pruning alone
+          (Table 1), and merging (Table 2). 2. One model, pruned harder and harder, falls less than others (Fig. 3).
+          3. It falls less under random masks (Table 4). 4. It helps other pruners and mergers (Table 9). The paper
+          gives its stem to no baseline; here every part stands with and without every other.
+Method    ViT-Tiny (AugReg), fine-tuned to Caltech-101 at 160 px, is the source of all. Its stem is fitted in closed
+          form to its patch embedding (saccade.fit_stem). Then every cell of {patches, stem} × {re-tokenize} × {prune},
+          and every rival at the MACs of re-tokenize + prune, is trained for the same steps on the same images. Top-1
+          on the test images; sweeps and masks on fewer. 95 % intervals, paired; one seed: they are over images, not
+          over trainings.
+Command   python studies/imagepiece.py caltech160.zip vit_tiny_patch16_224.safetensors --out runs/imagepiece --time
+          (on a machine at rest; more such calls are averaged), then the same without --time;
+          with --untrained every method is taken as it is, on the source model: minutes
+Cost      an estimate: 40 minutes of one core, and 8 for the source model
+Expected  1. + at equal MACs. 2. and 3. smaller falls. 4. + each.
+Measured  docs/results-imagepiece.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from jobs import train_all
+from safetensors.torch import load_file, save_file
+
+import saccade
+from saccade.analysis import analyze
+from saccade.data import CACHE_BYTES, Loader, Preprocess, class_indices, open_images
+from saccade.data.corrupt import corrupted, corruption
+from saccade.files import write_json
+from saccade.measure.accuracy import spread
+from saccade.measure.candidates import price
+from saccade.measure.speed import bench
+from saccade.measure.stats import Interval, bootstrap, proportion
+from saccade.model import AdaptiveViT
+
+KEEPS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+MASKS = (0, 7, 15, 25, 50)
+PARTS = {"neither": "", "re-tokenize": "imagepiece()", "prune": "evit(0.8)", "both": "imagepiece(keep=0.8)"}
+CELLS = {
+    f"{start}-{part}": " | ".join(filter(None, (stem, setting))) or "dense"
+    for start, stem in (("patches", ""), ("stem", "stem()"))
+    for part, setting in PARTS.items()
+}
+# Methods whose strength is a number k, the share of tokens kept at three blocks; tome merges the more the less k is.
+SWEPT: dict[str, Callable[[float], str]] = {
+    "imagepiece": lambda k: f"imagepiece(keep={k:.3g})",
+    "stem-imagepiece": lambda k: f"stem() | imagepiece(keep={k:.3g})",
+    "evit": lambda k: f"evit({k:.3f})",
+    "stem-evit": lambda k: f"stem() | evit({k:.3f})",
+    "tome": lambda k: f"tome(total={round((1 - k) * 400)})",
+    "token_pooling": lambda k: f"token_pooling({k:.3f})",
+    "dynamicvit": lambda k: f"dynamicvit({k:.3f})",
+    "random": lambda k: f"random({k:.3f})",
+}
+RIVALS = ("evit", "tome", "token_pooling", "dynamicvit", "random")
+TRIES = {  # other readings, tried where the default fell short
+    "not in block 0": lambda k: f"imagepiece(keep={k:.3f}, merge_at=(1, 2, 4, 5, 7, 8))",
+    "from block 2": lambda k: f"imagepiece(keep={k:.3f}, merge_at=(2, 4, 5, 7, 8))",
+    "by attention received": lambda k: f"imagepiece(keep={k:.3f}, score='received')",
+    "by patch": lambda k: f"imagepiece(keep={k:.3f}, per='patch')",
+}
+LEARNED = ("dynamicvit",)  # nothing without training, as LEARNER
+MASKED = ("imagepiece", "stem-imagepiece", "evit", "tome", "dynamicvit")
+LEARNER = "tokenlearner(8, at=6)"  # its parameters belong to a number of tokens: one strength alone
+MODELS = {"imagepiece": "patches-both", "stem-imagepiece": "stem-both"}  # of other methods: the run of their own name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("weights")
+    parser.add_argument("--out", type=Path, default=Path("runs/imagepiece"))
+    parser.add_argument("--epochs", type=float, default=0.5, help="of every run but the source's two")
+    parser.add_argument("--limit", type=int, default=1000, help="test images of sweeps and masks")
+    parser.add_argument("--whole", type=int, help="test images of the other tables; default: all")
+    parser.add_argument("--runs", nargs="*", help="train only these, and stop")
+    parser.add_argument("--untrained", action="store_true", help="every method as it is on the source model")
+    parser.add_argument("--time", nargs="*", help="only time the settings of these methods, or 'cells'; none: all")
+    parser.add_argument("--seconds", type=float, default=150, help="of timing")
+    parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    common = [
+        f"data.path={arguments.data}",
+        "data.holdout=0",  # all training images are trained on; the test images are the last word
+        "data.workers=0",
+        "run.batch=32",
+        "run.threads=1",
+        "run.precision=bf16",
+        "run.save_every=45",
+    ]
+    source = [f"model.weights={arguments.weights}", "model.size=160", "model.crop_pct=1.0", "run.epochs=2"]
+    train_all({"source": ["finetune", *common, *source]}, out, 1)
+    dense = saccade.load(out / "source" / "model", "dense")
+    if not (out / "stemmed").is_dir():
+        saccade.fit_stem(dense, open_images(arguments.data, "train")).save(str(out / "stemmed"))
+    strengths = solve(dense)
+    if arguments.time is not None:
+        groups = {"cells": [*CELLS.values(), LEARNER], **strengths}
+        every = [s for name in arguments.time or groups for s in groups[name]]
+        known = json.loads((out / "speed.json").read_text()) if (out / "speed.json").exists() else {}
+        found = timed(saccade.load(out / "stemmed", "dense"), every, arguments.seconds)
+        write_json(out / "speed.json", known | {s: [*known.get(s, []), v] for s, v in found.items()})  # every call's
+        return
+
+    settings = {**CELLS, **{n: strengths[n][0] for n in SWEPT if n not in MODELS}, "tokenlearner": LEARNER}
+    rule = [f"model.name={out / 'stemmed'}", "optim.lr=1e-4", f"run.epochs={arguments.epochs}", "data.cache_gb=0"]
+    runs = {n: ["finetune", *common, *rule, f"sampling.settings={json.dumps([s])}"] for n, s in settings.items()}
+    if not arguments.untrained:
+        train_all({n: runs[n] for n in (arguments.runs or runs)}, out, arguments.at_once)
+    if arguments.runs is not None:
+        return
+    torch.set_num_threads(1)
+    asked = Asked(out, arguments.data, arguments.limit, arguments.whole, arguments.untrained)
+    calls = json.loads((out / "speed.json").read_text()) if (out / "speed.json").exists() else {}
+    report(asked, dense, settings, strengths, {setting: sum(found) / len(found) for setting, found in calls.items()})
+
+
+def solve(model: AdaptiveViT) -> dict[str, list[str]]:
+    """Each method's settings at the MACs of ``imagepiece`` at each of ``KEEPS``; with the stem, of that with it."""
+    found: dict[str, list[str]] = {}
+    for name, make in SWEPT.items():
+        own = "stem-imagepiece" if name.startswith("stem-") else "imagepiece"
+        goals = [price(model, SWEPT[own](keep)) for keep in KEEPS]
+        found[name] = [SWEPT[own](k) for k in KEEPS] if name == own else [nearest(model, make, goal) for goal in goals]
+    return found
+
+
+def nearest(model: AdaptiveViT, make: Callable[[float], str], goal: float) -> str:
+    """The setting whose MACs come nearest to a goal, by bisection: more of k is more MACs."""
+    low, high = 0.0, 1.0
+    tried: dict[str, float] = {}
+    for _ in range(11):
+        middle = (low + high) / 2
+        setting = make(max(middle, 0.001))
+        tried[setting] = tried[setting] if setting in tried else price(model, setting)
+        low, high = (low, middle) if tried[setting] > goal else (middle, high)
+    return min(tried, key=lambda s: abs(tried[s] - goal))
+
+
+def timed(model: AdaptiveViT, settings: list[str], seconds: float) -> dict[str, float]:
+    """Measured speed-up over dense of median times, fp32, batch 32, two threads, all interleaved."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    rows = bench(model, list(dict.fromkeys(settings)), batch=[32], seconds=seconds)
+    speed = {row.setting: row.images_per_s / rows[0].images_per_s for row in rows}
+    print(f"{rows[0].runs} runs; " + ", ".join(f"{s}: {v:.3f}" for s, v in speed.items()))
+    return speed
+
+
+class Asked:
+    """Whether a trained model is right on each test image, under a setting and a corruption; remembered in a file."""
+
+    def __init__(self, out: Path, data: str, limit: int, whole: int | None, untrained: bool) -> None:
+        self.untrained = untrained
+        self.out, self.data, self.images, self.file = out, data, open_images(data, "test"), out / "hits.safetensors"
+        self.every = spread(len(self.images), whole)
+        self.some = [self.every[i] for i in spread(len(self.every), limit)]
+        self.seen: dict[str, torch.Tensor] = load_file(self.file) if self.file.exists() else {}
+        self._model = cache(lambda run: saccade.load(self.folder(run), "dense"))
+        self._loader = cache(self._load)
+
+    def __call__(self, run: str, setting: str, masks: int = 0, few: bool = False) -> torch.Tensor:
+        """Hits, float64 [n], on all test images, or on those of sweeps and masks."""
+        run = "stemmed" if self.untrained else run
+        places = self.some if few or masks else self.every
+        if few and not masks and (whole := f"{run}|{setting}|0|{len(self.every)}") in self.seen:
+            at = {place: i for i, place in enumerate(self.every)}
+            return self.seen[whole][[at[p] for p in places]]
+        key = f"{run}|{setting}|{masks}|{len(places)}"
+        if key not in self.seen:
+            view, labels, found = self._model(run).at(setting).eval(), None, []
+            labels = torch.tensor(class_indices(self.images, view.vit.num_classes))
+            for batch in self._loader(masks).batches(50, places):
+                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                    found.append(view(batch.images).logits.float().argmax(-1) == labels[batch.indices])
+            self.seen[key] = torch.cat(found).double()
+            assert len(self.seen[key]) == len(places)
+            save_file(self.seen, self.file)
+            print(f"{key}: {self.seen[key].mean():.2%}", file=sys.stderr, flush=True)
+        return self.seen[key]
+
+    def folder(self, run: str) -> Path:
+        """Where a run's model is; untrained, all have the source's."""
+        return self.out / "stemmed" if self.untrained or run == "stemmed" else self.out / run / "model"
+
+    def _load(self, masks: int) -> Loader:
+        preprocess = Preprocess.of(self._model("source").vit)
+        spoil = corruption(f"masks:{masks}") if masks else None
+        return Loader(self.images, corrupted(preprocess, spoil), cache_bytes=CACHE_BYTES)
+
+
+Row = dict[str, Any]
+
+
+def report(
+    asked: Asked, dense: AdaptiveViT, settings: dict[str, str], strengths: dict[str, list[str]], speed: dict[str, float]
+) -> None:
+    """Print all tables and verdicts, and write them as JSON."""
+    rivals = [name for name in RIVALS if not (asked.untrained and name in LEARNED)]
+    swept = [name for name in SWEPT if not (asked.untrained and name in LEARNED)]
+    costs = {s: price(dense, s) / 1e9 for s in {*settings.values(), *(s for f in strengths.values() for s in f)}}
+    cells = {name: asked(name, setting) for name, setting in CELLS.items()}
+    tables: dict[str, Sequence[Row]] = {}
+    claims: list[Row] = []
+
+    def timed_at(setting: str) -> str:
+        return f"{speed[setting]:.2f}×" if setting in speed else ""
+
+    def facts(name: str) -> Row:
+        setting = settings[name]
+        return {"setting": f"`{setting}`", "GMACs": f"{costs[setting]:.3f}", "speed-up": timed_at(setting)}
+
+    def say(words: str, difference: torch.Tensor) -> Interval:
+        found = bootstrap(difference)
+        verdict = "holds" if found.low > 0 else "does not hold" if found.high < 0 else "not decided"
+        claims.append({"claim": words, "points": points(found), "verdict": verdict})
+        return found
+
+    def few(name: str, i: int) -> torch.Tensor:
+        return asked(MODELS.get(name, name), strengths[name][i], few=True)
+
+    # The parts.
+    tables["The parts"] = [
+        {"cell": name, **facts(name), "not trained": level(asked("stemmed", settings[name], few=not asked.untrained))}
+        | ({} if asked.untrained else {"trained": level(own)})
+        for name, own in cells.items()
+    ]
+    stems = [cells[f"stem-{part}"] - cells[f"patches-{part}"] for part in PARTS]
+    say("the stem helps (mean of four pairs)", torch.stack(stems).mean(0))
+    for start in ("patches", "stem"):
+        whole, prune, both = (cells[f"{start}-{part}"] for part in ("neither", "prune", "both"))
+        say(f"{start}: re-tokenizing alone is better than dense", cells[f"{start}-re-tokenize"] - whole)
+        say(f"{start}: re-tokenizing before pruning at the same keep rate is better, at fewer MACs", both - prune)
+        say(f"{start}: re-tokenize + prune is better than dense (Table 1)", both - whole)
+    better = cells["stem-both"] - cells["patches-neither"]
+    say("with the stem, re-tokenize + prune is better than dense patches (Table 1)", better)
+
+    # Rivals at equal MACs, and at equal time.
+    rows: list[Row] = []
+    for name in [*rivals, *([] if asked.untrained else ["tokenlearner"]), "stem-evit"]:
+        ours, run = ("stem-imagepiece", "stem-both") if name == "stem-evit" else ("imagepiece", "patches-both")
+        own, note = asked(name, settings[name]), " (both with the stem)" if name == "stem-evit" else ""
+        gain = say(f"re-tokenize + prune is better than {name} at equal MACs{note}", cells[run] - own)
+        row: Row = {"method": name, **facts(name), "top-1": level(own), "imagepiece − this": points(gain)}
+        if name in strengths and all(setting in speed for setting in strengths[name]):
+            even = at_time(asked, name, strengths[name], speed, speed[strengths[ours][0]])
+            late = say(f"… than {name} at equal measured time{note}", few(ours, 0) - even)
+            row["at equal time"] = points(late)
+        rows.append(row)
+    tables["At the MACs of re-tokenize + prune"] = rows
+
+    # One model each, at less and less compute.
+    tables[f"One model each: top-1 and measured speed-up ({len(asked.some)} images)"] = [
+        {"keep": keep, "GMACs": f"{costs[strengths['imagepiece'][i]]:.3f}"}
+        | {n: f"{few(n, i).mean():.1%} {timed_at(strengths[n][i])}" for n in swept}
+        for i, keep in enumerate(KEEPS)
+    ]
+    for name in swept:
+        if name not in MODELS:
+            mine = "stem-imagepiece" if name.startswith("stem-") else "imagepiece"
+            fall, less = (few(n, 0) - few(n, len(KEEPS) - 1) for n in (name, mine))
+            say(f"{mine} falls less than {name} from keep 0.8 to 0.3 (Fig. 3)", fall - less)
+
+    # Masks.
+    shown = {"dense": ("patches-neither", "dense"), "stem, dense": ("stem-neither", "stem()")}
+    shown |= {n: (MODELS.get(n, n), strengths[n][0]) for n in swept if n in MASKED}
+    under = {n: {m: asked(*of, masks=m, few=True) for m in MASKS} for n, of in shown.items()}
+    falls = {n: found[0] - found[MASKS[-1]] for n, found in under.items()}
+    tables[f"Random masks of 1/14 of the side ({len(asked.some)} images)"] = [
+        {"model": n, **{str(m): f"{found[m].mean():.1%}" for m in MASKS}, "fall": points(bootstrap(falls[n]))}
+        for n, found in under.items()
+    ]
+    for name in shown:
+        if name not in ("stem, dense", *MODELS):
+            less = falls[name] - falls["imagepiece"]
+            say(f"imagepiece falls less than {name} under {MASKS[-1]} masks (Table 4)", less)
+    less = falls["imagepiece"] - falls["stem-imagepiece"]
+    say(f"the stem makes the fall of imagepiece under {MASKS[-1]} masks smaller", less)
+
+    # Company.
+    for name in (n for n in rivals if n in ("tome", "dynamicvit")):
+        both = nearest(dense, lambda k, make=SWEPT[name]: f"imagepiece() | {make(k)}", costs[settings[name]] * 1e9)  # type: ignore[misc]
+        better = asked(name, both) - asked(name, settings[name])
+        say(f"re-tokenizing first helps {name} at equal MACs (Table 9): `{both}`", better)
+    for words, make in TRIES.items() if asked.untrained else ():  # trained, each would be a run of its own
+        setting = nearest(dense, make, costs[settings["patches-both"]] * 1e9)
+        for name in ("patches-both", "evit", "tome"):
+            better = asked("stemmed", setting) - asked("stemmed", settings[name])
+            say(f"merging {words} is better than {settings[name]}: `{setting}`", better)
+    tables["Claims"] = claims
+
+    for name in ("imagepiece", "stem-imagepiece", "tome"):
+        model = saccade.load(asked.folder(MODELS.get(name, name)), "dense")
+        found = analyze(model, asked.images, [strengths[name][0]], "merging", limit=300)["merging"].data["layers"]
+        tables[f"What merges: {name} (300 images)"] = [tidy(row) for row in found[strengths[name][0]]]
+    write_json(
+        asked.out / ("untrained.json" if asked.untrained else "imagepiece.json"), {"tables": tables, "speed": speed}
+    )
+    for title, shown_rows in tables.items():
+        show(title, shown_rows)
+
+
+def tidy(row: Row) -> Row:
+    """One block of the analysis ``merging``, in words."""
+
+    def cell(value: Sequence[float] | None, scale: float = 100, digits: int = 1) -> str:
+        if value is None:
+            return ""
+        mean, low, high = (f"{scale * v:.{digits}f}" for v in value)
+        return f"{mean} [{low}, {high}]"
+
+    return {
+        "block": row["block"],
+        "tokens": f"{row['tokens']:.0f}",
+        "attended to again, %": cell(row["risen"]),
+        "merged": f"{row['merged']:.1f}",
+        "cosine": cell(row["similarity"], 1, 3),
+        **{f"in the top {round(100 * float(k))}, %": cell(value) for k, value in row["attentive"].items()},
+    }
+
+
+def at_time(asked: Asked, name: str, found: list[str], speed: dict[str, float], goal: float) -> torch.Tensor:
+    """Hits of a method at a measured speed-up: between its two strengths next to it, in time (1 / speed-up)."""
+    marks = [(1 / speed[s], asked(name, s, few=True)) for s in found[:4]]
+    marks = sorted([*marks, (1.0, asked("patches-neither", "dense", few=True))], key=lambda mark: mark[0])
+    time = 1 / goal
+    for (a, left), (b, right) in pairwise(marks):
+        if time <= b:
+            share = min(max((time - a) / (b - a), 0.0), 1.0)
+            return (1 - share) * left + share * right
+    return marks[-1][1]
+
+
+def points(found: Interval) -> str:
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in found.three()))
+
+
+def level(hits: torch.Tensor) -> str:
+    return "{:.1%} [{:.1%}, {:.1%}]".format(*proportion(hits.bool()).three())
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    """A Markdown table."""
+    print(f"\n{title}\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(row.get(name, "")).replace("|", "\\|") for name in rows[0]) + " |")
+
+
+if __name__ == "__main__":
+    main()
