@@ -77,6 +77,8 @@ HARD = {
         "adavit(0.5, axes=('patch', 'block'), at=[0, 1, 2, 3], threshold=0.98)",
         "adavit(share=0.5, threshold=0.97, heads='partial')",
     ],
+    "ats": ["ats(0.5, at=[0, 3])", "ats(0.1, at=1, score='received')"],
+    "ltmp": ["ltmp(0.5, at=[0, 1], start=0.9)", "ltmp(0.6, at=1, weight=0.0, start=1.0)", "ltmp(start=0.8)"],
     "topk": ["topk(0.3, at=[0, 1, 2, 3], asks='mean')", "topk((0.7, 0.01), at=(1, 2))", "topk(0.5)"],
     "random_plus": ["random_plus(0.6, axes='patch', at=[0, 3])", "random_plus(0.5, seed=3)", "random_plus(0.6)"],
     "random": ["random(0.5, at=0)", "random(0.02, at=[1, 3])", "random(0.6, seed=7)"],
@@ -96,6 +98,7 @@ HARD = {
         "quadtree(31, scorer='attention(2)', size=128)",
         "quadtree(40, size=128, positions='centre', area_bias=True, size_embedding=True)",
     ],
+    "stem": ["stem(20)", "stem((32, 16), size=96)", "stem()"],
 }
 OFF = {
     "evit": ["evit(1)", "evit(1.0, fuse=True)", "evit(0.5, at=[])"],
@@ -115,11 +118,14 @@ OFF = {
     "diffrate": ["diffrate(0, 0)", "diffrate([], [0, 0])"],
     "dynamicvit": ["dynamicvit(1)", "dynamicvit(at=[])"],
     "adavit": ["adavit(at=[])"],
+    "ats": ["ats(at=[])"],
+    "ltmp": ["ltmp(at=[])"],
     "topk": ["topk(1)", "topk(at=[])", "topk((1, 1), at=(0, 2))"],
     "random_plus": ["random_plus(1)", "random_plus(at=[])", "random_plus(axes=())"],
     "random": ["random(1)", "random(0.5, at=[])"],
     "grid": ["grid()", "grid(16)", "grid(16, 128)"],
     "quadtree": ["quadtree(64)", "quadtree(per_batch=64)"],
+    "stem": [],  # other weights than those of the patch embedding
 }
 
 
@@ -142,6 +148,7 @@ SOME = [text if text in HARDEST else pytest.param(text, marks=slow, id=text) for
 MENUS = list(dict.fromkeys(SETTINGS + [text for name in registry() for text in menu_of(name)]))
 METHODS = [name for name, entry in registry().items() if entry.kind == "method"]
 TOKENIZERS = [name for name, entry in registry().items() if entry.kind == "tokenizer"]
+RAGGED = {"ats", "ltmp"}  # another count in every image: a fixed share beside them is one of the batch's longest image
 PARTNERS = {"evit", "tome", "tokenlearner"}  # of each kind: drops and fuses, merges, mixes
 ONE_EACH = [settings_of(name)[-1] for name in registry()]
 
@@ -261,6 +268,9 @@ def test_macs_are_those_of_the_operators(vit, images, text):
 @torch.no_grad()
 @pytest.mark.parametrize("text", SETTINGS + in_pairs())
 def test_a_batch_equals_its_images_one_by_one(vit, images, text):
+    names = [call.name for call in Setting.parse(text).calls]
+    if RAGGED & set(names) and sum(name in METHODS for name in names) > 1:
+        pytest.skip("what a fixed share of a ragged batch is depends on its longest image")
     model = AdaptiveViT(vit, text)
     logits, dense = model(images).logits, model.dense(images)
     for b in range(3):
@@ -303,6 +313,7 @@ def test_gradients_reach_every_parameter(vit, images, text):
     loss.backward()
     idle = [f"vit.blocks.{i}." for i in range(model.plan.depth(4), 4)]  # blocks that do not run, a head not asked
     idle += ["vit.norm.", "vit.head."] if "head='own'" in text else []
+    idle += ["vit.patch_embed."] if text.startswith("stem") else []  # it stands in its place
     for m, method in enumerate(model.plan.methods):
         idle += [f"plan.methods.{m}.steps.{s}." for s, at in enumerate(method.at) if at >= model.plan.depth(4)]
     for name, weight in model.named_parameters():

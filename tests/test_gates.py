@@ -1,4 +1,5 @@
-"""Gates: masked and sparse execution are one definition. Spec `selection` A1, A2, A3, A6, A9, A10, B2, B3 and B5."""
+"""Gates: masked and sparse execution are one definition. Spec `selection` A1-A3, A6, A7,
+A9, A10, B2, B3, B5 and D2-D4."""
 
 from __future__ import annotations
 
@@ -9,10 +10,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oracles import RandomGates, add_gates, attention_by_hand, make_images, make_tokens, make_vit, relative
+import saccade.heads
+from oracles import (
+    RandomGates,
+    add_gates,
+    attention_by_hand,
+    counted_macs,
+    make_images,
+    make_tokens,
+    make_vit,
+    relative,
+)
+from saccade.attention import attend
 from saccade.gates import Gates, residual, straight_through
 from saccade.model import AdaptiveViT
 from saccade.plan import Gater, Method, Plan
+from saccade.ragged import Rows
 
 FAMILIES = ["vit", "deit3", "distilled", "dinov2-registers", "siglip", "class-average", "inner-norms", "dinov2-swiglu"]
 
@@ -178,9 +191,9 @@ def test_sparse_execution_computes_no_more_than_it_says(vit):
     mask = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]])
     tokens = make_tokens(3, 4, 2, mask=mask)
     for on, counts, shape in (
-        ([1, 1, 1], [4, 6, 3], (13, 8)),  # packed
+        ([1, 1, 1], [4, 6, 3], (13, 8)),
         ([1, 0, 1], [4, 0, 3], (7, 8)),
-        ([0, 0, 1], [0, 0, 3], (1, 3, 8)),  # a rectangle
+        ([0, 0, 1], [0, 0, 3], (3, 8)),
     ):
         found = residual(tokens, branch, on=torch.tensor(on), sparse=True)[1]
         assert torch.as_tensor(found).tolist() == counts
@@ -188,7 +201,151 @@ def test_sparse_execution_computes_no_more_than_it_says(vit):
     assert residual(tokens, branch, on=torch.zeros(3), sparse=True)[1] == 0 and not seen
     found = residual(replace(tokens, mask=None), branch, on=torch.tensor([0, 1, 0]), sparse=True)[1]
     assert torch.as_tensor(found).tolist() == [0, 6, 0]
-    assert seen.pop() == (1, 6, 8)
+    assert seen.pop() == (6, 8)
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+HEADS = {  # of four images and six heads
+    "each its own": [[1, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]],
+    "all alike": [[0, 1, 1, 0, 0, 1]] * 4,
+    "two groups": [[1, 1, 0, 0, 0, 0]] * 2 + [[0, 0, 1, 1, 1, 1]] * 2,
+    "none": [[0] * 6] * 4,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "deit3", "qk-norm"])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("lengths", [(9, 9, 9, 9), (9, 3, 0, 5)])
+@pytest.mark.parametrize("way", ["fused", "unfused"])
+@pytest.mark.parametrize("which", HEADS)
+def test_a6_a7_heads_skipped_are_heads_left_out(family, own, lengths, way, which, monkeypatch):
+    """Sliced or grouped, with rows of images that differ: what computing all and multiplying gives."""
+    monkeypatch.setenv("SACCADE_ATTENTION", way)
+    attn = make_vit(family, num_heads=6).blocks[0].attn
+    heads = torch.tensor(HEADS[which], dtype=torch.float32)
+    rows = Rows.of(torch.arange(9) < torch.tensor(lengths).unsqueeze(1))
+    x = torch.randn(4, 9, 96, generator=torch.Generator().manual_seed(0))
+    bias = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
+    for b in (None, bias):
+        skipped = attend(
+            attn, rows.pack(x), None if b is None else rows.pack(b), heads=heads, own=own, rows=rows, skip=True
+        )
+        for image, n in enumerate(lengths):
+            if n:
+                one = slice(image, image + 1)
+                alone = attend(attn, x[one, :n], None if b is None else b[one, :n], heads=heads[one], own=own).x
+                assert relative(rows.unpack(skipped.x)[one, :n], alone) <= 1e-5
+    whole = attend(attn, x, bias, heads=heads, own=own)
+    assert relative(attend(attn, x, bias, heads=heads, own=own, skip=True).x, whole.x) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "deit3", "inner-norms"])
+@pytest.mark.parametrize("seed", range(9))
+@pytest.mark.parametrize("own", [False, True])
+def test_a1_d2_skipped_heads_are_not_paid_for(family, seed, own, monkeypatch):
+    """Random plans: masked equals sparse, and what is said to have run is what the operators ran."""
+    monkeypatch.setattr(saccade.heads, "WORTH", 1e9)
+    vit = make_vit(family, num_heads=6)
+    gates = {block: Owning(10 * seed + block, own) for block in range(3)}
+    model = add_gates(AdaptiveViT(vit), gates)
+    images = make_images(vit, 5)
+    masked, sparse = (model.encode(images, sparse=way)[0] for way in (False, True))
+    assert relative(sparse.x, masked.x) <= 1e-5
+    trace = model.encode(images, sparse=True)[1]
+    counted = counted_macs(lambda: model.encode(images, sparse=True))
+    assert float(trace.macs().sum()) - 5 * trace.head == pytest.approx(counted, rel=1e-3)
+    skipped = [block.heads is not None for block in trace.blocks]
+    assert skipped == [family != "inner-norms"] * 3, "a norm over all heads needs them all"
+    if all(skipped):
+        wanted = model.encode(images, sparse=False)[1].wanted()
+        assert relative(trace.macs().float(), wanted.float()) <= 1e-6, "all that is wanted to be skipped is"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6)])
+def test_a1_at_the_shapes_of_vit_tiny_and_small(width, heads, monkeypatch):
+    monkeypatch.setattr(saccade.heads, "WORTH", 1e9)
+    vit = make_vit("deit", embed_dim=width, num_heads=heads, depth=12, img_size=224)
+    model = add_gates(AdaptiveViT(vit), {block: RandomGates(block, heads) for block in range(1, 11)})
+    images = make_images(vit, 3)
+    masked, sparse = (model.encode(images, sparse=way)[0] for way in (False, True))
+    assert relative(sparse.x, masked.x) <= 1e-5
+    for b in range(3):
+        alone = add_gates(AdaptiveViT(vit), {block: One(block, heads, b) for block in range(1, 11)})
+        assert relative(alone.encode(images[b : b + 1])[0].x, sparse.x[b : b + 1]) <= 1e-5
+
+
+class One(RandomGates):
+    """What ``RandomGates`` decides for one image of three."""
+
+    def __init__(self, seed: int, heads: int, image: int) -> None:
+        super().__init__(seed, heads)
+        self.image = image
+
+    def forward(self, tokens):
+        all_of_them = super().forward(make_tokens(3, tokens.num_patches))
+        mine = slice(self.image, self.image + 1)
+        return Gates(all_of_them.patch[mine], all_of_them.head[mine], all_of_them.attn[mine], all_of_them.mlp[mine])
+
+
+class Owning(RandomGates):
+    """Random gates of all axes; heads that are off pass their own values on, or nothing."""
+
+    def __init__(self, seed: int, own: bool) -> None:
+        super().__init__(seed, 6)
+        self.own = own
+
+    def forward(self, tokens):
+        return replace(super().forward(tokens), own=self.own)
+
+
+@torch.no_grad()
+def test_heads_are_skipped_where_that_pays(vit):
+    def worth(heads: list[list[float]], on: list[float] | None = None) -> bool:
+        given = None if on is None else torch.tensor(on)
+        return saccade.heads.worth(vit.blocks[0].attn, Gates(head=torch.tensor(heads), attn=given))
+
+    assert worth([[1.0, 0, 1]]) and worth([[1.0, 0, 1]] * 4), "one slice of the weights"
+    assert not worth([[1.0, 1, 1]] * 3), "there is nothing to skip"
+    assert not worth([[1.0, 0, 1], [1, 1, 0]]) and worth([[1.0, 0, 0], [0, 0, 0]])
+    assert worth([[1.0, 0, 1], [1, 1, 0]], on=[1.0, 0]), "of images that are on"
+    assert not worth([[1.0, 0, 1], [1, 1, 0]], on=[0.0, 0])
+    assert not saccade.heads.worth(make_vit("inner-norms").blocks[0].attn, Gates(head=torch.tensor([[1.0, 0, 0]])))
+
+
+@torch.no_grad()
+def test_d3_masked_execution_is_priced_as_dense(vit):
+    gates = {block: RandomGates(block, 3) for block in range(3)}
+    images = make_images(vit, 5)
+    masked = add_gates(AdaptiveViT(vit), gates).encode(images, sparse=False)[1]
+    assert torch.equal(masked.macs(), AdaptiveViT(vit).encode(images)[1].macs())
+    assert (masked.wanted() < masked.macs()).all()
+
+
+@torch.no_grad()
+def test_d4_leaving_out_more_never_costs_more(vit, monkeypatch):
+    """Token by token, head by head, branch by branch, from everything to nothing."""
+    monkeypatch.setattr(saccade.heads, "WORTH", 1e9)
+    images = make_images(vit, 2)
+    gates = {"patch": torch.ones(2, 16), "head": torch.ones(2, 3), "attn": torch.ones(2), "mlp": torch.ones(2)}
+    places = [(name, i) for name, gate in gates.items() for i in range(gate.numel())]
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(0)).tolist()
+    before = torch.full((2,), torch.inf, dtype=torch.float64)
+    for step in order:
+        macs = (
+            add_gates(AdaptiveViT(vit), {1: Fixed(**{k: v.clone() for k, v in gates.items()})}).encode(images)[1].macs()
+        )
+        assert (macs <= before).all()
+        before = macs
+        name, i = places[step]
+        gates[name].view(-1)[i] = 0
+    none = add_gates(AdaptiveViT(vit), {1: Fixed(head=torch.zeros(2, 3))}).encode(images)[1]
+    counted = counted_macs(lambda: add_gates(AdaptiveViT(vit), {1: Fixed(head=torch.zeros(2, 3))}).encode(images))
+    assert float(none.macs().sum()) - 2 * none.head == pytest.approx(counted, rel=1e-3), "no heads: the MLP still runs"
 
 
 # --- straight-through -----------------------------------------------------------------------------------------------

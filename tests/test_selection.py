@@ -1,33 +1,44 @@
-"""Methods that select what is computed, and thresholds for a budget. Spec `selection` A4, A6, B1-B5, C1, D1.
+"""Methods that select what is computed, thresholds for a budget: spec `selection` A3, A4, A6, A8, B1-B5, C1-C3, D1, D3.
 
-Masked against sparse execution (A1-A3, A9, A10) is in `test_gates` and `test_ragged`; every setting here also keeps
+Masked against sparse execution (A1-A3, A7, A9, A10, D2-D4) is in `test_gates` and `test_ragged`; all here also keep
 the contract of `test_contract` (cost, batches, gradients, half precision, other shapes).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from torch.nn import functional as F
 
+import saccade.heads
 import saccade.methods.dynamicvit
 import saccade.ragged
 from data_helpers import encode, picture, write_folder
-from oracles import attention_by_hand, block_macs, make_images, make_tokens, make_vit, relative
+from oracles import attention_by_hand, block_macs, counted_macs, make_images, make_tokens, make_vit, relative
 from saccade.attention import attend
 from saccade.choose import choose, keep_where, with_best
+from saccade.decide import KeepAttended
+from saccade.encoder import block_cost
+from saccade.encoder import encode as run_blocks
 from saccade.errors import UserError
 from saccade.gates import Gates
 from saccade.measure.calibrate import bisect, calibrate, with_threshold
+from saccade.methods.adavit import usage_of
+from saccade.methods.ats import Sample
 from saccade.methods.diffrate import Thin
 from saccade.methods.dynamicvit import Drop, Predictor
+from saccade.methods.ltmp import Prune
 from saccade.methods.random_plus import Blind
 from saccade.model import AdaptiveViT
 from saccade.ragged import Rows
 from saccade.reduction import reduce
+from saccade.training.state import read_state, write_state
+from saccade.training.student import Student
 
 # --- choices --------------------------------------------------------------------------------------------------------
 
@@ -37,7 +48,7 @@ def test_b1_how_often_does_not_depend_on_the_temperature(tau):
     torch.manual_seed(0)
     draws = 200_000
     for value in (-2.0, 0.0, 1.0, 3.0):
-        share = float(choose(torch.full((draws,), value), True, tau).mean())
+        share = float(choose(torch.full((draws,), value), 1.0, tau).mean())
         expected = 1 / (1 + math.exp(-value))
         assert abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / draws)
 
@@ -46,7 +57,7 @@ def test_b1_how_often_does_not_depend_on_the_temperature(tau):
 def test_b2_exactly_zero_or_one_with_the_gradient_of_the_noisy_sigmoid(tau):
     logits = torch.linspace(-6, 6, 500).requires_grad_()
     torch.manual_seed(3)
-    gate = choose(logits, True, tau)
+    gate = choose(logits, 1.0, tau)
     assert set(gate.tolist()) == {0.0, 1.0}
     gate.sum().backward()
     torch.manual_seed(3)
@@ -57,9 +68,9 @@ def test_b2_exactly_zero_or_one_with_the_gradient_of_the_noisy_sigmoid(tau):
 
 def test_b3_without_noise_a_choice_is_a_threshold():
     logits = torch.tensor([-50.0, -1.0, 0.0, 1e-6, 3.0, 50.0, -torch.inf])
-    assert choose(logits, False).tolist() == [0, 0, 0, 1, 1, 1, 0]
-    assert choose(logits, False, threshold=0.9).tolist() == [0, 0, 0, 0, 1, 1, 0]
-    assert choose(logits, False, threshold=1.0).sum() == 0 and choose(logits, False, threshold=0.0).sum() == 6
+    assert choose(logits, 0.0).tolist() == [0, 0, 0, 1, 1, 1, 0]
+    assert choose(logits, 0.0, threshold=0.9).tolist() == [0, 0, 0, 0, 1, 1, 0]
+    assert choose(logits, 0.0, threshold=1.0).sum() == 0 and choose(logits, 0.0, threshold=0.0).sum() == 6
 
 
 def test_keeping_what_is_chosen():
@@ -129,7 +140,7 @@ def test_a4_training_hides_what_evaluation_drops(scale, monkeypatch):
         dropped = model(images)
     assert dropped.trace.macs().unique().numel() > 1, "another number of tokens in every image"
     monkeypatch.setattr(
-        saccade.methods.dynamicvit, "choose", lambda logits, *_, **__: choose(logits, False, threshold=0.95)
+        saccade.methods.dynamicvit, "choose", lambda logits, *_, **__: choose(logits, 0.0, threshold=0.95)
     )
     masked = model.train()(images)
     model.eval()
@@ -255,24 +266,171 @@ def test_b4_every_axis_learns_from_the_task(heads):
     assert len(grads) == 2 * 3 * 2 and all(g.isfinite().all() and g.abs().sum() > 0 for g in grads.values())
 
 
-def test_c2_usage_goes_where_it_is_asked_to():
-    """Gates alone, with nothing but their own loss: 150 steps."""
+def learn(setting: str, steps: int, rate: float = 0.05, depth: int = 3) -> tuple[AdaptiveViT, torch.Tensor, list, list]:
+    """Gates alone, with nothing but their own loss, at a falling rate: model, images, usage and MACs step by step."""
     torch.manual_seed(0)
-    vit = make_vit("vit", depth=3, embed_dim=48, num_heads=3).requires_grad_(False)
-    model = AdaptiveViT(vit, "adavit((0.5, 0.7, 0.6), tau=1.0)").train()
+    vit = make_vit("vit", depth=depth, embed_dim=48, num_heads=3).requires_grad_(False)
+    model = AdaptiveViT(vit, setting).train()
     (method,) = model.plan.methods
-    optimizer, images, seen = torch.optim.Adam(method.parameters(), 0.1), make_images(vit, 16), []
-    for _ in range(150):
+    optimizer, images, usage, macs = torch.optim.Adam(method.parameters(), rate), make_images(vit, 16), [], []
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
+    for _ in range(steps):
         trace = model(images).trace
-        gates = trace.blocks[1].gates
-        seen.append([float(g.detach().mean()) for g in (gates.patch, gates.head, torch.stack([gates.attn, gates.mlp]))])
+        usage.append(used_by(trace))
+        macs.append(float(trace.wanted().detach().mean()))
         optimizer.zero_grad()
-        method.loss(trace)["usage"].backward()
+        sum(method.loss(trace).values()).backward()
         optimizer.step()
-    model.eval()
-    found = torch.tensor(seen[-75:]).mean(0)
-    assert seen[0][0] > 0.9
-    assert (found - torch.tensor([0.5, 0.7, 0.6])).abs().max() <= 0.05
+        schedule.step()
+    return model.eval(), images, usage, macs
+
+
+def used_by(trace) -> list[float]:
+    gates = trace.blocks[1].gates
+    return [
+        float(usage.detach()) if (usage := usage_of(gates, axis)) is not None else 1.0
+        for axis in ("patch", "head", "block")
+    ]
+
+
+@pytest.mark.parametrize("wanted", [(0.5, 0.7, 0.6), (0.7, 0.5, 0.5)])
+def test_c2_usage_goes_where_it_is_asked_to(wanted):
+    _, _, usage, _ = learn(f"adavit({wanted}, tau=1.0)", 300)
+    assert usage[0][0] > 0.9
+    assert (torch.tensor(usage[-100:]).mean(0) - torch.tensor(wanted)).abs().max() <= 0.03
+
+
+def test_c3_macs_go_where_they_are_asked_to_and_evaluation_agrees():
+    """With little noise left, evaluation runs what training ran, without another threshold."""
+    setting = "adavit(share=0.7, tau=1.0, weight=3.0, axes=('patch', 'block'), noise=0.3)"
+    model, images, usage, macs = learn(setting, 300, 0.02, depth=5)
+    with torch.no_grad():
+        wanted = 0.7 * float(model.at("dense")(images).trace.macs(nominal=True).mean())
+        ran = float(model(images).trace.macs().mean())
+        evaluated = used_by(model.encode(images, sparse=False)[1])
+    assert float(torch.tensor(macs[-50:]).mean()) == pytest.approx(wanted, rel=0.03)
+    assert ran == pytest.approx(wanted, rel=0.03)
+    assert (torch.tensor(usage[-50:]).mean(0) - torch.tensor(evaluated)).abs().max() <= 0.05
+
+
+@pytest.mark.parametrize(("noise", "logit"), [(0.5, 1.0), (0.25, -0.5)])
+def test_less_noise_is_a_surer_draw(noise, logit):
+    torch.manual_seed(0)
+    share = float(choose(torch.full((100_000,), logit), noise).mean())
+    expected = 1 / (1 + math.exp(-logit / noise))
+    assert abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / 100_000)
+
+
+@torch.no_grad()
+def test_settings_of_one_method_learn_the_same_and_are_saved_once(tmp_path):
+    """Training may go through several settings of a method, ever cheaper; its checkpoints hold what they share."""
+    model = AdaptiveViT(make_vit("vit"))
+    student = Student(model, ["adavit(0.9)", "adavit(0.7)"])
+    (one,), (two,) = (view.plan.methods for view in student.views)
+    assert one.steps[0].layers["patch"].weight is two.steps[0].layers["patch"].weight
+    write_state(tmp_path / "state", dict(student.state_dict()), {})
+    saved, _ = read_state(tmp_path / "state")
+    assert saved.keys() == student.state_dict().keys()
+    assert all(torch.equal(saved[name], value) for name, value in student.state_dict().items())
+
+
+# --- every method that selects --------------------------------------------------------------------------------------
+
+BY_CONTENT = [
+    "evit(0.5, at=1)",
+    "topk(0.5, at=1)",
+    "dynamicvit(0.5, at=[0, 1])",
+    "dynamicvit(at=1, threshold=0.95)",
+    "adavit(threshold=0.98)",
+    "diffrate(3, 4)",
+    "ats(0.7, at=[0, 1])",
+]
+PER_IMAGE = [
+    "ats(0.7, at=[0, 1])",
+    "dynamicvit(at=[0, 1], threshold=0.95)",
+    "adavit(threshold=0.98)",
+    "adavit(threshold=0.98, heads='partial')",
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", BY_CONTENT)
+def test_a8_where_a_patch_stands_in_the_sequence_makes_no_difference(text):
+    """Patches change places with their positions: the logits stay."""
+    vit = make_vit("vit")
+    model = AdaptiveViT(vit, text)
+    tokens = model.tokenizer(vit, make_images(vit, 3))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    shuffled = replace(
+        tokens, x=torch.cat([tokens.x[:, :1], tokens.patches[:, order]], 1), owner=order.argsort().expand(3, -1)
+    )
+    (found, ran), (expected, as_ran) = (run_blocks(vit, t, model.plan) for t in (shuffled, tokens))
+    assert relative(model.head(found), model.head(expected)) <= 1e-5
+    assert [float(b.macs().sum()) if isinstance(b.macs(), torch.Tensor) else b.macs() for b in ran] == [
+        float(b.macs().sum()) if isinstance(b.macs(), torch.Tensor) else b.macs() for b in as_ran
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", PER_IMAGE)
+@pytest.mark.parametrize("ladder", [0.0, 0.95, 2.0])
+def test_a3_an_image_gets_what_it_needs_whatever_is_beside_it(text, ladder, monkeypatch):
+    """One by one, in a batch, padded or packed, heads skipped or computed: the same logits."""
+    monkeypatch.setattr(saccade.ragged, "WORTH", ladder)
+    monkeypatch.setattr(saccade.heads, "WORTH", 1e9 * ladder)
+    vit = make_vit("vit", num_heads=6)
+    model, images = AdaptiveViT(vit, text), make_images(vit, 5)
+    together = model(images)
+    assert ladder == 0 or together.trace.macs().unique().numel() > 1, "images differ in cost"
+    for b in range(5):
+        assert relative(model(images[b : b + 1]).logits, together.logits[b : b + 1]) <= 1e-5
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize(
+    ("keep", "plain", "fused"),
+    [
+        (0.9, ([177, 160, 144], 3.99), ([178, 162, 147], 4.02)),
+        (0.8, ([157, 126, 101], 3.44), ([158, 128, 104], 3.48)),
+        (0.7, ([138, 97, 68], 3.00), ([139, 99, 71], 3.03)),
+        (0.6, ([118, 71, 43], 2.61), ([119, 73, 45], 2.64)),
+        (0.5, ([98, 49, 25], 2.28), ([99, 51, 27], 2.31)),
+    ],
+)
+def test_d1_evit_counts_and_costs_what_its_paper_says(keep, plain, fused, fuse):
+    """DeiT-S, selection §1; reading class attention is not counted there."""
+    counts, gmacs = fused if fuse else plain
+    n, found, total = 196, [], 0.0
+    for block in range(12):
+        before = n
+        if block in (3, 6, 9):
+            n = KeepAttended(keep, "cls_attn", fuse).count(n)
+            found.append(n)
+        total += block_macs(before + 1, n + 1, 384)
+    assert found == counts
+    assert (total + 196 * 3 * 16**2 * 384 + 384 * 1000) / 1e9 == pytest.approx(gmacs, abs=0.01)
+
+
+@pytest.mark.parametrize(("name", "gmacs"), [("tiny", 1.25), ("small", 4.60), ("base", 17.56)])
+def test_d1_dense_deit_costs_what_its_formula_says(name, gmacs):
+    width = {"tiny": 192, "small": 384, "base": 768}[name]
+    with torch.device("meta"):
+        cost = block_cost(timm.create_model(f"deit_{name}_patch16_224").blocks[0])
+    total = 12 * (cost.attention(197, 197) + 197 * cost.mlp) + 196 * 3 * 16**2 * width + width * 1000
+    assert total / 1e9 == pytest.approx(gmacs, abs=0.01)
+
+
+@torch.no_grad()
+def test_d3_padding_is_paid_for_where_it_is_computed(monkeypatch):
+    """Ragged counts as a rectangle: every image costs as much as the longest."""
+    monkeypatch.setattr(saccade.ragged, "WORTH", 0.0)
+    vit = make_vit("vit")
+    model, images = AdaptiveViT(vit, "dynamicvit(at=0, threshold=0.95)"), make_images(vit, 4)
+    padded = model(images).trace.macs()
+    assert padded.unique().numel() == 1
+    assert float(padded.sum()) == pytest.approx(counted_macs(lambda: model(images)), rel=1e-3)
+    monkeypatch.setattr(saccade.ragged, "WORTH", 0.95)
+    assert float(model(images).trace.macs().sum()) < float(padded.sum())
 
 
 # --- topk and the random control ------------------------------------------------------------------------------------
@@ -444,3 +602,55 @@ def test_calibrate_on_images(tmp_path):
     assert again == found, "read from the cache"
     with pytest.raises(UserError, match="out of reach"):
         calibrate(model, str(images), "dynamicvit(0.7)", 0.01 * dense)
+
+
+# --- ats and ltmp ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1.0, 0.5, 0.1])
+def test_ats_samples_the_cumulative_score(keep):
+    """Level by level, one image at a time; another number of tokens in every image."""
+    tokens = make_tokens(4, 20, cls_attn=torch.rand(4, 20) ** 3, value=torch.rand(4, 20) + 0.5)
+    valid = torch.arange(20) < torch.tensor([[20], [13], [7], [1]])
+    for given in (tokens, replace(tokens, valid=valid)):
+        found = Sample(keep, "cls_attn")(given)
+        for b in range(4):
+            n = 20 if given.valid is None else int(valid[b].sum())
+            score = (tokens.cls_attn * tokens.value)[b, :n].double()
+            order = sorted(range(n), key=lambda j: float(score[j]))
+            cdf = [sum(float(score[j]) for j in order[: i + 1]) / float(score.sum()) for i in range(n)]
+            count = math.ceil(round(keep * n, 9))
+            wanted = [(k + 0.5) / count for k in range(count)]
+            expected = {order[min(range(n), key=lambda i: abs(cdf[i] - u))] for u in wanted}
+            expected.add(max(range(n), key=lambda j: float(score[j])))
+            assert set(found.keep[b][found.valid[b]].tolist()) == expected
+
+
+@torch.no_grad()
+def test_attention_tells_how_long_values_are():
+    attn = make_vit("vit").blocks[0].attn
+    x = torch.randn(2, 5, 96)
+    expected = attn.qkv(x)[..., 2 * 96 :].norm(dim=-1)
+    rows = Rows.of(torch.ones(2, 5, dtype=torch.bool))
+    assert relative(attend(attn, x, read=frozenset({"value"})).value, expected) <= 1e-5
+    packed = attend(attn, x.flatten(0, 1), read=frozenset({"value"}), rows=rows)
+    assert relative(packed.value.view(2, 5), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_ltmp_drops_what_receives_too_little(training):
+    received = torch.rand(3, 16) / 17
+    tokens = make_tokens(3, 16, received=received)
+    reducer = Prune(0.6).train(training)
+    found = reducer(tokens)
+    expected = received * 17 > 0.6
+    assert expected.any(1).all() and not expected.all()
+    if training:
+        assert torch.equal(found.gate.detach() > 0, expected)
+        found.gate.sum().backward()
+        soft = ((received * 17 - 0.6) / 0.1).sigmoid()
+        assert float(reducer.threshold.grad) == pytest.approx(-float((soft * (1 - soft)).sum()) / 0.1, rel=1e-4)
+    else:
+        for b in range(3):
+            assert found.keep[b][found.valid[b]].tolist() == expected[b].nonzero().squeeze(1).tolist()

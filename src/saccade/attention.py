@@ -6,12 +6,14 @@ import functools
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.heads import some_heads
 from saccade.ragged import Rows
 
 
@@ -20,10 +22,12 @@ class Attended:
     """What one attention gives."""
 
     x: Tensor  #                      [B, Q, D]
-    kernel: str  #                    which path ran: "fused", "unfused", with "+bias" where keys count differently
+    kernel: str  #                    which path ran: "fused", "unfused", with "+bias" where keys count differently …
+    #                                 … "varlen", CUDA's for ragged batches; "heads", only those that are on
     key: Tensor | None = None  #      [B, K, d]  mean key over heads
     cls_attn: Tensor | None = None  # [B, K] fp32  first token's attention, mean over heads
     received: Tensor | None = None  # [B, K] fp32  attention received, mean over heads and queries
+    value: Tensor | None = None  #    [B, K] fp32  length of each value, all heads together
 
 
 def attend(
@@ -37,6 +41,7 @@ def attend(
     read: frozenset[str] = frozenset(),
     alive: Tensor | None = None,
     rows: Rows | None = None,
+    skip: bool = False,
 ) -> Attended:
     """timm's attention on x [B, K, D], with an additive key bias, fewer queries, and what reducers want to read.
 
@@ -48,7 +53,13 @@ def attend(
         read: which readings to return; ``cls_attn`` is one row, O(H·K·D), and ``received`` needs all scores.
         alive: [B, K] 0/1, straight-through: keys that count. Gives what a bias of -inf gives, and a gradient.
         rows: x is packed [T, D] and holds these rows; bias, readings and output are packed alike.
+        skip: do not compute heads that are off (for all queries, without readings; ``heads.worth`` says where).
     """
+    if skip and heads is not None:
+        lengths = (x.shape[1],) * x.shape[0] if rows is None else rows.lengths
+        offset = None if bias is None else bias.flatten()
+        y = some_heads(attn, x.reshape(-1, x.shape[-1]), heads, own, lengths, offset, partial(_mixed, attn))
+        return Attended(attn.proj_drop(y.view(x.shape)), "heads")
     if rows is not None:
         return _packed(attn, x, rows, bias, heads, own, read)
     B, K, _ = x.shape
@@ -90,7 +101,8 @@ def attend(
     y = attn.norm(y.transpose(1, 2).flatten(2))
     y = attn.proj_drop(attn.proj(y if gate is None else y * gate))
     kernel = ("fused" if fused else "unfused") + ("" if bias is None else "+bias")
-    return Attended(y, kernel, k.mean(1) if "key" in read else None, cls_attn, received)
+    value = torch.linalg.vector_norm(v.float(), dim=(1, 3)) if "value" in read else None
+    return Attended(y, kernel, k.mean(1) if "key" in read else None, cls_attn, received, value)
 
 
 def _packed(
@@ -102,10 +114,12 @@ def _packed(
     q, k, v = attn.qkv(x).reshape(-1, 3, H, d).unbind(1)  # [T, H, d]
     q, k = attn.q_norm(q), attn.k_norm(k)
     readings: dict[str, Tensor] = {}
-    if x.device.type == "cuda" and bias is None and read <= {"key"} and q.dtype != torch.float32:
-        y, kernel = _varlen(q, k, v, rows), "varlen"
+    if read <= {"key", "value"}:
+        y, kernel = _mixed(attn, q, k, v, rows.lengths, bias)
     else:
-        y, readings, kernel = _image_by_image(attn, q, k, v, rows, bias, read)
+        y, readings, kernel = _image_by_image(attn, q, k, v, rows.lengths, bias, read)
+    if "value" in read:
+        readings["value"] = torch.linalg.vector_norm(v.float(), dim=(1, 2))
     if heads is not None:
         each = heads.repeat_interleave(rows.counts(), dim=0, output_size=len(x))
         on = each.unsqueeze(-1).to(y.dtype)
@@ -115,16 +129,44 @@ def _packed(
     return Attended(y, kernel + ("" if bias is None else "+bias"), k.mean(1) if "key" in read else None, **readings)
 
 
+def _mixed(
+    attn: Attention, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], bias: Tensor | None
+) -> tuple[Tensor, str]:
+    """Attention of images side by side, without projections: q, k, v [T, h, d], bias [T] -> [T, h, d], the kernel."""
+    lengths = tuple(n for n in lengths if n)
+    if not lengths:  # nobody takes part
+        return v, "none"
+    if len(set(lengths)) > 1:
+        if _has_varlen(q, bias):
+            return _varlen(q, k, v, lengths), "varlen"
+        y, _, kernel = _image_by_image(attn, q, k, v, lengths, bias, frozenset())
+        return y, kernel
+    q, k, v = (part.unflatten(0, (len(lengths), -1)).transpose(1, 2) for part in (q, k, v))  # [b, h, n, d]
+    mask = None if bias is None else bias.to(q.dtype).view(len(lengths), 1, 1, -1)
+    if attn.fused_attn and kernel_for(q, q.shape[2]) == "fused":
+        y, kernel = F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "fused"
+    else:
+        scores = (q * attn.scale) @ k.transpose(-2, -1)
+        y, kernel = (scores if mask is None else scores + mask).softmax(dim=-1) @ v, "unfused"
+    return y.transpose(1, 2).flatten(0, 1), kernel
+
+
 def _image_by_image(
-    attn: Attention, q: Tensor, k: Tensor, v: Tensor, rows: Rows, bias: Tensor | None, read: frozenset[str]
+    attn: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    bias: Tensor | None,
+    read: frozenset[str],
 ) -> tuple[Tensor, dict[str, Tensor], str]:
     """A loop over images, where a measured table says that it is faster than padding (``benchmarks/ragged.py``)."""
     outputs: list[Tensor] = []
     readings: dict[str, list[Tensor]] = {name: [] for name in ("cls_attn", "received") if name in read}
-    longest = max(rows.lengths)
+    longest = max(lengths)
     fused = attn.fused_attn and "received" not in read and kernel_for(q[None].transpose(1, 2), longest) == "fused"
-    biases = [None] * len(rows.lengths) if bias is None else bias.split(rows.lengths)
-    parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(rows.lengths, dim=2) for x in (q, k, v)), biases, strict=True)
+    biases = [None] * len(lengths) if bias is None else bias.split(lengths)
+    parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (q, k, v)), biases, strict=True)
     for qi, ki, vi, b in parts:  # [1, H, n, d]
         if fused:
             mask = None if b is None else b.to(qi.dtype)[None, None, None]
@@ -145,12 +187,17 @@ def _image_by_image(
     return torch.cat(outputs), found, "fused" if fused else "unfused"
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
-    """torch's kernel for ragged batches (CUDA, half precision): q, k, v [T, H, d] -> [T, H, d]."""
+def _has_varlen(q: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch has a kernel for this ragged batch: on CUDA, in half precision, where all keys count alike."""
+    return q.device.type == "cuda" and bias is None and q.dtype != torch.float32
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """torch's kernel for ragged batches: q, k, v [T, H, d] -> [T, H, d]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = F.pad(rows.counts().cumsum(0), (1, 0)).to(torch.int32)
-    longest = max(rows.lengths)
+    ends = F.pad(torch.tensor(lengths, device=q.device).cumsum(0), (1, 0)).to(torch.int32)
+    longest = max(lengths)
     y = varlen_attn(q, k, v, ends, ends, longest, longest)
     assert isinstance(y, Tensor)
     return y

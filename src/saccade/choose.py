@@ -11,22 +11,22 @@ from saccade.reduction import Reduction
 from saccade.tokens import Tokens
 
 
-def choose(logits: Tensor, noisy: bool, tau: float = 1.0, threshold: float = 0.5) -> Tensor:
+def choose(logits: Tensor, noise: float, tau: float = 1.0, threshold: float = 0.5) -> Tensor:
     """0/1 of each logit, in fp32, straight-through: exactly 0 or 1, with the gradient of a sigmoid.
 
     Args:
-        noisy: draw, 1 with probability ``sigmoid(logits)`` whatever tau is (binary Gumbel noise, arXiv 1611.00712, from
-            torch's global generator); the gradient is y (1 - y) / tau of the noisy ``y``. False: 1 where
-            ``sigmoid(logits) > threshold``.
+        noise: how much of a draw it is. 1: 1 with probability ``sigmoid(logits)`` whatever tau is (binary Gumbel noise,
+            arXiv 1611.00712, from torch's global generator). 0: 1 where ``sigmoid(logits) > threshold``. Between: a
+            draw by ``sigmoid(logits / noise)``, for training that ends as evaluation goes on.
+        tau: the gradient is y (1 - y) / tau of ``y = sigmoid(logits / tau)``, noise included.
     """
     logits = logits.float()
-    if noisy:
-        noise = torch.rand_like(logits).clamp(1e-7, 1 - 1e-7).logit()  # the difference of two Gumbels
-        soft = ((logits + noise) / tau).sigmoid()
-        hard = logits + noise > 0
+    if noise:
+        drawn = logits + noise * torch.rand_like(logits).clamp(1e-7, 1 - 1e-7).logit()  # the difference of two Gumbels
+        hard = drawn > 0
     else:
-        soft = logits.sigmoid()
-        hard = logits > logit(threshold)
+        drawn, hard = logits, logits > logit(threshold)
+    soft = (drawn / tau).sigmoid()
     return hard.float() + (soft - soft.detach())
 
 

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from saccade.attention import Attended, attend
 from saccade.gates import Gates, residual
+from saccade.heads import worth
 from saccade.plan import Plan, TimmBlock, ViT
-from saccade.ragged import Rows, packed, padded
+from saccade.ragged import Rows, gathered, packed, padded, scattered
 from saccade.tokens import READINGS, Tokens
 from saccade.trace import BlockCost, BlockTrace, Count
 
@@ -39,15 +40,23 @@ def encode(
             wanted = None if ran.wanted is None else ran.wanted + overhead
             trace.append(replace(ran, overhead=overhead, wanted=wanted))
             break
-        tokens = packed(tokens) if sparse and gates is None else padded(tokens)
-        before, start = tokens.length, tokens
         read = plan.readings(i, tokens.num_patches)
-        tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, sparse)
+        asked = "received" in read  # by every query: padding must not be one
+        tokens = packed(tokens, asked) if sparse and gates is None else padded(tokens)
+        before, start = tokens.length, tokens
+        skip = sparse and not read and gates is not None and worth(block.attn, gates)
+        among = sparse and gates is not None and gates.whole_rows and not plan.reducers(i, "attn", tokens.num_patches)
+        if among:
+            assert gates is not None and gates.patch is not None
+            tokens, gates = gathered(tokens, gates.patch), replace(gates, patch=None)
+        tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, sparse, skip)
         tokens, deciding = plan.reduce(i, "attn", tokens, sparse)
         tokens = tokens.without(READINGS)
-        tokens = packed(tokens) if sparse and gates is None else padded(tokens)
+        if not among:
+            tokens = packed(tokens) if sparse and gates is None else padded(tokens)
         middle = tokens
         tokens, updated = run(mlp_branch, block, tokens, gates or Gates(), sparse)
+        tokens = scattered(tokens, start) if among else tokens
 
         cost = block_cost(block)
         overheads = overhead + gating + deciding + _reading(block, read, kernel) * before
@@ -58,6 +67,8 @@ def encode(
             mlp=updated,
             attn=gates.attn if gates and sparse and not read else None,
             mlp_on=gates.mlp if gates and sparse else None,
+            heads=gates.head.mean(1) if gates and gates.head is not None and skip else None,
+            own=gates is not None and gates.own,
             planned=(before, tokens.length),
             overhead=overheads,
             kernel=kernel,
@@ -75,12 +86,9 @@ def _wanted(cost: BlockCost, start: Tokens, middle: Tokens, gates: Gates | None,
     if gates is None and start.alive is None and middle.alive is None:
         return None
     gates = gates or Gates()
-    attending, updated = (_counted(replace(tokens, mask=gates.patch)) for tokens in (start, middle))
-    share = 1.0 if gates.head is None else gates.head.mean(1)
-    attention = cost.attention(attending, attending) * share
-    if gates.own:  # values and projection of the heads that are off
-        attention = attention + attending * (2 * cost.dim * cost.attn_dim) * (1 - share)
-    attention = attention * (1.0 if gates.attn is None else gates.attn)
+    attending, updated = _counted(replace(start, mask=gates.patch)), _counted(middle)  # its mask went where tokens went
+    attention = cost.attention(attending, attending, None if gates.head is None else gates.head.mean(1), gates.own)
+    attention = attention if gates.attn is None else attention * gates.attn
     return attention + updated * cost.mlp * (1.0 if gates.mlp is None else gates.mlp) + overhead
 
 
@@ -111,15 +119,17 @@ def _recomputed(branch: Callable, *args: Any) -> Any:
 
 
 def attention_branch(
-    block: TimmBlock, tokens: Tokens, gates: Gates, read: frozenset[str], sparse: bool
+    block: TimmBlock, tokens: Tokens, gates: Gates, read: frozenset[str], sparse: bool, skip: bool = False
 ) -> tuple[Tokens, Count, str]:
-    """``x + attn(norm1(x))``; with what reducers want to read, which needs attention to run for all images."""
+    """``x + attn(norm1(x))``; with what reducers want to read, which needs attention to run for all images.
+
+    skip: heads that are off are not computed.
+    """
     seen: list[Attended] = []
 
     def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: Rows | None) -> Tensor:
-        seen.append(
-            attend(block.attn, block.norm1(x), bias, heads=heads, own=gates.own, read=read, alive=alive, rows=rows)
-        )
+        how = {"heads": heads, "own": gates.own, "read": read, "alive": alive, "rows": rows, "skip": skip}
+        seen.append(attend(block.attn, block.norm1(x), bias, **how))  # type: ignore[arg-type]
         return block.drop_path1(block.ls1(seen[0].x))
 
     tokens = replace(tokens, mask=gates.patch)

@@ -30,6 +30,11 @@ class Gates:
     mlp: Tensor | None = None  #   [B]     the MLP branch
     own: bool = False  #                   a head that is off passes its own values on; False: nothing
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a token that takes part does so in both branches: then one gather serves the whole block."""
+        return self.patch is not None and self.attn is None and self.mlp is None
+
 
 def straight_through(logits: Tensor, threshold: float = 0.5) -> Tensor:
     """Hard 0/1 of ``sigmoid(logits) > threshold`` whose gradient is the sigmoid's."""
@@ -54,7 +59,7 @@ def residual(
     part = tokens.takes_part()
     if on is None and part is None:
         update = branch(tokens.x, bias, heads, tokens.rows)
-        return tokens.x + update, tokens.x.shape[1] if tokens.rows is None else tokens.rows.counts()
+        return tokens.x + update, tokens.x.shape[1] if tokens.rows is None else tokens.rows.count()
     if not sparse:
         update = branch(tokens.x, bias, heads, None)
         if part is not None:
@@ -66,7 +71,7 @@ def residual(
 
 
 def _sparse(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:
-    """Only the rows that are on: as a smaller rectangle where images agree on how many, packed where they do not."""
+    """Only the rows that are on, packed."""
     x, there = tokens.x, torch.ones(tokens.x.shape[:2], dtype=torch.bool, device=tokens.x.device)
     for present in (tokens.takes_part(), tokens.valid):
         if present is not None:
@@ -76,14 +81,6 @@ def _sparse(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | No
     rows = Rows.of(there)
     if not len(rows.index):
         return x, 0
-    live = rows.pack(x)
     counts = tokens.size is not None and tokens.proportional
     bias = rows.pack(bias) if bias is not None and counts else None  # what else it hides is not there
-    images = rows.even()
-    if images is None:
-        return rows.add(x, branch(live, bias, heads, rows)), rows.counts()
-    box = len(images), -1
-    if heads is not None and len(images) < x.shape[0]:
-        heads = heads[list(images)]
-    update = branch(live.unflatten(0, box), None if bias is None else bias.unflatten(0, box), heads, None)
-    return rows.add(x, update.flatten(0, 1)), update.shape[1] if len(images) == x.shape[0] else rows.counts()
+    return rows.add(x, branch(rows.pack(x), bias, heads, rows)), rows.count()

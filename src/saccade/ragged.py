@@ -49,20 +49,19 @@ class Rows:
         """Rows of each image, [B] on the device of the rows."""
         return torch.tensor(self.lengths, device=self.index.device)
 
-    def even(self) -> tuple[int, ...] | None:
-        """Images that have rows, if all of these have as many; None if they differ."""
-        some = tuple(image for image, n in enumerate(self.lengths) if n)
-        return some if len({n for n in self.lengths if n}) == 1 else None
+    def count(self) -> int | Tensor:
+        """Rows of each image: one number where all have as many, else [B]."""
+        return self.lengths[0] if len(set(self.lengths)) == 1 else self.counts()
 
 
-def packed(tokens: Tokens) -> Tokens:
-    """The same tokens with only live rows in ``x`` [T, D], where enough of them are padding."""
+def packed(tokens: Tokens, always: bool = False) -> Tokens:
+    """The same tokens with only live rows in ``x`` [T, D], where enough of them are padding; or where any is."""
     if tokens.rows is not None or tokens.valid is None or tokens.x.shape[0] == 0:
         return tokens
     if torch.compiler.is_compiling() or not _loops(tokens.x):
         return tokens
     rows = Rows.of(tokens.of_all(tokens.valid, 1.0) > 0)
-    if len(rows.index) > WORTH * tokens.x.shape[0] * tokens.x.shape[1]:
+    if not always and len(rows.index) > WORTH * tokens.x.shape[0] * tokens.x.shape[1]:
         return tokens
     return replace(tokens, x=rows.pack(tokens.x), rows=rows)
 
@@ -70,6 +69,20 @@ def packed(tokens: Tokens) -> Tokens:
 def padded(tokens: Tokens) -> Tokens:
     """The same tokens as a rectangle, x [B, P+N, D]; padding holds zeros."""
     return tokens if tokens.rows is None else replace(tokens, x=tokens.rows.unpack(tokens.x), rows=None)
+
+
+def gathered(tokens: Tokens, part: Tensor) -> Tokens:
+    """Only the prefix and the patch tokens that take part, part [B, N] 0/1, packed: the others are not there."""
+    present = part > 0 if tokens.valid is None else (part > 0) & tokens.valid
+    rows = Rows.of(tokens.of_all(present.float(), 1.0) > 0)
+    return replace(tokens, x=rows.pack(tokens.x), rows=rows)
+
+
+def scattered(tokens: Tokens, all_of_them: Tokens) -> Tokens:
+    """What ``gathered`` took, back among all of them; those that rested stay bit by bit."""
+    assert tokens.rows is not None
+    x = all_of_them.x.flatten(0, 1).index_copy(0, tokens.rows.index, tokens.x.to(all_of_them.x.dtype))
+    return replace(tokens, x=x.view(all_of_them.x.shape), rows=None)
 
 
 def _loops(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.tokens import Tokens
+from saccade.tokens import READINGS, Tokens
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
     untouched = torch.arange(prefix, device=r.keep.device).expand(images, prefix)
     x = rows(tokens.x, torch.cat([untouched, r.keep + prefix], dim=1))
     key = None if tokens.key is None else rows(tokens.key, r.keep)
+    value = None if tokens.value is None else tokens.value.gather(1, r.keep)  # of a merged token: of the one that stays
     size, valid, mask, alive = tokens.size, tokens.valid, tokens.mask, tokens.alive
     merging = replace(r, rest=None)
     slot = torch.full((images, tokens.num_patches), -1, dtype=torch.int64, device=x.device)
@@ -111,6 +112,8 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
             total = weight.sum(1, keepdim=True).clamp(min=1e-12)  # nobody may have looked at any of them
             mean = (weight * rows(tokens.key, r.rest)).sum(1, keepdim=True) / total
             key = torch.cat([key, mean.to(key.dtype)], dim=1)
+        if value is not None and tokens.value is not None:
+            value = torch.cat([value, tokens.value.gather(1, r.rest).mean(1, keepdim=True)], dim=1)
         # The fused token is an ordinary one from here on (EViT): it counts once, and is always valid.
         size, valid, mask, alive = (
             None if a is None else torch.cat([a, torch.ones_like(a[:, :1])], dim=1) for a in (size, valid, mask, alive)
@@ -118,7 +121,7 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         slot = slot.scatter(1, r.rest, r.keep.shape[1])
 
     scores = {name: _sums(getattr(tokens, name), r) for name in ("cls_attn", "received")}
-    state = {"size": size, "valid": valid, "mask": mask, "alive": alive, "key": key, **scores}
+    state = {"size": size, "valid": valid, "mask": mask, "alive": alive, "key": key, "value": value, **scores}
     proportional = tokens.proportional and r.proportional
     return replace(tokens, x=x, owner=_forward(tokens.owner, slot), proportional=proportional, **state)
 
@@ -161,7 +164,7 @@ def _mix(tokens: Tokens, soft: SoftReduction) -> Tokens:
         return replace(soft.onto, x=x, owner=owner, left=tokens.left)
     x = torch.cat([tokens.x[:, : tokens.num_prefix], new], dim=1)
     owner = _forward(tokens.owner, soft.weights.argmax(1))  # a cell follows the mixture its token gave most to
-    none: dict[str, Any] = dict.fromkeys(("size", "valid", "mask", "alive", "key", "cls_attn", "received"))
+    none: dict[str, Any] = dict.fromkeys(("size", "valid", "mask", "alive", *READINGS))
     return replace(tokens, x=x, owner=owner, before=tokens if soft.remember else tokens.before, **none)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from saccade.ragged import Rows
 
-READINGS = frozenset({"key", "cls_attn", "received"})  # of one block's attention, for its reducers
+READINGS = frozenset({"key", "cls_attn", "received", "value"})  # of one block's attention, for its reducers
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Tokens:
     key: Tensor | None = None  #      [B, N, d]  mean key over heads              } readings of this block's
     cls_attn: Tensor | None = None  # [B, N] fp32  class attention, mean over heads } attention: present only
     received: Tensor | None = None  # [B, N] fp32  mean attention received          } between attention and MLP
+    value: Tensor | None = None  #    [B, N] fp32  length of each value, all heads together; as the three above
     left: Tensor | None = None  #     [B, G, D]  last features of dropped cells; None: nobody will ask for a dense map
     proportional: bool = True  #      attention counts a token ``size`` times; False: once (an average still does)
     before: Tokens | None = None  #   the tokens that a mixture was made of, for a reducer that will put them back

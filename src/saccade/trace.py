@@ -23,10 +23,17 @@ class BlockCost:
     mlp: int  #       MACs of the MLP for one token
     gate: int = 0  #  MACs of an attention output gate for one token
 
-    def attention(self, queries: Count, keys: Count) -> Count:
-        """Projections of queries, keys and values, scores, weighted sum, output projection."""
-        per_query = 2 * self.dim * self.attn_dim + self.gate
-        return queries * per_query + keys * (2 * self.dim * self.attn_dim) + queries * keys * (2 * self.attn_dim)
+    def attention(self, queries: Count, keys: Count, heads: Tensor | None = None, own: bool = False) -> Count:
+        """Projections of queries, keys and values, scores, weighted sum, output projection.
+
+        heads: share of the heads that run [B]; None: all. own: values and output of the others are projected all the
+        same.
+        """
+        once = self.dim * self.attn_dim
+        whole = queries * (2 * once + self.gate) + keys * (2 * once) + queries * keys * (2 * self.attn_dim)
+        if heads is None:
+            return whole
+        return whole * heads + ((queries + keys) * once * (1 - heads) if own else 0)
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class BlockTrace:
     owner: Tensor  #         [B, G]  what each token stands for, after the block
     attn: Tensor | None = None  #    [B]  1 where the attention branch ran; None: for all
     mlp_on: Tensor | None = None  #  [B]  1 where the MLP branch ran; None: for all
+    heads: Tensor | None = None  #   [B]  share of the heads that ran; None: all
+    own: bool = False  #                  heads that did not run passed their own values on
     wanted: Tensor | None = None  #  [B]  MACs, had all been skipped that masks leave out (differentiable); None: as ran
     gates: Gates | None = None  #         masks that were multiplied with (differentiable); None: none were
     kept: Tensor | None = None  #    [B]  share of patch tokens not dropped, where that is a mask (differentiable)
@@ -52,7 +61,7 @@ class BlockTrace:
         if nominal:
             tokens, after = self.planned
             return self.cost.attention(tokens, tokens) + after * self.cost.mlp
-        attention = self.cost.attention(self.queries, self.keys)
+        attention = self.cost.attention(self.queries, self.keys, self.heads, self.own)
         mlp = self.mlp * self.cost.mlp
         attention = attention if self.attn is None else attention * self.attn
         mlp = mlp if self.mlp_on is None else mlp * self.mlp_on

@@ -34,10 +34,18 @@ class Decide(Gater):
     """One linear layer for each axis, from the normed class token (without one: the mean token); see ``adavit``."""
 
     def __init__(
-        self, outputs: Mapping[str, int], dim: int, form: str, own: bool, tau: float, threshold: float
+        self,
+        outputs: Mapping[str, int],
+        dim: int,
+        form: str,
+        own: bool,
+        tau: float,
+        threshold: float,
+        noise: float,
     ) -> None:
         super().__init__()
-        self.dim, self.form, self.own, self.tau, self.threshold = dim, form, own, tau, threshold
+        self.dim, self.form, self.own = dim, form, own
+        self.tau, self.threshold, self.noise = tau, threshold, noise
         self.outputs = dict(outputs)
         layers = fresh(lambda: nn.ModuleDict({axis: nn.Linear(dim, count) for axis, count in outputs.items()}))
         self.layers: Any = layers
@@ -58,7 +66,8 @@ class Decide(Gater):
                     f"adavit: form='paper' decides over {logits.shape[1]} places and there are {tokens.num_patches} "
                     "tokens; take form='released', or the model's own grid"
                 )
-            chosen = choose(logits, self.training, self.tau, self.threshold)
+            noise, threshold = (self.noise, 0.5) if self.training else (0.0, self.threshold)
+            chosen = choose(logits, noise, self.tau, threshold)
             gates |= {"attn": chosen[:, 0], "mlp": chosen[:, 1]} if axis == "block" else {axis: chosen}
         return Gates(**gates, own=self.own)
 
@@ -120,11 +129,12 @@ def adavit(
     heads: str = "full",
     tau: float = 5.0,
     weight: float = 2.0,
+    noise: float = 1.0,
 ) -> Method:
     """Decide for each image which patches, heads and branches of a block run (arXiv 2111.15668); it has to be trained.
 
-    Skipping is exact for patches and branches. Heads that are off are only left out of the sum, since a batch in which
-    every image has its own heads is not faster: ``Trace.macs`` counts them, and ``Trace.wanted`` does not.
+    Skipping is exact on every axis. Where each image of a batch has its own heads, they are skipped only if enough of
+    them are off for that to be faster (``heads.worth``): ``Trace.macs`` counts what ran, ``wanted`` what was wanted.
 
     Args:
         usage: share of each axis that training aims at, one for all or one for each of ``axes``.
@@ -139,6 +149,8 @@ def adavit(
         heads: a head that is off gives nothing ('full'), or passes its own values on ('partial').
         tau: temperature of the draws in training; it scales the gradient of the gates and not their frequency.
         weight: of the loss that holds training to the usage or the budget.
+        noise: of the draws in training, 1: as published, 0: training decides as evaluation does. A run that goes
+            through settings of less and less noise ends where evaluation begins.
     """
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     for axis in axes:
@@ -149,6 +161,7 @@ def adavit(
     for value in wanted:
         fraction("adavit", "usage", value)
     fraction("adavit", "threshold", threshold)
+    fraction("adavit", "noise", noise)
     one_of("adavit", "form", form, FORMS)
     one_of("adavit", "heads", heads, HEADS)
     if gmacs is not None and share is not None:
@@ -162,7 +175,7 @@ def adavit(
     all_outputs = {"patch": 1 if form == "released" else backbone.num_patches, "head": backbone.heads, "block": 2}
     outputs = {axis: all_outputs[axis] for axis in axes}
     chosen = blocks("adavit", at, deciding(backbone), backbone.depth)
-    steps = [(i, Decide(outputs, backbone.dim, form, heads == "partial", tau, threshold)) for i in chosen]
+    steps = [(i, Decide(outputs, backbone.dim, form, heads == "partial", tau, threshold, noise)) for i in chosen]
     for i, step in steps:
         start(step, seed=i)
     return AdaViT(steps, dict(zip(axes, wanted, strict=True)), budget, weight)

@@ -85,10 +85,10 @@ class Drop(Reducer):
     def forward(self, tokens: Tokens) -> Reduction:
         score = there(tokens, self.predictor(tokens.patches, tokens.weights()).float())
         if self.threshold is not None and not self.training:
-            return keep_where(with_best(choose(score, False, threshold=self.threshold), score) > 0)
+            return keep_where(with_best(choose(score, 0.0, threshold=self.threshold), score) > 0)
         order = score.detach().argsort(dim=1, descending=True, stable=True)
         keep = order[:, : self.planned(tokens.num_patches)].sort(dim=1).values
-        return Reduction(keep, gate=with_best(choose(score, True, self.tau), score) if self.training else None)
+        return Reduction(keep, gate=with_best(choose(score, 1.0, self.tau), score) if self.training else None)
 
 
 class DynamicViT(Method):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -52,7 +53,8 @@ def sweep(folder: Path) -> None:
 def write_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Fill a folder with tensors and facts."""
     folder.mkdir()
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / TENSORS)
+    apart = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    save_file(apart, folder / TENSORS)  # settings of one method share what they learn, and safetensors refuses that
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for name in (TENSORS, FACTS):  # on the disk before the rename is
         with open(folder / name, "rb") as file:

@@ -13,6 +13,7 @@ from torchvision.transforms.functional import to_pil_image
 from saccade.data import Preprocess, decode
 from saccade.files import check_folder, replacing
 from saccade.model import AdaptiveViT
+from saccade.trace import BlockTrace
 from saccade.views.tokenmap import draw_blocks, draw_tokens
 
 
@@ -31,7 +32,7 @@ def view(
         out: a PNG to write.
 
     Returns:
-        The picture, and the number of patch tokens after each block.
+        The picture, and the number of patch tokens after each block, or in it where gates leave some out.
 
     Raises:
         UserError: bad setting; ImageError: an image that cannot be read.
@@ -40,7 +41,7 @@ def view(
     if out is not None:
         check_folder(Path(out).parent)  # before the work
     photo, first, owners, grid = _look(chosen, image)
-    counts = [int(owner.max()) + 1 for owner in owners]
+    counts = [len(owner[owner >= 0].unique()) for owner in owners]
     titles = [
         f"the tokenizer's · {int(first.max()) + 1} tokens",
         *(f"block {i} · {n} tokens" for i, n in enumerate(counts)),
@@ -71,6 +72,15 @@ def _look(model: AdaptiveViT, image: Image.Image | str | os.PathLike) -> Looked:
     crop = prepare.crop(photo, name)
     weight = next(model.parameters())
     with torch.inference_mode():
-        _, trace = model.encode(prepare.normalise(crop).unsqueeze(0).to(weight.device, weight.dtype))
-    owners = [block.owner[0].cpu() for block in trace.blocks]
+        images = prepare.normalise(crop).unsqueeze(0).to(weight.device, weight.dtype)
+        _, trace = model.encode(images, sparse=False)  # the gates are in the trace of what is masked
+    owners = [_computed(block).cpu() for block in trace.blocks]
     return to_pil_image(crop), trace.first[0].cpu(), owners, trace.grid
+
+
+def _computed(block: BlockTrace) -> Tensor:
+    """What each token of the first image stands for, [G]; -1 also where its patch gate is off in this block."""
+    owner = block.owner[0]
+    if block.gates is None or block.gates.patch is None or int(owner.max()) >= block.gates.patch.shape[1]:
+        return owner
+    return torch.where(block.gates.patch[0][owner.clamp(min=0)] > 0, owner, -1)

@@ -1,0 +1,85 @@
+"""``ats``: sample tokens by how much they add to the class token, as many as each image needs (ATS).
+
+Fayyaz et al., ECCV 2022, arXiv 2111.15667. Nothing is learned. The distribution of the scores is read at fixed levels;
+where few tokens hold most of it, several levels meet the same token, and fewer tokens stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from saccade.choose import keep_where, there, with_best
+from saccade.decide import check_score, share_of
+from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
+from saccade.reduction import Reduction
+from saccade.tokens import Tokens
+
+
+class Sample(Reducer):
+    """Keep the tokens nearest to ⌈keep · n⌉ levels of the cumulative score, attention · length of the value."""
+
+    def __init__(self, keep: float, reading: str) -> None:
+        super().__init__()
+        self.keep, self.reading = keep, reading
+        self.read = frozenset({reading, "value"})
+
+    def count(self, n: int) -> int | None:
+        return None
+
+    @torch.no_grad()
+    def forward(self, tokens: Tokens) -> Reduction:
+        attention: Tensor = getattr(tokens, self.reading)
+        assert tokens.value is not None
+        score = there(tokens, attention.float() * tokens.value)
+        chosen = sample(score.clamp(min=0.0), levels(tokens, self.keep))
+        return keep_where(with_best(chosen * (score > -torch.inf), score) > 0)
+
+
+def levels(tokens: Tokens, keep: float) -> Tensor:
+    """⌈keep · n⌉ equally spaced levels in (0, 1) for the n tokens of each image, [B, L]; the last one is repeated."""
+    most = share_of(keep, tokens.num_patches)
+    place = torch.arange(most, device=tokens.x.device, dtype=torch.float64).expand(len(tokens.x), -1)
+    if tokens.valid is None:
+        return (place + 0.5) / most
+    count = (keep * tokens.valid.sum(1, keepdim=True).double() - 1e-9).ceil().clamp(min=1.0)
+    return (torch.minimum(place, count - 1) + 0.5) / count
+
+
+def sample(score: Tensor, wanted: Tensor) -> Tensor:
+    """0/1 [B, N] of the tokens nearest to some levels [B, L] of the sorted scores' cumulative share (paper, §3.2).
+
+    score [B, N], 0 and more; among equals the first.
+    """
+    order = score.argsort(dim=1, stable=True)
+    cdf = score.gather(1, order).double().cumsum(1)
+    cdf = cdf / cdf[:, -1:].clamp(min=1e-30)
+    above = torch.searchsorted(cdf, wanted.contiguous()).clamp(max=score.shape[1] - 1)
+    below = (above - 1).clamp(min=0)
+    nearer = (cdf.gather(1, below) - wanted).abs() < (cdf.gather(1, above) - wanted).abs()
+    return torch.zeros_like(score).scatter(1, order.gather(1, torch.where(nearer, below, above)), 1.0)
+
+
+def _menu(backbone: Backbone) -> list[str]:
+    knob = "" if backbone.has_class_token else ", score='received'"
+    return [f"ats({k}{knob})" for k in (1.0, 0.8, 0.6)]
+
+
+@register("ats", menu=_menu)
+def ats(backbone: Backbone, keep: float = 1.0, at: int | Iterable[int] | None = None, score: str = "class") -> Method:
+    """Sample the patch tokens that matter to the class token, as many as each image needs (arXiv 2111.15667).
+
+    What is dropped is not asked any more; the paper leaves it out of the queries of the same block, which is the same.
+
+    Args:
+        keep: levels that are sampled at, as a share of the patch tokens, in (0, 1]: the most that stay.
+        at: 0-based blocks that drop; None: all from a quarter of the depth on, but the last where only the class token
+            is read.
+        score: 'class' attention, or mean attention 'received', for models without a class token.
+    """
+    keep = fraction("ats", "keep", keep, 0.001)
+    reading = check_score("ats", score, backbone)
+    default = tuple(range(max(1, backbone.depth // 4), backbone.depth - (backbone.pool == "token")))
+    return Method((i, Sample(keep, reading)) for i in blocks("ats", at, default, backbone.depth))
