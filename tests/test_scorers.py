@@ -306,9 +306,49 @@ def test_c4_a_timm_network_with_its_own_normalisation(vit, images):
     assert net.stats == IMAGENET
 
 
+@torch.no_grad()
+def test_c4_the_first_blocks_of_a_vit_as_network(vit, tmp_path):
+    """timm's own blocks on the sharp and the blurred image; weights in timm's own keys."""
+    name = "vit_tiny_patch16_224"
+    torch.manual_seed(6)
+    whole = timm.create_model(name, dynamic_img_size=True).eval()
+    save_file(whole.state_dict(), tmp_path / "vit.safetensors")
+    images, wanted = busy_images(vit, 2), whole.pretrained_cfg
+    pixels = images * torch.tensor(IMAGENET[1])[:, None, None] + torch.tensor(IMAGENET[0])[:, None, None]
+    x = (pixels - torch.tensor(wanted["mean"])[:, None, None]) / torch.tensor(wanted["std"])[:, None, None]
+
+    def features(x: Tensor) -> Tensor:
+        return whole.forward_intermediates(x, indices=[1], intermediates_only=True, norm=False)[0]
+
+    small = F.interpolate(x, scale_factor=0.5, mode="bilinear")
+    change = (features(F.interpolate(small, scale_factor=2.0, mode="bilinear")) - features(x)).square().mean(1)
+    scorer = f"feature('{name}', stride=16, blocks=2, weights='{tmp_path}/vit.safetensors')"
+    _, fine = scores_of(vit, scorer, images)
+    assert relative(fine, F.avg_pool2d(change, 2)) <= 1e-3
+    model = AdaptiveViT(vit, f'quadtree(31, scorer="{scorer}")')
+    assert float(model(images).trace.macs().sum()) == pytest.approx(counted_macs(lambda: model(images)), rel=1e-3)
+
+
+@torch.no_grad()
+def test_a_network_in_its_fastest_form_gives_the_same():
+    net = networks.open_network("shufflenet_v2_x0_5", 32, "random")
+    fast, x = net.on(torch.device("cpu")), torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
+    assert relative(fast(x), net.cpu(x)) <= 1e-4
+    trained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    nn.init.uniform_(trained[1].running_mean), nn.init.uniform_(trained[1].running_var, 0.5, 2.0)
+    nn.init.uniform_(trained[1].weight), nn.init.uniform_(trained[1].bias)
+    expected = trained(x)
+    assert relative(networks._folded(trained)(x), expected) <= 1e-5 and isinstance(trained[1], nn.Identity)
+
+
 @pytest.mark.parametrize(
     ("scorer", "says"),
     [
+        (f"feature('vit_tiny_patch16_224', stride=16, blocks=13, {RANDOM})", r"has not 13 blocks: give fewer"),
+        (f"feature('vit_tiny_patch16_224', stride=32, {RANDOM})", r"no maps of stride 32; it has \[16\]"),
+        (f"feature('resnet18', stride=16, blocks=2, {RANDOM})", r"is no ViT to be cut after 2 blocks"),
+        (f"feature(blocks=0, {RANDOM})", r"blocks=0 is not a whole number"),
         (f"feature(stride=16, scale=0.25, {RANDOM})", r"maps of stride 16 .* blocks of 32 .* at most 8"),
         (f"feature(stride=12, {RANDOM})", r"no maps of stride 12; it has \[4, 8, 16, 32\]"),
         (f"feature('resnet18', stride=64, {RANDOM})", r"no maps of stride 64; it has"),

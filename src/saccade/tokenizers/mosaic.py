@@ -117,8 +117,9 @@ class Mosaic:
         if leaves is None:
             # Eager: as long as the longest. In a graph: every cell gets a place, so that shapes stay fixed.
             static = torch.compiler.is_compiling() or not len(level)
-            leaves = geometry.finest if static else int(counts.max())
-            valid = torch.arange(leaves, device=level.device) < counts.unsqueeze(1)
+            least, leaves = (0, geometry.finest) if static else torch.stack(counts.aminmax()).tolist()
+            if least < leaves:
+                valid = torch.arange(leaves, device=level.device) < counts.unsqueeze(1)
         cell = (~first).to(torch.uint8).argsort(dim=1, stable=True)[:, :leaves]
         return cls(geometry, level, (place - 1).gather(1, corner), cell, valid)
 

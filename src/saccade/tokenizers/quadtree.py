@@ -50,6 +50,7 @@ class Quadtree(Tokenizer):
         self.budget, self.sizes, self.size, self.scorer = budget, sizes, size, scorer
         self.resample, self.positions, self.area_bias = resample, positions, area_bias
         self.fine = grid(backbone, sizes[0])
+        self.resize = self.fine.resize
         self.size_embedding = nn.Parameter(torch.zeros(len(sizes), backbone.dim)) if size_embedding else None
         self.detail: nn.Module | None = Detail(backbone.dim) if detail else None
 

@@ -106,7 +106,7 @@ def split_above(scores: Sequence[Tensor], floors: Sequence[float]) -> Tensor:
 def over_path(values: Tensor, scores: Sequence[Tensor]) -> Tensor:
     """Values of nodes, and one for no node, [B, S + 1] -> those of every node's path, itself last, [B, D, S]."""
     paths = _paths(tuple((s.shape[1], s.shape[2]) for s in scores), values.device)  # [D, S]
-    return values.index_select(1, paths.reshape(-1)).unflatten(1, paths.shape)
+    return values.gather(1, paths.reshape(1, -1).expand(values.shape[0], -1)).unflatten(1, paths.shape)
 
 
 def expansion_key(scores: Sequence[Tensor], *, shared: bool = False) -> list[Tensor]:

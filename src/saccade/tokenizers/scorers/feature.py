@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.errors import UserError
-from saccade.knobs import one_of
+from saccade.knobs import one_of, whole
 from saccade.plan import Backbone, ViT, fraction
 from saccade.tokenizers.mosaic import Geometry
 from saccade.tokenizers.pyramid import bilinear
-from saccade.tokenizers.scorers.base import Scene, Scorer, block_mean, on_cells, register_scorer
+from saccade.tokenizers.scorers.base import Scene, Scorer, block_mean, normalisation, on_cells, register_scorer
 from saccade.tokenizers.scorers.networks import Network, open_network
 
 METRICS = ("mse", "cosine")
@@ -44,12 +44,16 @@ class Feature(Scorer):
         g = scene.geometry
         if scene.images.shape[1] != 3:
             raise UserError(f"scorer feature needs 3 channels, images have {scene.images.shape[1]}: take 'pixel'")
-        x = self.network.normalised(scene.pixels()).float()
+        (mean, std), (own_mean, own_std) = normalisation(scene.vit, scene.images), self.network.statistics(scene.images)
+        # From the one normalisation to the other in one pass.
+        x = torch.addcmul((mean - own_mean) / own_std, scene.images, std / own_std).float()
+        x = x.contiguous(memory_format=torch.channels_last)
         size = self._size(g)
         if tuple(x.shape[-2:]) != size:
             x = F.interpolate(x, size=size, mode="bilinear", antialias=True)
         blurred = [F.interpolate(bilinear(x, 1 << level), size=size, mode="bilinear") for level in g.splittable]
-        features = self.network.on(x.device)(torch.cat([x, *blurred]))  # all passes as one batch
+        passes = torch.cat([x, *blurred]).contiguous(memory_format=torch.channels_last)
+        features = self.network.on(x.device)(passes)  # all passes as one batch
         sharp, *others = features.unflatten(0, (g.levels, -1)).unbind(0)
         found = []
         for level, other in zip(g.splittable, others, strict=True):
@@ -69,16 +73,20 @@ def feature(
     scale: float = 1.0,
     metric: str = "mse",
     weights: str = "pretrained",
+    blocks: int | None = None,
 ) -> Feature:
     """Features of a small network, of the image and of its blurred forms: the paper's scorer.
 
     Args:
-        network: a ShuffleNet of torchvision, or any timm model that gives feature maps.
+        network: a ShuffleNet of torchvision, or any timm model that gives feature maps, ViTs too.
         stride: pixels between the places of its map; at most twice the finest patch.
         scale: of the image that the network sees, in (0, 1]; 0.5 is a quarter of the cost.
         metric: 'mse', mean squared difference over channels, or 'cosine' distance.
         weights: 'pretrained', 'random' or a safetensors file.
+        blocks: of a ViT as network: after how many it is cut; None: all.
     """
     scale = fraction("scorer feature", "scale", scale, 0.05)
-    found = open_network(network, stride, weights)
+    if blocks is not None:
+        whole("scorer feature", "blocks", blocks, 1, 1000)
+    found = open_network(network, stride, weights, blocks)
     return Feature(found, stride, scale, one_of("scorer feature", "metric", metric, METRICS))
