@@ -34,11 +34,9 @@ BITS = 62  # of an int64 that a key may fill
 class Budget:
     """How many tokens there are: exactly one of the three is given."""
 
-    tokens: int | None  #             in every image
-    per_batch: int | None  #          in an image, on average over the batch
-    threshold: (
-        tuple[float, ...] | None
-    )  # that a block must score to be split, for blocks of twice the finest size first
+    tokens: int | None  #     in every image
+    per_batch: int | None  #  in an image, on average over the batch
+    threshold: tuple[float, ...] | None  # what a block must score to be split; blocks of twice the finest size first
 
     @classmethod
     def of(
