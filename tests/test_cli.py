@@ -315,7 +315,7 @@ VIT = "vit_tiny_patch16_224"
         ("view model nothing.png", "nothing.png: "),
         ("view model text.png", "text.png: not a readable image"),
         ("view model cut.png", "cut.png: "),
-        ("view model photos", "photos: "),
+        ("view model photos -s tome(r=1) -s tome(r=2)", "one setting and 2 were given"),
         ("view model bomb.png", "bomb.png: is 10000×10000 = 100,000,000 pixels, limit"),
         ("view model huge.png", "huge.png: over "),
         ("view model narrow.png", "narrow.png: too narrow"),
@@ -425,7 +425,8 @@ def test_an_interruption_is_said_in_one_line(run, monkeypatch):
 
 
 def test_ctrl_c_leaves_whole_files_and_nothing_else(place, tmp_path):
-    arguments = ["tune", "model", "photos", "--target", "1.2x", "--out", str(tmp_path / "out"), *QUICK, "--json"]
+    slow = [*QUICK, "--seconds", "60"]  # would time for a minute after its first file
+    arguments = ["tune", "model", "photos", "--target", "1.2x", "--out", str(tmp_path / "out"), *slow, "--json"]
     command = [sys.executable, "-m", "saccade", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

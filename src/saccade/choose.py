@@ -51,8 +51,10 @@ def with_best(chosen: Tensor, score: Tensor) -> Tensor:
 def keep_where(chosen: Tensor) -> Reduction:
     """Keep the tokens where ``chosen`` [B, N] bool is true, in their order: another number in every image.
 
-    Waits for the device: the most that an image keeps decides how long the batch is.
+    Waits for the device: the most that an image keeps decides how long the batch is. In a graph, all have a place, so
+    that shapes stay fixed.
     """
-    most = int(chosen.sum(1).max()) if len(chosen) else chosen.shape[1]
+    static = torch.compiler.is_compiling() or not len(chosen)
+    most = chosen.shape[1] if static else int(chosen.sum(1).max())
     keep = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     return Reduction(keep, valid=chosen.gather(1, keep))

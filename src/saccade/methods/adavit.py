@@ -167,7 +167,8 @@ def adavit(
     if gmacs is not None and share is not None:
         raise UserError("adavit: give one of gmacs and share, not both")
     for knob, number, least in (("tau", tau, 0.001), ("weight", weight, 0.0), ("gmacs", gmacs, 1e-6)):
-        if number is not None and (isinstance(number, bool) or not least <= number <= 1e6):
+        optional = knob == "gmacs" and number is None
+        if not optional and (isinstance(number, (bool, type(None))) or not least <= number <= 1e6):
             raise UserError(f"adavit: {knob}={number!r} is not a number from {least:g} up to a million")
     budget = ("gmacs", gmacs) if gmacs is not None else None
     if share is not None:

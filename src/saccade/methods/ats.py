@@ -41,7 +41,7 @@ class Sample(Reducer):
 def levels(tokens: Tokens, keep: float) -> Tensor:
     """⌈keep · n⌉ equally spaced levels in (0, 1) for the n tokens of each image, [B, L]; the last one is repeated."""
     most = share_of(keep, tokens.num_patches)
-    place = torch.arange(most, device=tokens.x.device, dtype=torch.float64).expand(len(tokens.x), -1)
+    place = torch.arange(most, device=tokens.x.device, dtype=torch.float64).expand(tokens.x.shape[0], -1)
     if tokens.valid is None:
         return (place + 0.5) / most
     count = (keep * tokens.valid.sum(1, keepdim=True).double() - 1e-9).ceil().clamp(min=1.0)

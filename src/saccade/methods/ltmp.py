@@ -36,7 +36,8 @@ class Prune(Reducer):
 
     def forward(self, tokens: Tokens) -> Reduction:
         assert tokens.received is not None
-        count = tokens.num_patches if tokens.valid is None else tokens.valid.sum(1, keepdim=True)
+        present = tokens.valid if tokens.alive is None else tokens.alive > 0
+        count = tokens.num_patches if present is None else present.sum(1, keepdim=True)
         received = tokens.received.detach().float() * (tokens.num_prefix + count)  # 1 on average over all tokens
         score = there(tokens, received)
         gate = with_best(straight_through((score - self.threshold.float()) / WIDTH), score)
