@@ -35,6 +35,12 @@ FAMILIES = [
 ]
 
 
+def but_known(cases: list[tuple[str, str]]) -> list:
+    why = "in a graph what it dropped stays as padding, which still asks where attention received is read"
+    limit = pytest.mark.xfail(reason=why, strict=True)
+    return [pytest.param(*case, marks=limit) if case[1].startswith("ltmp") else case for case in cases]
+
+
 def slow(cases: list[tuple[str, str]]) -> list:
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
@@ -70,7 +76,14 @@ def test_check_19_compiled_in_one_graph(family, setting, backend):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("family", "setting"),
-    [("vit", ""), *ALONE, TOGETHER, pytest.param(*MERGING, id="merging"), POOLED, *slow([*FAMILIES, *AMONG])],
+    [
+        ("vit", ""),
+        *but_known(ALONE),
+        TOGETHER,
+        pytest.param(*MERGING, id="merging"),
+        POOLED,
+        *slow([*FAMILIES, *AMONG]),
+    ],
 )
 def test_check_19_exported_for_any_batch(family, setting):
     module = Logits(family, setting)

@@ -94,7 +94,7 @@ def attend(
         if "cls_attn" in read:
             cls_attn = shares[:, :, 0].float().mean(1)
         if "received" in read:
-            received = _received(shares.float(), bias if alive is None else alive.detach().float().log())
+            received = shares.float().mean((1, 2))
     if heads is not None:
         on = heads[:, :, None, None].to(y.dtype)
         y = y * on + v[:, :, :queries] * (1 - on) if own else y * on
@@ -103,14 +103,6 @@ def attend(
     kernel = ("fused" if fused else "unfused") + ("" if bias is None else "+bias")
     value = torch.linalg.vector_norm(v.float(), dim=(1, 3)) if "value" in read else None
     return Attended(y, kernel, k.mean(1) if "key" in read else None, cls_attn, received, value)
-
-
-def _received(shares: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention received [B, K], mean over heads and queries, of shares [B, H, Q, K]; hidden keys do not ask either."""
-    if bias is None or shares.shape[2] < shares.shape[3]:
-        return shares.mean((1, 2))
-    asking = (bias > -torch.inf).float()
-    return (asking[:, None, None] @ shares).mean((1, 2)) / asking.sum(1, keepdim=True)
 
 
 def _packed(
