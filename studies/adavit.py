@@ -39,7 +39,7 @@ import saccade
 from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, class_indices, open_images
 from saccade.errors import UserError
 from saccade.files import write_json, write_text
-from saccade.measure.calibrate import bisect, with_threshold
+from saccade.measure.calibrate import bisect, by_count, fixed_levels, logit, sigmoid, with_threshold
 from saccade.measure.speed import steady_allocator
 from saccade.measure.stats import bootstrap
 
@@ -140,14 +140,35 @@ class Study:
         usage = {"usage": f"adavit({USAGE}, {LEARN})", "head": f"adavit({USAGE}, axes='head', {LEARN})"}
         return trained | {"adavit": own, "partial": partial, "adavit-taught": own, "noisy": own} | axes | usage
 
-    def calibrated(self, run: str, text: str) -> str:
-        """The setting at the threshold where its mean cost on training images is half of the dense model's."""
-        places = _spread(len(self.images["train"]), TUNE)
+    def calibrated(self, run: str, text: str, each: bool) -> str:
+        """The setting at the threshold where its mean cost on training images is half of the dense model's.
+
+        each: another threshold for each stage, where there are several (as ``saccade calibrate`` does).
+        """
+        places, levels = _spread(len(self.images["train"]), TUNE), []
+        if each and by_count(text):
+            view = self.model(run).at(with_threshold(text, None)).eval()
+            batches = self._loader(view, self.images["train"], "train").batches(TIMED, places)
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                levels = fixed_levels(view, lambda: [view(batch.images) for batch in batches])
+
+        def at(threshold: float) -> str:
+            moved = tuple(sigmoid(level + logit(threshold)) for level in levels)
+            return with_threshold(text, moved or threshold)
 
         def cost(threshold: float) -> float:
-            return float(self.look(run, with_threshold(text, threshold), "train", places)["macs"].mean()) / 1e9
+            return float(self.look(run, at(threshold), "train", places)["macs"].mean()) / 1e9
 
-        return with_threshold(text, bisect(cost, self.budget()))
+        return at(bisect(cost, self.budget()))
+
+    def sampled(self) -> str:
+        """``ats`` on the dense model at the largest number of levels, in hundredths, that costs half on average."""
+        places, low, high = _spread(len(self.images["train"]), TUNE), 1, 100
+        while low < high:
+            middle = (low + high + 1) // 2
+            cost = float(self.look("dense-0", f"ats({middle / 100})", "train", places)["macs"].mean()) / 1e9
+            low, high = (middle, high) if cost <= self.budget() else (low, middle - 1)
+        return f"ats({low / 100})"
 
     # --- testing ----------------------------------------------------------------------------------------------------
 
@@ -165,17 +186,20 @@ class Study:
                 text = self._threshold(run, text)
             tested[run] = run, text
             if run == "dynamicvit":
-                tested["dynamicvit, per image"] = run, self._threshold(run, text)
+                tested["dynamicvit, per image"] = run, self._threshold(run, text, True)
+                tested["dynamicvit, per image, one threshold"] = run, self._threshold(run, text)
+        tested["evit, untrained"] = "dense-0", names["evit"]
+        tested["ats, untrained"] = "dense-0", self.sampled()
         for run, text in tested.values():
             self.look(run, text)
         write_json(self.out / "tested.json", tested)
 
-    def _threshold(self, run: str, text: str) -> str:
+    def _threshold(self, run: str, text: str, each: bool = False) -> str:
         found = self.out / "thresholds.json"
         known = json.loads(found.read_text()) if found.exists() else {}
-        if (key := f"{run}|{text}") not in known:
+        if (key := f"{run}|{text}" + "|each" * each) not in known:
             try:
-                known[key] = self.calibrated(run, text)
+                known[key] = self.calibrated(run, text, each)
             except UserError:  # a threshold cannot make it so cheap
                 known[key] = text
             write_json(found, known)
@@ -335,7 +359,10 @@ CLAIMS = (
     harder("adavit-taught"),
     harder("patch"),
     harder("dynamicvit, per image"),
+    harder("ats, untrained"),
     better("dynamicvit, per image", "dynamicvit", 0.01),
+    better("dynamicvit, per image", "dynamicvit, per image, one threshold"),
+    better("ats, untrained", "evit, untrained", 0.01),
 )
 
 

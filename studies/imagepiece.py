@@ -11,7 +11,9 @@ Method    ViT-Tiny (AugReg), fine-tuned to Caltech-101 at 160 px, is the source 
           over trainings.
 Command   python studies/imagepiece.py caltech160.zip vit_tiny_patch16_224.safetensors --out runs/imagepiece --time
           (on a machine at rest; more such calls are averaged), then the same without --time;
-          with --untrained every method is taken as it is, on the source model: minutes
+          with --untrained every method is taken as it is, on the source model: minutes.
+          On Imagenette, fewer runs: nette160.zip for the photos, --source-epochs 0.25 --epochs 0.25 --runs NAME …, then
+          --report in the place of --runs
 Cost      an estimate: 40 minutes of one core, and 8 for the source model
 Expected  1. + at equal MACs. 2. and 3. smaller falls. 4. + each.
 Measured  docs/results-imagepiece.md
@@ -26,7 +28,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jobs import train_all
@@ -46,6 +48,7 @@ from saccade.model import AdaptiveViT
 KEEPS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 MASKS = (0, 7, 15, 25, 50)
 PARTS = {"neither": "", "re-tokenize": "imagepiece()", "prune": "evit(0.8)", "both": "imagepiece(keep=0.8)"}
+STARTS = ("patches", "stem")
 CELLS = {
     f"{start}-{part}": " | ".join(filter(None, (stem, setting))) or "dense"
     for start, stem in (("patches", ""), ("stem", "stem()"))
@@ -69,7 +72,7 @@ TRIES = {  # other readings, tried where the default fell short
     "by attention received": lambda k: f"imagepiece(keep={k:.3f}, score='received')",
     "by patch": lambda k: f"imagepiece(keep={k:.3f}, per='patch')",
 }
-LEARNED = ("dynamicvit",)  # nothing without training, as LEARNER
+LEARNED = ("dynamicvit", "tokenlearner")  # nothing without training
 MASKED = ("imagepiece", "stem-imagepiece", "evit", "tome", "dynamicvit")
 LEARNER = "tokenlearner(8, at=6)"  # its parameters belong to a number of tokens: one strength alone
 MODELS = {"imagepiece": "patches-both", "stem-imagepiece": "stem-both"}  # of other methods: the run of their own name
@@ -80,10 +83,12 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("weights")
     parser.add_argument("--out", type=Path, default=Path("runs/imagepiece"))
-    parser.add_argument("--epochs", type=float, default=0.5, help="of every run but the source's two")
+    parser.add_argument("--epochs", type=float, default=0.5, help="of every run but the source")
+    parser.add_argument("--source-epochs", type=float, default=2)
     parser.add_argument("--limit", type=int, default=1000, help="test images of sweeps and masks")
     parser.add_argument("--whole", type=int, help="test images of the other tables; default: all")
     parser.add_argument("--runs", nargs="*", help="train only these, and stop")
+    parser.add_argument("--report", action="store_true", help="train nothing: the tables of the runs that are there")
     parser.add_argument("--untrained", action="store_true", help="every method as it is on the source model")
     parser.add_argument("--time", nargs="*", help="only time the settings of these methods, or 'cells'; none: all")
     parser.add_argument("--seconds", type=float, default=150, help="of timing")
@@ -99,8 +104,8 @@ def main() -> None:
         "run.precision=bf16",
         "run.save_every=45",
     ]
-    source = [f"model.weights={arguments.weights}", "model.size=160", "model.crop_pct=1.0", "run.epochs=2"]
-    train_all({"source": ["finetune", *common, *source]}, out, 1)
+    source = [f"model.weights={arguments.weights}", "model.size=160", "model.crop_pct=1.0"]
+    train_all({"source": ["finetune", *common, *source, f"run.epochs={arguments.source_epochs}"]}, out, 1)
     dense = saccade.load(out / "source" / "model", "dense")
     if not (out / "stemmed").is_dir():
         saccade.fit_stem(dense, open_images(arguments.data, "train")).save(str(out / "stemmed"))
@@ -116,7 +121,7 @@ def main() -> None:
     settings = {**CELLS, **{n: strengths[n][0] for n in SWEPT if n not in MODELS}, "tokenlearner": LEARNER}
     rule = [f"model.name={out / 'stemmed'}", "optim.lr=1e-4", f"run.epochs={arguments.epochs}", "data.cache_gb=0"]
     runs = {n: ["finetune", *common, *rule, f"sampling.settings={json.dumps([s])}"] for n, s in settings.items()}
-    if not arguments.untrained:
+    if not (arguments.untrained or arguments.report):
         train_all({n: runs[n] for n in (arguments.runs or runs)}, out, arguments.at_once)
     if arguments.runs is not None:
         return
@@ -148,11 +153,11 @@ def nearest(model: AdaptiveViT, make: Callable[[float], str], goal: float) -> st
     return min(tried, key=lambda s: abs(tried[s] - goal))
 
 
-def timed(model: AdaptiveViT, settings: list[str], seconds: float) -> dict[str, float]:
-    """Measured speed-up over dense of median times, fp32, batch 32, two threads, all interleaved."""
+def timed(model: AdaptiveViT, settings: list[str], seconds: float, batch: int = 32) -> dict[str, float]:
+    """Measured speed-up over dense of median times, fp32, two threads, all interleaved."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    rows = bench(model, list(dict.fromkeys(settings)), batch=[32], seconds=seconds)
+    rows = bench(model, list(dict.fromkeys(settings)), batch=[batch], seconds=seconds)
     speed = {row.setting: row.images_per_s / rows[0].images_per_s for row in rows}
     print(f"{rows[0].runs} runs; " + ", ".join(f"{s}: {v:.3f}" for s, v in speed.items()))
     return speed
@@ -163,7 +168,7 @@ class Asked:
 
     def __init__(self, out: Path, data: str, limit: int, whole: int | None, untrained: bool) -> None:
         self.untrained = untrained
-        self.out, self.data, self.images, self.file = out, data, open_images(data, "test"), out / "hits.safetensors"
+        self.out, self.data, self.images, self.file = out, data, open_images(data), out / "hits.safetensors"
         self.every = spread(len(self.images), whole)
         self.some = [self.every[i] for i in spread(len(self.every), limit)]
         self.seen: dict[str, torch.Tensor] = load_file(self.file) if self.file.exists() else {}
@@ -190,6 +195,10 @@ class Asked:
             print(f"{key}: {self.seen[key].mean():.2%}", file=sys.stderr, flush=True)
         return self.seen[key]
 
+    def there(self, run: str) -> bool:
+        """Whether a method's run is finished; untrained, all are but those that are nothing without training."""
+        return run not in LEARNED if self.untrained else self.folder(MODELS.get(run, run)).is_dir()
+
     def folder(self, run: str) -> Path:
         """Where a run's model is; untrained, all have the source's."""
         return self.out / "stemmed" if self.untrained or run == "stemmed" else self.out / run / "model"
@@ -207,10 +216,9 @@ def report(
     asked: Asked, dense: AdaptiveViT, settings: dict[str, str], strengths: dict[str, list[str]], speed: dict[str, float]
 ) -> None:
     """Print all tables and verdicts, and write them as JSON."""
-    rivals = [name for name in RIVALS if not (asked.untrained and name in LEARNED)]
-    swept = [name for name in SWEPT if not (asked.untrained and name in LEARNED)]
+    rivals, swept = ([name for name in names if asked.there(name)] for names in (RIVALS, SWEPT))
     costs = {s: price(dense, s) / 1e9 for s in {*settings.values(), *(s for f in strengths.values() for s in f)}}
-    cells = {name: asked(name, setting) for name, setting in CELLS.items()}
+    cells = {name: asked(name, setting) for name, setting in CELLS.items() if asked.there(name)}
     tables: dict[str, Sequence[Row]] = {}
     claims: list[Row] = []
 
@@ -223,8 +231,7 @@ def report(
 
     def say(words: str, difference: torch.Tensor) -> Interval:
         found = bootstrap(difference)
-        verdict = "holds" if found.low > 0 else "does not hold" if found.high < 0 else "not decided"
-        claims.append({"claim": words, "points": points(found), "verdict": verdict})
+        claims.append({"claim": words, "points": points(found), "verdict": verdict(found)})
         return found
 
     def few(name: str, i: int) -> torch.Tensor:
@@ -236,19 +243,24 @@ def report(
         | ({} if asked.untrained else {"trained": level(own)})
         for name, own in cells.items()
     ]
-    stems = [cells[f"stem-{part}"] - cells[f"patches-{part}"] for part in PARTS]
-    say("the stem helps (mean of four pairs)", torch.stack(stems).mean(0))
-    for start in ("patches", "stem"):
-        whole, prune, both = (cells[f"{start}-{part}"] for part in ("neither", "prune", "both"))
-        say(f"{start}: re-tokenizing alone is better than dense", cells[f"{start}-re-tokenize"] - whole)
-        say(f"{start}: re-tokenizing before pruning at the same keep rate is better, at fewer MACs", both - prune)
-        say(f"{start}: re-tokenize + prune is better than dense (Table 1)", both - whole)
-    better = cells["stem-both"] - cells["patches-neither"]
-    say("with the stem, re-tokenize + prune is better than dense patches (Table 1)", better)
+    pairs = [(cells.get(f"stem-{part}"), cells.get(f"patches-{part}")) for part in PARTS]
+    stems = [with_stem - without for with_stem, without in pairs if with_stem is not None and without is not None]
+    if stems:
+        say(f"the stem helps (mean of {len(stems)} pairs)", torch.stack(stems).mean(0))
+    fewer = "re-tokenizing before pruning at the same keep rate is better, at fewer MACs"
+    for words, better, worse in (
+        *((f"{s}: re-tokenizing alone is better than dense", f"{s}-re-tokenize", f"{s}-neither") for s in STARTS),
+        *((f"{s}: {fewer}", f"{s}-both", f"{s}-prune") for s in STARTS),
+        *((f"{s}: re-tokenize + prune is better than dense (Table 1)", f"{s}-both", f"{s}-neither") for s in STARTS),
+        ("stem-both is better than dense patches (Table 1)", "stem-both", "patches-neither"),
+    ):
+        if better in cells and worse in cells:
+            say(words, cells[better] - cells[worse])
 
     # Rivals at equal MACs, and at equal time.
     rows: list[Row] = []
-    for name in [*rivals, *([] if asked.untrained else ["tokenlearner"]), "stem-evit"]:
+    others = [name for name in ("tokenlearner", "stem-evit") if asked.there(name)]
+    for name in [*rivals, *others]:
         ours, run = ("stem-imagepiece", "stem-both") if name == "stem-evit" else ("imagepiece", "patches-both")
         own, note = asked(name, settings[name]), " (both with the stem)" if name == "stem-evit" else ""
         gain = say(f"re-tokenize + prune is better than {name} at equal MACs{note}", cells[run] - own)
@@ -274,6 +286,7 @@ def report(
 
     # Masks.
     shown = {"dense": ("patches-neither", "dense"), "stem, dense": ("stem-neither", "stem()")}
+    shown = {name: of for name, of in shown.items() if asked.there(of[0])}
     shown |= {n: (MODELS.get(n, n), strengths[n][0]) for n in swept if n in MASKED}
     under = {n: {m: asked(*of, masks=m, few=True) for m in MASKS} for n, of in shown.items()}
     falls = {n: found[0] - found[MASKS[-1]] for n, found in under.items()}
@@ -285,8 +298,9 @@ def report(
         if name not in ("stem, dense", *MODELS):
             less = falls[name] - falls["imagepiece"]
             say(f"imagepiece falls less than {name} under {MASKS[-1]} masks (Table 4)", less)
-    less = falls["imagepiece"] - falls["stem-imagepiece"]
-    say(f"the stem makes the fall of imagepiece under {MASKS[-1]} masks smaller", less)
+    if "stem-imagepiece" in falls:
+        less = falls["imagepiece"] - falls["stem-imagepiece"]
+        say(f"the stem makes the fall of imagepiece under {MASKS[-1]} masks smaller", less)
 
     # Company.
     for name in (n for n in rivals if n in ("tome", "dynamicvit")):
@@ -300,7 +314,7 @@ def report(
             say(f"merging {words} is better than {settings[name]}: `{setting}`", better)
     tables["Claims"] = claims
 
-    for name in ("imagepiece", "stem-imagepiece", "tome"):
+    for name in (n for n in ("imagepiece", "stem-imagepiece", "tome") if asked.there(n)):
         model = saccade.load(asked.folder(MODELS.get(name, name)), "dense")
         found = analyze(model, asked.images, [strengths[name][0]], "merging", limit=300)["merging"].data["layers"]
         tables[f"What merges: {name} (300 images)"] = [tidy(row) for row in found[strengths[name][0]]]
@@ -333,13 +347,26 @@ def tidy(row: Row) -> Row:
 def at_time(asked: Asked, name: str, found: list[str], speed: dict[str, float], goal: float) -> torch.Tensor:
     """Hits of a method at a measured speed-up: between its two strengths next to it, in time (1 / speed-up)."""
     marks = [(1 / speed[s], asked(name, s, few=True)) for s in found[:4]]
-    marks = sorted([*marks, (1.0, asked("patches-neither", "dense", few=True))], key=lambda mark: mark[0])
-    time = 1 / goal
+    marks.append((1.0, asked("patches-neither", "dense", few=True)))
+    return torch.stack([share * hits for share, hits in between(marks, 1 / goal)]).sum(0)
+
+
+Value = TypeVar("Value")
+
+
+def between(marks: Sequence[tuple[float, Value]], goal: float) -> list[tuple[float, Value]]:
+    """Shares of the two marks (place, value) next to a goal, as on a line; beyond the ends, all of the end."""
+    marks = sorted(marks, key=lambda mark: mark[0])
     for (a, left), (b, right) in pairwise(marks):
-        if time <= b:
-            share = min(max((time - a) / (b - a), 0.0), 1.0)
-            return (1 - share) * left + share * right
-    return marks[-1][1]
+        if goal <= b:
+            share = min(max((goal - a) / (b - a), 0.0), 1.0) if a < b else 1.0
+            return [(1 - share, left), (share, right)]
+    return [(1.0, marks[-1][1])]
+
+
+def verdict(found: Interval, slack: float = 0.0) -> str:
+    """Of a claim that a difference is above zero, or not further below it than ``slack``."""
+    return "holds" if found.low > -slack else "does not hold" if found.high < -slack else "not decided"
 
 
 def points(found: Interval) -> str:

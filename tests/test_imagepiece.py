@@ -23,6 +23,7 @@ from oracles import (
 )
 from saccade import views
 from saccade.analysis import analyze, merging
+from saccade.checkpoint import load
 from saccade.errors import UserError
 from saccade.measure import speed, sweep
 from saccade.methods.imagepiece import Reading, Retokenize
@@ -387,6 +388,59 @@ def test_the_analysis_writes_a_table_for_each_setting(tmp_path):
         analyze(model, photos, settings, "merging(metric='q')")
 
 
+# --- dense maps ------------------------------------------------------------------------------------------------------
+
+
+def map_by_hand(vit, image, kind):
+    """The dense map [G, D] after the last block, normed: patches carry the lists of cells that they stand for."""
+    prefix, count = vit.num_prefix_tokens, vit.patch_embed.num_patches
+    cells = [[], *([] for _ in range(prefix - 1)), *([i] for i in range(count))]
+
+    def step(block, x, attention, key, size):
+        nonlocal cells
+        if kind == "tome":  # sides are the places in the whole sequence; the class token's is A
+            even, odd = prefix - prefix % 2, prefix % 2 == 1
+            rows, sizes, groups = merge_by_hand(x[even:], key[even:], size[even:], 3, has_class=odd)
+            x, size = torch.cat([x[:even], rows]), size[:even] + sizes
+            groups = [[i + even for i in group] for group in groups][odd:]
+        else:
+            n = len(x)
+            x, size, pairs = retokenize_by_hand(x, attention[0], key, size, 0.7, 0.2, prefix)
+            groups = as_groups(n, pairs, prefix)
+        cells = cells[:prefix] + [[cell for i in group for cell in cells[i]] for group in groups]
+        return x, size
+
+    x, size = encode_by_hand(vit, image, step)
+    assert [len(own) for own in cells[prefix:]] == size[prefix:] and len(size) < prefix + count
+    found = x.new_full((count, x.shape[1]), torch.nan)
+    for row, own in zip(x[prefix:], cells[prefix:], strict=True):
+        found[own] = row
+    return vit.norm(found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [
+        ("vit", "imagepiece(p=0.7, merge=0.2, merge_at=[0, 1, 2, 3])"),
+        ("distilled", "imagepiece(p=0.7, merge=0.2, merge_at=[0, 1, 2, 3])"),
+        ("dinov2-registers", "imagepiece(p=0.7, merge=0.2, merge_at=[0, 1, 2, 3])"),
+        ("distilled", "tome(r=3)"),
+        ("dinov2-registers", "tome(r=3)"),
+        ("registers-average", "tome(r=3)"),
+    ],
+)
+def test_merged_tokens_are_restored_after_any_block(family, setting, blocks):
+    """With distillation and register tokens, which are never in a map."""
+    vit = make_vit(family, depth=4)
+    images = make_images(vit)
+    found = AdaptiveViT(vit, f"{setting} | depth({blocks})").dense(images).flatten(2).transpose(1, 2)
+    vit.blocks = vit.blocks[:blocks]
+    expected = torch.stack([map_by_hand(vit, image, setting.split("(")[0]) for image in images])
+    assert relative(found, expected) <= 1e-5
+
+
 # --- composition, and training ---------------------------------------------------------------------------------------
 
 TOGETHER = {"quadtree(100) | imagepiece() | evit(0.8)": True, "grid(20) | tome(r=6) | adavit()": False}  # static?
@@ -404,6 +458,9 @@ def test_compositions_train_evaluate_draw_and_export(setting, tmp_path):
     }
     model = training.train(config, out=tmp_path / "run").model
     assert str(model.setting) == setting
+    images = make_images(model.vit, 2)
+    with torch.no_grad():
+        assert relative(load(str(tmp_path / "run" / "model"))(images).logits, model.eval()(images).logits) <= 1e-6
     rows, _ = sweep.evaluate(model, photos, [setting])
     assert {row.setting for row in rows} == {"dense", setting}
     assert rows[1].gmacs < rows[0].gmacs

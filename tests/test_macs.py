@@ -6,6 +6,9 @@ by torch's own operator-level counter.
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import timm
 import torch
@@ -207,3 +210,60 @@ def test_the_shortened_last_block_saves_a_twelfth_but_the_keys():
     saved = 1 - float(short.macs()) / float(whole.macs())
     assert 0.06 < saved < 1 / 12
     assert short.macs(nominal=True).tolist() == whole.macs(nominal=True).tolist()
+
+
+# --- the published table of AdaViT -----------------------------------------------------------------------------------
+
+
+def table_entry(heads: int, tokens: float, attn: bool, mlp: bool, width: int, all_heads: int, ratio: int) -> float:
+    """GMACs of a block by the closed form of AdaViT's published table (spec `selection` §2.8), for 197 places.
+
+    Norms are charged with five operations an element, and the output projection as if it were square.
+    """
+    if heads == 0:
+        return 0.0
+    w, norm = heads * width // all_heads, 5 * 197 * width
+    attention = norm + 3 * tokens * width * w + 2 * tokens**2 * w + tokens * w**2
+    return (attn * attention + norm + mlp * ratio * tokens * (width * w + width**2)) / G
+
+
+def over_patches(usage: float, heads: int, *block) -> float:
+    """The mean of ``table_entry`` where every patch takes part with the same probability."""
+    chances = (math.comb(196, t) * usage**t * (1 - usage) ** (196 - t) for t in range(197))
+    return sum(chance * table_entry(heads, 1 + t, *block) for t, chance in enumerate(chances))
+
+
+def expected_entry(usage: float, width: int, all_heads: int, ratio: int) -> float:
+    """Its mean where every patch, head and branch runs with the same probability."""
+    total = 0.0
+    for heads in range(1, all_heads + 1):
+        chance = math.comb(all_heads, heads) * usage**heads * (1 - usage) ** (all_heads - heads)
+        for attn, mlp in itertools.product((0, 1), repeat=2):
+            branches = usage ** (attn + mlp) * (1 - usage) ** (2 - attn - mlp)
+            total += chance * branches * over_patches(usage, heads, bool(attn), bool(mlp), width, all_heads, ratio)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "ratio", "depth", "stem", "entry", "total", "half", "most"),
+    [(384, 6, 4, 12, 0.06, 0.379, 4.61, 0.90, 2.2), (448, 7, 3, 19, 0.33, 0.431, 8.52, 1.7, 4.1)],
+    ids=["deit-small", "t2t-19"],
+)
+def test_d5_the_published_table_by_its_closed_form(width, heads, ratio, depth, stem, entry, total, half, most):
+    """Its facts, and by how much it differs from what a block costs."""
+    shape = (width, heads, ratio)
+    full = table_entry(heads, 197, True, True, *shape)
+    assert full == pytest.approx(entry, abs=5e-4) and stem + depth * full == pytest.approx(total, abs=5e-3)
+    for usage, gmacs in ((0.5, half), (0.75, most)):  # the first block decides about patches only
+        first = over_patches(usage, heads, True, True, *shape)
+        found = stem + first + (depth - 1) * expected_entry(usage, *shape)
+        assert found == pytest.approx(gmacs, abs=0.05 if gmacs > 1 else 0.01)
+
+    cost = BlockCost(dim=width, attn_dim=width, mlp=2 * ratio * width**2)
+    norms = 10 * 197 * width
+    assert full * G == pytest.approx(cost.attention(197, 197) + 197 * cost.mlp + norms)
+    for on in range(1, heads):
+        w = on * width // heads
+        ours = cost.attention(100, 100, torch.tensor([on / heads], dtype=torch.float64))
+        missing = 100 * w * (width - w)  # of the output projection, which is not square
+        assert float(ours) == pytest.approx(table_entry(on, 100, True, False, *shape) * G - norms + missing)

@@ -27,7 +27,7 @@ from saccade.encoder import block_cost
 from saccade.encoder import encode as run_blocks
 from saccade.errors import UserError
 from saccade.gates import Gates
-from saccade.measure.calibrate import bisect, calibrate, with_threshold
+from saccade.measure.calibrate import bisect, by_count, calibrate, fixed_levels, sigmoid, with_threshold
 from saccade.methods.adavit import usage_of
 from saccade.methods.ats import Sample
 from saccade.methods.diffrate import Thin
@@ -344,9 +344,13 @@ BY_CONTENT = [
     "adavit(threshold=0.98)",
     "diffrate(3, 4)",
     "ats(0.7, at=[0, 1])",
+    "avit(gamma=1, beta=-0.5)",
+    "ltmp(start=0.8, merge=None)",
 ]
 PER_IMAGE = [
     "ats(0.7, at=[0, 1])",
+    "avit(gamma=2, beta=2)",
+    "ltmp(start=0.7, merge=0.6)",
     "dynamicvit(at=[0, 1], threshold=0.95)",
     "adavit(threshold=0.98)",
     "adavit(threshold=0.98, heads='partial')",
@@ -595,13 +599,39 @@ def test_calibrate_on_images(tmp_path):
     dense = float(model(make_images(vit, 1)).trace.macs()) / 1e9
     budget = 0.85 * dense
     found = calibrate(model, str(images), "dynamicvit(0.7)", budget, cache=tmp_path / "cache")
-    assert found.gmacs <= budget and found.images == 6 and 0 < found.threshold < 1
+    assert found.gmacs <= budget and found.images == 6
+    assert len(found.threshold) == 2 and all(0 < threshold < 1 for threshold in found.threshold), "one for each stage"
     assert found.gmacs_p50 <= found.gmacs_p95 and found.gmacs_dense == pytest.approx(dense, rel=1e-6)
     assert with_threshold(found.setting, found.threshold) == found.setting
     again = calibrate(model, str(images), "dynamicvit(0.7)", budget, cache=tmp_path / "cache")
     assert again == found, "read from the cache"
     with pytest.raises(UserError, match="out of reach"):
         calibrate(model, str(images), "dynamicvit(0.7)", 0.01 * dense)
+
+
+@torch.no_grad()
+def test_calibration_starts_where_fixed_counts_lie():
+    """A threshold for each stage, at which as many tokens stay there over all images as by a fixed count."""
+    vit = make_vit("vit", depth=4, img_size=96)
+    model, images = AdaptiveViT(vit), make_images(vit, 16)
+    fixed = model.at("dynamicvit(0.6, at=(1, 2))").eval()
+    levels = fixed_levels(fixed, lambda: fixed(images))
+    assert len(levels) == 2 and not any(step._forward_hooks for step in fixed.plan.methods[0].steps)
+    limits = tuple(sigmoid(level) for level in levels)
+    ragged = fixed.at(f"dynamicvit(0.6, at=(1, 2), threshold={limits})").eval()
+    first, second = (trace.blocks for trace in (fixed(images).trace, ragged(images).trace))
+    kept = [torch.as_tensor(block.mlp).float().mean().item() - 1 for block in second]
+    wanted = [block.mlp - 1 for block in first]
+    assert kept[1] == pytest.approx(wanted[1], abs=1.0), "over all images, at the first stage exactly"
+    assert wanted[1] < 36 and torch.as_tensor(second[1].mlp).unique().numel() > 1, "but not in each"
+    assert fixed_levels(model.at("adavit()").eval(), lambda: None) == []
+    assert by_count("dynamicvit()") and not by_count("adavit()") and not by_count("grid(32)")
+
+
+@pytest.mark.parametrize("threshold", ["(0.5,)", "(0.5, 1.5)", "(0.5, 0.5, 0.5)", "'x'"])
+def test_thresholds_that_do_not_fit_are_refused(threshold):
+    with pytest.raises(UserError, match="dynamicvit"):
+        AdaptiveViT(make_vit("vit"), f"dynamicvit(0.6, at=(1, 2), threshold={threshold})")
 
 
 # --- ats and ltmp ---------------------------------------------------------------------------------------------------

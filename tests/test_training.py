@@ -18,7 +18,7 @@ import saccade
 from data_helpers import encode, picture, write_folder
 from saccade.errors import UserError
 from saccade.tokenizers.embed import PRESETS
-from saccade.training.config import Config, Data, Knot, Optim, Sampling, read_config, shipped
+from saccade.training.config import Config, Data, Knot, Optim, Ramp, Sampling, read_config, shipped
 from saccade.training.loss import from_teacher
 from saccade.training.optim import build_optimizer, rate
 from saccade.training.sampling import Sampler
@@ -117,6 +117,39 @@ def test_a_curriculum_is_interpolated():
     sampler = Sampler(Sampling(settings=("dense", "grid(32)"), weights=knots), [4.0, 1.0], 101, seed=0)
     assert np.allclose(sampler.weights(0), [0, 1]) and np.allclose(sampler.weights(100), [0.75, 0.25])
     assert np.allclose(sampler.weights(50), [0.375, 0.625])
+
+
+@pytest.mark.parametrize("rungs", [2, 4, 31])
+def test_c4_keep_rates_fall_along_a_cosine(rungs):
+    """Spec `selection` C4, the schedule of EViT from scratch: 1 for 10 epochs, to the base in 100 more, of 300."""
+    base, steps = 0.7, 3001
+    keeps = np.linspace(1, base, rungs)
+    settings = tuple(f"evit({keep:.4f})" for keep in keeps)
+    rule = Sampling(settings=settings, weights=Ramp(start=10 / 300, stop=110 / 300))
+    sampler = Sampler(rule, list(keeps), steps, seed=0)
+
+    def published(step: int) -> float:
+        t = step / 10  # epochs
+        if t <= 10:
+            return 1.0
+        return base + (1 - base) * (1 + math.cos(math.pi * (t - 10) / 100)) / 2 if t < 110 else base
+
+    for step in range(0, steps, 25):
+        assert float(sampler.weights(step) @ keeps) == pytest.approx(published(step), abs=1e-6)
+        (drawn,) = sampler.draw(step)
+        assert abs(keeps[drawn] - published(step)) < (1 - base) / (rungs - 1) + 1e-9, "never two rungs away"
+    assert float(sampler.weights(600) @ keeps) == pytest.approx((1 + base) / 2, abs=1e-6)
+    assert [sampler.draw(step)[0] for step in (0, 100, 1100, 3000)] == [0, 0, rungs - 1, rungs - 1]
+
+
+def test_a_ramp_is_written_like_knots_and_has_two_ends():
+    config = read_config("finetune", ["sampling.settings=['dense', 'evit(0.5)']", "sampling.weights={stop = 0.5}"])
+    assert config.sampling.weights == Ramp(start=0.0, stop=0.5)
+    assert Config.model_validate_json(config.model_dump_json()) == config
+    sampler = Sampler(Sampling(settings=("dense", "evit(0.5)"), weights=Ramp(stop=0.0)), [2.0, 1.0], 10, seed=0)
+    assert sampler.weights(0).tolist() == [0, 1], "a step, where it stops as it starts"
+    with pytest.raises(UserError, match=r"cannot start at 0\.6 and stop at 0\.5"):
+        read_config("finetune", ["sampling.weights={start = 0.6, stop = 0.5}"])
 
 
 def test_a_draw_is_a_function_of_seed_and_step():

@@ -41,6 +41,7 @@ def attend(
     read: frozenset[str] = frozenset(),
     alive: Tensor | None = None,
     rows: Rows | None = None,
+    asking: Tensor | None = None,
     skip: bool = False,
 ) -> Attended:
     """timm's attention on x [B, K, D], with an additive key bias, fewer queries, and what reducers want to read.
@@ -52,7 +53,8 @@ def attend(
         own: a head that is off gives each token its own value (AdaViT's partial deactivation); False: zeros (full).
         read: which readings to return; ``cls_attn`` is one row, O(H·K·D), and ``received`` needs all scores.
         alive: [B, K] 0/1, straight-through: keys that count. Gives what a bias of -inf gives, and a gradient.
-        rows: x is packed [T, D] and holds these rows; bias, readings and output are packed alike.
+        rows: x is packed [T, D] and holds these rows; bias, readings and output are packed alike, and all of them ask.
+        asking: [B, K] 0/1, queries that count in ``received`` (padding and what is dropped do not); None: all.
         skip: do not compute heads that are off (for all queries, without readings; ``heads.worth`` says where).
     """
     if skip and heads is not None:
@@ -94,7 +96,7 @@ def attend(
         if "cls_attn" in read:
             cls_attn = shares[:, :, 0].float().mean(1)
         if "received" in read:
-            received = shares.float().mean((1, 2))
+            received = _received(shares.float(), asking)
     if heads is not None:
         on = heads[:, :, None, None].to(y.dtype)
         y = y * on + v[:, :, :queries] * (1 - on) if own else y * on
@@ -103,6 +105,14 @@ def attend(
     kernel = ("fused" if fused else "unfused") + ("" if bias is None else "+bias")
     value = torch.linalg.vector_norm(v.float(), dim=(1, 3)) if "value" in read else None
     return Attended(y, kernel, k.mean(1) if "key" in read else None, cls_attn, received, value)
+
+
+def _received(shares: Tensor, asking: Tensor | None) -> Tensor:
+    """Mean over heads and over the queries that count: shares [B, H, Q, K], asking [B, Q] 0/1 -> [B, K]."""
+    if asking is None:
+        return shares.mean((1, 2))
+    weight = asking / asking.sum(1, keepdim=True).clamp(min=1.0)
+    return (shares.mean(1) * weight.unsqueeze(-1)).sum(1)
 
 
 def _packed(
@@ -211,7 +221,8 @@ def masked_softmax(scores: Tensor, alive: Tensor) -> Tensor:
     """
     best = scores.masked_fill(alive == 0, -torch.inf).amax(dim=-1, keepdim=True).detach()
     best = best.masked_fill(best == -torch.inf, 0.0)  # nobody is alive
-    weights = (scores - best).clamp(max=0.0).exp() * alive.to(scores.dtype)
+    below = scores - best
+    weights = torch.where(below > 0, 0.0, below).exp() * alive.to(scores.dtype)  # a clamp has no gradient at the best
     return weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
@@ -227,6 +238,14 @@ def class_attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         scores = scores + bias.unsqueeze(1)
     return scores.softmax(dim=-1).mean(1)
+
+
+def timm_is_as_fast(x: Tensor) -> bool:
+    """Whether timm's own forward on x takes the path that ``attend`` would: it knows nothing of ``kernel_for``."""
+    pinned = os.environ.get("SACCADE_ATTENTION")
+    half = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    measured = x.device.type == "cpu" and half and not torch.compiler.is_compiling() and not x.requires_grad
+    return pinned == "fused" or (pinned != "unfused" and not measured)
 
 
 def kernel_for(q: Tensor, keys: int) -> str:

@@ -35,10 +35,15 @@ def logit(share: float) -> float:
     return math.log(share / (1 - share)) if 0 < share < 1 else math.copysign(math.inf, share - 0.5)
 
 
+def present(tokens: Tokens) -> Tensor:
+    """Patch tokens that are neither padding nor dropped already, [B, N] bool."""
+    return there(tokens, tokens.x.new_zeros(tokens.x.shape[0], tokens.num_patches)) == 0
+
+
 def there(tokens: Tokens, score: Tensor) -> Tensor:
     """The score [B, N] of patch tokens, -inf for padding and for what is dropped already."""
-    for present in (tokens.valid, tokens.alive):
-        score = score if present is None else score.masked_fill(present == 0, -torch.inf)
+    for known in (tokens.valid, tokens.alive):
+        score = score if known is None else score.masked_fill(known == 0, -torch.inf)
     return score
 
 
@@ -48,13 +53,13 @@ def with_best(chosen: Tensor, score: Tensor) -> Tensor:
     return chosen + best * (1 - chosen.detach())
 
 
-def keep_where(chosen: Tensor) -> Reduction:
+def keep_where(chosen: Tensor, gate: Tensor | None = None) -> Reduction:
     """Keep the tokens where ``chosen`` [B, N] bool is true, in their order: another number in every image.
 
-    Waits for the device: the most that an image keeps decides how long the batch is. In a graph, all have a place, so
-    that shapes stay fixed.
+    Waits for the device: the most that an image keeps decides how long the batch is. In a graph all have a place, so
+    that shapes stay fixed; and in training, where it is given the same choice as a straight-through ``gate``.
     """
-    static = torch.compiler.is_compiling() or not len(chosen)
+    static = gate is not None or torch.compiler.is_compiling() or not len(chosen)
     most = chosen.shape[1] if static else int(chosen.sum(1).max())
     keep = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    return Reduction(keep, valid=chosen.gather(1, keep))
+    return Reduction(keep, valid=chosen.gather(1, keep), gate=gate)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from saccade.attention import Attended, attend
+from saccade.attention import Attended, attend, timm_is_as_fast
 from saccade.gates import Gates, residual
 from saccade.heads import worth
 from saccade.plan import Plan, TimmBlock, ViT
 from saccade.ragged import Rows, gathered, packed, padded, scattered
 from saccade.tokens import READINGS, Tokens
 from saccade.trace import BlockCost, BlockTrace, Count
+from saccade.worth import pays, share
 
 
 def encode(
@@ -32,7 +34,12 @@ def encode(
     trace: list[BlockTrace] = []
     run = _recomputed if vit.grad_checkpointing and torch.is_grad_enabled() else _kept
     depth = plan.depth(len(vit.blocks))
+    as_timm = timm_is_as_fast(tokens.x)
     for i, block in enumerate(vit.blocks[:depth]):
+        if as_timm and plan.rests(i) and tokens.plain and (whole or i < depth - 1):
+            tokens, ran = plain_block(block, tokens, run)
+            trace.append(ran)
+            continue
         tokens, overhead = plan.reduce(i, "block", tokens, sparse)
         gates, gating = plan.gates(i, block, tokens)
         if gates is None and not whole and i == depth - 1:
@@ -41,22 +48,23 @@ def encode(
             trace.append(replace(ran, overhead=overhead, wanted=wanted))
             break
         read = plan.readings(i, tokens.num_patches)
-        asked = "received" in read  # by every query: padding must not be one
-        tokens = packed(tokens, asked) if sparse and gates is None else padded(tokens)
+        tokens = packed(tokens) if sparse and gates is None else padded(tokens)
         before, start = tokens.length, tokens
+        alone = not plan.reducers(i, "attn", tokens.num_patches)
+        gates, real = execution(block, tokens, gates, sparse, alone)
         skip = sparse and not read and gates is not None and worth(block.attn, gates)
-        among = sparse and gates is not None and gates.whole_rows and not plan.reducers(i, "attn", tokens.num_patches)
-        if among:
-            assert gates is not None and gates.patch is not None
-            tokens, gates = gathered(tokens, gates.patch), replace(gates, patch=None)
-        tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, sparse, skip)
+        among = None
+        if real and alone and gates is not None and gates.whole_rows:
+            tokens, among = gathered(tokens, gates.patch, gates.places)  # type: ignore[arg-type]
+            gates = replace(gates, patch=None)
+        tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, real, skip)
         tokens, deciding = plan.reduce(i, "attn", tokens, sparse)
         tokens = tokens.without(READINGS)
-        if not among:
+        if among is None:
             tokens = packed(tokens) if sparse and gates is None else padded(tokens)
         middle = tokens
-        tokens, updated = run(mlp_branch, block, tokens, gates or Gates(), sparse)
-        tokens = scattered(tokens, start) if among else tokens
+        tokens, updated = run(mlp_branch, block, tokens, gates or Gates(), real)
+        tokens = tokens if among is None else scattered(tokens, start, among)
 
         cost = block_cost(block)
         overheads = overhead + gating + deciding + _reading(block, read, kernel) * before
@@ -65,13 +73,13 @@ def encode(
             queries=attended,
             keys=attended,
             mlp=updated,
-            attn=gates.attn if gates and sparse and not read else None,
-            mlp_on=gates.mlp if gates and sparse else None,
+            attn=gates.attn if gates and real and not read else None,
+            mlp_on=gates.mlp if gates and real else None,
             heads=gates.head.mean(1) if gates and gates.head is not None and skip else None,
             own=gates is not None and gates.own,
             planned=(before, tokens.length),
             overhead=overheads,
-            kernel=kernel,
+            kernel=kernel if real or not sparse else f"{kernel}, masked",
             owner=tokens.owner,
             wanted=None if sparse else _wanted(cost, start, middle, gates, overheads),
             gates=None if sparse else gates,
@@ -79,6 +87,33 @@ def encode(
         )
         trace.append(ran)
     return padded(tokens), tuple(trace)
+
+
+def execution(
+    block: TimmBlock, tokens: Tokens, gates: Gates | None, sparse: bool, alone: bool
+) -> tuple[Gates | None, bool]:
+    """How gates are carried out: those that leave anything out, and whether that is skipped or computed and masked.
+
+    alone: no reducer wants to see the tokens between attention and MLP.
+    """
+    if gates is None or not sparse:
+        return gates, sparse
+    if torch.compiler.is_compiling():
+        return gates, alone and gates.static  # a graph has the same shapes for all images
+    part = share(tokens, gates)
+    if part == 1:
+        return None if gates.head is None else Gates(head=gates.head, own=gates.own), True
+    return gates, pays(part, tokens, gates, partial(_both, block))
+
+
+def _both(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> Tokens:
+    """Both branches, with no reducer between them."""
+    if not sparse or not gates.whole_rows:
+        tokens = attention_branch(block, tokens, gates, frozenset(), sparse)[0]
+        return mlp_branch(block, tokens, gates, sparse)[0]
+    part, index = gathered(tokens, gates.patch, gates.places)  # type: ignore[arg-type]
+    part = attention_branch(block, part, Gates(), frozenset(), sparse)[0]
+    return scattered(mlp_branch(block, part, Gates(), sparse)[0], tokens, index)
 
 
 def _wanted(cost: BlockCost, start: Tokens, middle: Tokens, gates: Gates | None, overhead: int) -> Tensor | None:
@@ -128,12 +163,14 @@ def attention_branch(
     seen: list[Attended] = []
 
     def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: Rows | None) -> Tensor:
-        how = {"heads": heads, "own": gates.own, "read": read, "alive": alive, "rows": rows, "skip": skip}
-        seen.append(attend(block.attn, block.norm1(x), bias, **how))  # type: ignore[arg-type]
+        how: dict[str, Any] = {"heads": heads, "own": gates.own, "alive": alive, "rows": rows, "skip": skip}
+        how |= {"read": read, "asking": asking}
+        seen.append(attend(block.attn, block.norm1(x), bias, **how))
         return block.drop_path1(block.ls1(seen[0].x))
 
     tokens = replace(tokens, mask=gates.patch)
     alive = _keys(tokens)
+    asking = tokens.asking() if "received" in read else None
     x, count = residual(tokens, branch, tokens.key_bias(), gates.attn, gates.head, sparse=sparse and not read)
     readings = {name: getattr(seen[0], name) for name in read}
     if tokens.rows is not None:
@@ -160,6 +197,21 @@ def mlp_branch(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> 
 
     x, count = residual(tokens, branch, on=gates.mlp, sparse=sparse)
     return replace(tokens, x=x, mask=None), count
+
+
+def plain_block(block: TimmBlock, tokens: Tokens, run: Callable) -> tuple[Tokens, BlockTrace]:
+    """A block of which nothing is asked: timm's own forward, and nothing of ours to wait for."""
+    ran = BlockTrace(
+        cost=block_cost(block),
+        queries=tokens.length,
+        keys=tokens.length,
+        mlp=tokens.length,
+        planned=(tokens.length, tokens.length),
+        overhead=0,
+        kernel="fused" if block.attn.fused_attn else "unfused",
+        owner=tokens.owner,
+    )
+    return replace(tokens, x=run(block, tokens.x)), ran
 
 
 def last_block(block: TimmBlock, tokens: Tokens, left: int) -> tuple[Tokens, BlockTrace]:

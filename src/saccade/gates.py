@@ -29,17 +29,23 @@ class Gates:
     attn: Tensor | None = None  #  [B]     the attention branch
     mlp: Tensor | None = None  #   [B]     the MLP branch
     own: bool = False  #                   a head that is off passes its own values on; False: nothing
+    places: Tensor | None = None  # [B, k] the patches of ``patch``, where every image has as many: nothing is counted
 
     @property
     def whole_rows(self) -> bool:
         """Whether a token that takes part does so in both branches: then one gather serves the whole block."""
         return self.patch is not None and self.attn is None and self.mlp is None
 
+    @property
+    def static(self) -> bool:
+        """Whether skipping has the same shapes for all images, so that a graph can do it."""
+        return self.places is not None and self.whole_rows and self.head is None
+
 
 def straight_through(logits: Tensor, threshold: float = 0.5) -> Tensor:
     """Hard 0/1 of ``sigmoid(logits) > threshold`` whose gradient is the sigmoid's."""
     soft = logits.sigmoid()
-    return (soft > threshold).to(soft.dtype) - soft.detach() + soft
+    return (soft > threshold).to(soft.dtype) + (soft - soft.detach())  # in this order: exactly 0 or 1
 
 
 def residual(
@@ -71,7 +77,9 @@ def residual(
 
 
 def _sparse(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:
-    """Only the rows that are on, packed."""
+    """Only the rows that are on: whole images, or packed where images differ."""
+    if on is not None and tokens.takes_part() is None and tokens.valid is None:
+        return _images(tokens.x, branch, bias, on, heads)
     x, there = tokens.x, torch.ones(tokens.x.shape[:2], dtype=torch.bool, device=tokens.x.device)
     for present in (tokens.takes_part(), tokens.valid):
         if present is not None:
@@ -84,3 +92,14 @@ def _sparse(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | No
     counts = tokens.size is not None and tokens.proportional
     bias = rows.pack(bias) if bias is not None and counts else None  # what else it hides is not there
     return rows.add(x, branch(rows.pack(x), bias, heads, rows)), rows.count()
+
+
+def _images(x: Tensor, branch: Branch, bias: Tensor | None, on: Tensor, heads: Tensor | None) -> Ran:
+    """Only the images that are on, all of their tokens."""
+    images = (on > 0).nonzero().squeeze(1)
+    if not len(images):
+        return x, 0
+    if len(images) == len(x):
+        return x + branch(x, bias, heads, None), x.shape[1]
+    bias, heads = (value if value is None else value.index_select(0, images) for value in (bias, heads))
+    return x.index_add(0, images, branch(x.index_select(0, images), bias, heads, None).to(x.dtype)), x.shape[1]

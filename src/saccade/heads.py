@@ -27,16 +27,18 @@ def worth(attn: Attention, gates: Gates) -> bool:
 
     Always where all images agree (a batch of one does), or else where enough are off. Waits for the device.
     """
-    if gates.head is None:
+    if gates.head is None or torch.compiler.is_compiling():
         return False
     plain = type(attn.qkv) is nn.Linear and type(attn.proj) is nn.Linear and isinstance(attn.norm, nn.Identity)
     if not plain or getattr(attn, "gate", None) is not None:  # these need all heads side by side
         return False
-    runs = (gates.head if gates.attn is None else gates.head[gates.attn > 0]) > 0
-    if len(runs) == 0 or bool(runs.all()):
+    attending = [True] * len(gates.head) if gates.attn is None else (gates.attn > 0).tolist()
+    runs = [on for on, attends in zip((gates.head > 0).tolist(), attending, strict=True) if attends]
+    some = sum(map(sum, runs))
+    if not runs or some == len(runs) * len(runs[0]):
         return False
-    alike = bool((runs == runs[:1]).all())
-    return alike or float(runs.float().mean()) <= WORTH / (1 + SMALL / len(runs))
+    alike = all(on == runs[0] for on in runs)
+    return alike or some / (len(runs) * len(runs[0])) <= WORTH / (1 + SMALL / len(runs))
 
 
 def some_heads(

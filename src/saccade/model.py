@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from saccade.backbone import backbone_of, head_macs
@@ -88,11 +87,10 @@ class AdaptiveViT(nn.Module):
         if dense:
             start = replace(start, left=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
         skip = not self.training if sparse is None else sparse
-        skip = skip and not torch.compiler.is_compiling()  # what is skipped depends on the images: a graph multiplies
         tokens, blocks = encode(self.vit, start, self.plan, whole=whole, sparse=skip)
         embed = self.tokenizer.macs(self.vit, start)
         head = head_macs(self.vit, tokens.x.shape[1])
-        return tokens, Trace(blocks, embed, head, images.shape[0], start.owner, start.grid)
+        return tokens, Trace(blocks, embed, head, images.shape[0], start.owner, start.grid, tokens.notes)
 
     def head(self, tokens: Tokens) -> Tensor:
         """Final norm, pooling and classifier: tokens -> logits [B, K].

@@ -138,19 +138,23 @@ class Plan(nn.Module):
     def __init__(self, methods: Iterable[Method] = ()) -> None:
         super().__init__()
         self.methods: Any = nn.ModuleList(methods)
-
-    def _steps(self, block: int, kind: type) -> list[Any]:
-        steps = (pair for method in self.methods for pair in zip(method.at, method.steps, strict=True))
-        return [step for at, step in steps if at == block and isinstance(step, kind)]
+        self.at: dict[int, list[Reducer | Gater]] = {}  # a plain dictionary: methods own their steps
+        for method in self.methods:
+            for block, step in zip(method.at, method.steps, strict=True):  # type: ignore[arg-type]
+                self.at.setdefault(block, []).append(step)
 
     def reducers(self, block: int, site: str, n: int) -> list[Reducer]:
         """Reducers at a site of a block that have anything to do when n patch tokens come in."""
         chosen = []
-        for step in self._steps(block, Reducer):
-            if step.site == site and step.count(n) != n:
+        for step in self.at.get(block, ()):
+            if isinstance(step, Reducer) and step.site == site and step.count(n) != n:
                 chosen.append(step)
                 n = step.count(n) or n
         return chosen
+
+    def rests(self, block: int) -> bool:
+        """Whether no method has anything to do with a block."""
+        return block not in self.at
 
     def depth(self, blocks: int) -> int:
         """How many of so many blocks run."""
@@ -169,13 +173,15 @@ class Plan(nn.Module):
             later = frozenset().union(*(r.read for r in todo[i + 1 :]))  # readings that nobody needs stay behind
             tokens = tokens.without(READINGS - later)
             gate = None if sparse else getattr(decision, "gate", None)
-            tokens = reduce(tokens, decision) if gate is None else hide(tokens, gate)
+            tokens = reduce(tokens, decision) if gate is None else hide(tokens, decision)
         return tokens, cost
 
     def gates(self, i: int, block: TimmBlock, tokens: Tokens) -> tuple[Gates | None, int]:
         """The gates of the i-th block (several methods: a part runs where all agree) and the MACs of deciding."""
         cost, found = 0, []
-        for gater in self._steps(i, Gater):
+        for gater in self.at.get(i, ()):
+            if not isinstance(gater, Gater):
+                continue
             cost += gater.macs(tokens.num_patches)
             found.append(gater.of(block, padded(tokens)))
         return _agree(found), cost

@@ -54,14 +54,14 @@ class Rows:
         return self.lengths[0] if len(set(self.lengths)) == 1 else self.counts()
 
 
-def packed(tokens: Tokens, always: bool = False) -> Tokens:
-    """The same tokens with only live rows in ``x`` [T, D], where enough of them are padding; or where any is."""
+def packed(tokens: Tokens) -> Tokens:
+    """The same tokens with only live rows in ``x`` [T, D], where enough of them are padding."""
     if tokens.rows is not None or tokens.valid is None or tokens.x.shape[0] == 0:
         return tokens
     if torch.compiler.is_compiling() or not _loops(tokens.x):
         return tokens
     rows = Rows.of(tokens.of_all(tokens.valid, 1.0) > 0)
-    if not always and len(rows.index) > WORTH * tokens.x.shape[0] * tokens.x.shape[1]:
+    if len(rows.index) > WORTH * tokens.x.shape[0] * tokens.x.shape[1]:
         return tokens
     return replace(tokens, x=rows.pack(tokens.x), rows=rows)
 
@@ -71,18 +71,30 @@ def padded(tokens: Tokens) -> Tokens:
     return tokens if tokens.rows is None else replace(tokens, x=tokens.rows.unpack(tokens.x), rows=None)
 
 
-def gathered(tokens: Tokens, part: Tensor) -> Tokens:
-    """Only the prefix and the patch tokens that take part, part [B, N] 0/1, packed: the others are not there."""
-    present = part > 0 if tokens.valid is None else (part > 0) & tokens.valid
-    rows = Rows.of(tokens.of_all(present.float(), 1.0) > 0)
-    return replace(tokens, x=rows.pack(tokens.x), rows=rows)
+def gathered(tokens: Tokens, part: Tensor, places: Tensor | None = None) -> tuple[Tokens, Tensor]:
+    """Only the prefix and the patch tokens that take part, and where they stand among all rows [B * (P+N)].
+
+    part: [B, N] 0/1; places [B, k] the same by index, where every image has as many. Then they are a rectangle and
+    nothing waits for the device; otherwise they are packed.
+    """
+    if places is None:
+        present = part > 0 if tokens.valid is None else (part > 0) & tokens.valid
+        rows = Rows.of(tokens.of_all(present.float(), 1.0) > 0)
+        return replace(tokens, x=rows.pack(tokens.x), rows=rows), rows.index
+    images, length, width = tokens.x.shape
+    prefix = torch.arange(tokens.num_prefix, device=places.device).expand(images, -1)
+    first = length * torch.arange(images, device=places.device).unsqueeze(1)
+    index = (first + torch.cat([prefix, places + tokens.num_prefix], dim=1)).flatten()
+    own = {"size": tokens.size, "valid": tokens.valid, "alive": tokens.alive}
+    own = {name: value if value is None else value.gather(1, places) for name, value in own.items()}
+    x = tokens.x.flatten(0, 1).index_select(0, index).view(images, -1 if images else 0, width)
+    return replace(tokens, x=x, **own), index  # type: ignore[arg-type]
 
 
-def scattered(tokens: Tokens, all_of_them: Tokens) -> Tokens:
+def scattered(tokens: Tokens, all_of_them: Tokens, index: Tensor) -> Tokens:
     """What ``gathered`` took, back among all of them; those that rested stay bit by bit."""
-    assert tokens.rows is not None
-    x = all_of_them.x.flatten(0, 1).index_copy(0, tokens.rows.index, tokens.x.to(all_of_them.x.dtype))
-    return replace(tokens, x=x.view(all_of_them.x.shape), rows=None)
+    x = all_of_them.x.flatten(0, 1).index_copy(0, index, tokens.x.flatten(0, -2).to(all_of_them.x.dtype))
+    return replace(all_of_them, x=x.view(all_of_them.x.shape))
 
 
 def _loops(x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +23,15 @@ class Reduction:
     keep: Tensor  #                       [B, M]  tokens that stay, in their new order
     src: Tensor | None = None  #          [B, R]  tokens merged away …
     dst: Tensor | None = None  #          [B, R]  … each into this slot of ``keep`` (0 … M-1; several may share one)
+    moved: Tensor | None = None  #        [B, R]  0/1, straight-through: which of ``src`` merge after all; None: all
     weight: Tensor | None = None  #       [B, N]  how much a token counts in a merge; None: its size
     rest: Tensor | None = None  #         [B, Q]  tokens that become one new last token …
     rest_weight: Tensor | None = None  #  [B, Q]  … Σ rest_weight · x (not divided by the sum of the weights)
     norm: Tensor | None = None  #         [B, M]  length that each merged token is brought to; None: that of the mean
     proportional: bool = True  #          False: from here on attention counts a merged token once (Tokens.proportional)
     valid: Tensor | None = None  #        [B, M] bool  slots of ``keep`` that are real; others pad; None: all that were
-    gate: Tensor | None = None  #         [B, N]  0/1, straight-through: the same choice as a mask, for masked execution
+    gate: Tensor | None = None  #         [B, N]  0/1, straight-through: what stays, as a mask, for masked execution
+    notes: Mapping[str, Tensor] | None = None  # to be remembered from here on (``Tokens.notes``)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | None) -> Token
     """Carry a reduction out on everything a token has: features, readings, size, validity, owner."""
     if reduction is None:
         return tokens
-    reduced = _mix(tokens, reduction) if isinstance(reduction, SoftReduction) else _move(tokens, reduction)
+    if isinstance(reduction, SoftReduction):
+        reduced = _mix(tokens, reduction)
+    else:
+        reduced = _move(_noted(tokens, reduction), reduction)
     if tokens.left is None:
         return reduced
     newly_dropped = (reduced.owner < 0) & (tokens.owner >= 0)
@@ -53,12 +59,22 @@ def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | None) -> Token
     return replace(reduced, left=left)
 
 
-def hide(tokens: Tokens, gate: Tensor) -> Tokens:
-    """Masked execution of a reduction that only drops: tokens stay where they are and take no part any more.
+def hide(tokens: Tokens, r: Reduction) -> Tokens:
+    """Masked execution of a reduction with a gate: tokens stay where they are, and some take no part any more.
 
-    gate: [B, N] 0/1, straight-through.
+    What is merged is moved as always, but among all tokens; nothing can be fused. What is dropped keeps its cells.
     """
-    return replace(tokens, alive=gate if tokens.alive is None else tokens.alive * gate)
+    assert r.gate is not None and r.rest is None and r.norm is None
+    alive, tokens = tokens.alive, _noted(tokens, r)
+    if r.src is not None and r.dst is not None:
+        every = torch.arange(tokens.num_patches, device=r.keep.device).expand(len(r.keep), -1)
+        in_place = Reduction(every, r.src, r.keep.gather(1, r.dst), r.moved, r.weight, proportional=r.proportional)
+        tokens = _move(replace(tokens, alive=None), in_place)
+    return replace(tokens, alive=r.gate if alive is None else alive * r.gate)
+
+
+def _noted(tokens: Tokens, r: Reduction) -> Tokens:
+    return tokens if r.notes is None else replace(tokens, notes={**tokens.notes, **r.notes})
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
@@ -90,11 +106,13 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         weight = size if r.weight is None else r.weight
         total = _sums(weight, merging)
         share = weight.gather(1, r.src) / total.gather(1, r.dst)
+        share = share if r.moved is None else share * r.moved
         x = _join(x, r.dst + prefix, rows(tokens.x, r.src + prefix), share)
         x = x if r.norm is None else _stretch(x, r.dst, r.norm, prefix)
         if key is not None and tokens.key is not None:
             key = _join(key, r.dst, rows(tokens.key, r.src), share)
-        slot = slot.scatter(1, r.src, r.dst)
+        into = r.dst if r.moved is None else torch.where(r.moved > 0, r.dst, slot.gather(1, r.src))
+        slot = slot.scatter(1, r.src, into)
         size = total if weight is size else _sums(size, merging)
     elif size is not None:
         size = size.gather(1, r.keep)
@@ -102,8 +120,8 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         valid = valid.gather(1, r.keep)
     if r.valid is not None:
         valid = r.valid if valid is None else valid & r.valid
-    # a merged token takes part where any of its parts does
-    mask, alive = (None if a is None else _sums(a, merging).clamp(max=1) for a in (mask, alive))
+    # a merged token takes part where any of its parts does (a clamp would stop the gradient at 1, which most are)
+    mask, alive = (None if a is None else torch.where((n := _sums(a, merging)) > 1, 1.0, n) for a in (mask, alive))
 
     if r.rest is not None and r.rest_weight is not None:
         weight = r.rest_weight.unsqueeze(-1)  # [B, Q, 1]
@@ -132,7 +150,8 @@ def _sums(a: Any, r: Reduction) -> Any:
         return None
     new = a.gather(1, r.keep)
     if r.src is not None and r.dst is not None:
-        new = new.scatter_add(1, r.dst, a.gather(1, r.src))
+        given = a.gather(1, r.src)
+        new = new.scatter_add(1, r.dst, given if r.moved is None else given * r.moved)
     if r.rest is not None:
         new = torch.cat([new, a.gather(1, r.rest).sum(1, keepdim=True)], dim=1)
     return new
@@ -161,7 +180,7 @@ def _mix(tokens: Tokens, soft: SoftReduction) -> Tokens:
     if soft.onto is not None:  # back to what there was, each with its own mixture of what there is now
         x = torch.cat([tokens.x[:, : tokens.num_prefix], soft.onto.patches + new], dim=1)
         owner = torch.where(tokens.owner >= 0, soft.onto.owner, -1)
-        return replace(soft.onto, x=x, owner=owner, left=tokens.left)
+        return replace(soft.onto, x=x, owner=owner, left=tokens.left, notes=tokens.notes)
     x = torch.cat([tokens.x[:, : tokens.num_prefix], new], dim=1)
     owner = _forward(tokens.owner, soft.weights.argmax(1))  # a cell follows the mixture its token gave most to
     none: dict[str, Any] = dict.fromkeys(("size", "valid", "mask", "alive", *READINGS))

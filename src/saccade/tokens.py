@@ -9,7 +9,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,8 @@ class Tokens:
     proportional: bool = True  #      attention counts a token ``size`` times; False: once (an average still does)
     before: Tokens | None = None  #   the tokens that a mixture was made of, for a reducer that will put them back
     rows: Rows | None = None  #       which rows of [B, P+N] ``x`` holds, where it is packed; None: all
+    notes: Mapping[str, Tensor] = field(default_factory=dict)  # what methods remember from block to block, by name:
+    #                                 of images, prefix tokens or cells, which no reduction moves
 
     @property
     def length(self) -> int:
@@ -53,10 +56,23 @@ class Tokens:
         """N, the patch tokens of each image (padding included)."""
         return self.length - self.num_prefix
 
+    @property
+    def plain(self) -> bool:
+        """Whether all of a rectangle of tokens are there and count alike: what an ordinary ViT sees."""
+        odd = (self.rows, self.size if self.proportional else None, self.valid, self.mask, self.alive)
+        return all(value is None for value in odd)
+
     def takes_part(self) -> Tensor | None:
         """0/1 [B, N], straight-through: patch tokens that this block computes; None: all (padding included)."""
         given = [m for m in (self.alive, self.mask) if m is not None]
         return given[0] if len(given) == 1 else given[0] * given[1] if given else None
+
+    def asking(self) -> Tensor | None:
+        """0/1 [B, P+N]: tokens whose queries count where attention received is read; None: all."""
+        part = self.takes_part()
+        if self.valid is not None:
+            part = self.valid if part is None else part * self.valid
+        return None if part is None else self.of_all(part.detach().float(), 1.0)
 
     @property
     def patches(self) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,6 +79,7 @@ class Trace:
     images: int  # B
     first: Tensor  # [B, G]  owner map of the tokenizer, before any block
     grid: tuple[int, int]
+    notes: Mapping[str, Tensor] = field(default_factory=dict)  # what methods remembered (``Tokens.notes``), for losses
 
     def macs(self, nominal: bool = False) -> Tensor:
         """MACs per image, [B] float64: those that ran; nominal: the papers' convention, every block whole."""

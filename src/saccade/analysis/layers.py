@@ -35,6 +35,9 @@ class Watched(Plan):
         super().__init__(plan.methods)
         self.seen: list[Seen] = []
 
+    def rests(self, block: int) -> bool:
+        return False  # every block is looked at
+
     def reduce(self, block: int, site: str, tokens: Tokens, sparse: bool = True) -> tuple[Tokens, int]:
         after, cost = super().reduce(block, site, tokens, sparse)
         if after.alive is not None:  # a gradient is asked of the answer, not of the policy

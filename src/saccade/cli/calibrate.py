@@ -40,7 +40,7 @@ def command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """The threshold at which the mean cost of an image meets a budget; easy images then cost less than hard ones.
+    """The thresholds at which the mean cost of an image meets a budget; each image then costs what it needs.
 
     Example: saccade calibrate runs/dynamic/model photos/ -s "dynamicvit(0.7)" --gmacs 0.8 --out calibrated
     """

@@ -1,7 +1,8 @@
 """``calibrate``: the threshold at which a setting meets a budget, where its cost differs from image to image.
 
 A threshold keeps what each image needs, whatever else is in its batch; only the mean over images can be aimed at
-(`selection` spec, §9.6). Nothing is trained.
+(`selection` spec, §9.6). A method that chooses at several blocks by a score gets a threshold for each: where, over all
+images, as much is kept there as by a fixed count, and from there all are moved alike. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from saccade.data import ImageSet, open_images
 from saccade.errors import UserError
@@ -34,7 +38,7 @@ class Calibrated:
     """A setting that meets a budget, and what it costs and knows on the images it was found on."""
 
     setting: str
-    threshold: float
+    threshold: float | tuple[float, ...]  # several: one for each block that chooses
     images: int
     gmacs: float  #     mean per image, that ran
     gmacs_p50: float
@@ -49,7 +53,7 @@ class Calibrated:
         return asdict(self)
 
 
-def with_threshold(setting: str | Setting, value: float) -> str:
+def with_threshold(setting: str | Setting, value: float | tuple[float, ...] | None) -> str:
     """The setting with another threshold. Raises UserError unless exactly one of its methods has that knob."""
     setting, known = Setting.parse(setting), registry()
     able = [name for name, entry in known.items() if entry.kind == "method" and KNOB in entry.knobs]
@@ -64,6 +68,39 @@ def with_threshold(setting: str | Setting, value: float) -> str:
     else:
         changed = replace(call, kwargs=(*((k, v) for k, v in call.kwargs if k != KNOB), (KNOB, value)))
     return str(Setting(tuple(changed if i == places[0] else c for i, c in enumerate(setting.calls))))
+
+
+def by_count(setting: str | Setting) -> bool:
+    """Whether a setting's method keeps a fixed count where no threshold is given."""
+    known = registry()
+    knobs = (known[call.name].knobs.get(KNOB) for call in Setting.parse(setting).calls)
+    return any(knob is not None and knob.default is None for knob in knobs)
+
+
+def fixed_levels(view: AdaptiveViT, run: Callable[[], object]) -> list[float]:
+    """For each reducer that chooses by a score: the score above which, over all images, it keeps as much as it does.
+
+    run: puts images through the view, which keeps fixed counts.
+    """
+    steps = [step for at in sorted(view.plan.at) for step in view.plan.at[at] if hasattr(step, "score")]
+    seen: list[list[tuple[Tensor, int]]] = [[] for _ in steps]
+
+    def look(found: list[tuple[Tensor, int]], step: Any, inputs: tuple, out: Any) -> None:
+        found.append((step.score(inputs[0]), out.keep.shape[1]))
+
+    handles = [step.register_forward_hook(partial(look, found)) for step, found in zip(steps, seen, strict=True)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [_level(found) for found in seen if found]
+
+
+def _level(found: list[tuple[Tensor, int]]) -> float:
+    scores = torch.cat([score.flatten() for score, _ in found]).float().sort(descending=True).values
+    kept = sum(len(score) * count for score, count in found)
+    return scores[min(kept, len(scores) - 1)].clamp(-WIDEST, WIDEST).item()
 
 
 def calibrate(
@@ -98,17 +135,26 @@ def calibrate(
     images = data if isinstance(data, ImageSet) else open_images(data, split)
     judge = Judge(model, images, batch=batch)
     places = spread(len(images), limit)
-    advance = (progress or Progress()).start("calibrating", (STEPS + 3) * len(places))
+    advance = (progress or Progress()).start("calibrating", (STEPS + 4) * len(places))
     store = None if cache is None else Cache(cache, model, images.fingerprint(), judge.preprocess(), model.backbone)
     advance(0, what="calibrating: the dense model")
     dense = judge.predict(judge.dense, places, advance)
     judge.need(dense, "dense")
     seen: dict[float, Predictions] = {}
+    levels: list[float] = []
+    if by_count(setting):
+        advance(0, what="calibrating: where fixed counts lie")
+        view = model.at(with_threshold(setting, None)).eval()
+        levels = fixed_levels(view, lambda: judge.predict(view, places, advance))
+
+    def at(threshold: float) -> float | tuple[float, ...]:
+        shift = logit(threshold)
+        return tuple(sigmoid(level + shift) for level in levels) if len(levels) > 1 else threshold
 
     def cost(threshold: float) -> float:
         if threshold not in seen:
-            name = with_threshold(setting, threshold)
-            advance(0, what=f"calibrating: {KNOB}={threshold:g}")
+            name = with_threshold(setting, at(threshold))
+            advance(0, what=f"calibrating: {name}")
             ask = partial(judge.predict, model.at(name).eval(), places, advance)
             seen[threshold] = ask() if store is None else store.get(name, places, ask)
             judge.need(seen[threshold], name)
@@ -118,8 +164,8 @@ def calibrate(
     found = seen[threshold]
     each = found.macs / 1e9
     return Calibrated(
-        setting=with_threshold(setting, threshold),
-        threshold=threshold,
+        setting=with_threshold(setting, at(threshold)),
+        threshold=at(threshold),
         images=len(each),
         gmacs=each.mean().item(),
         gmacs_p50=each.quantile(0.5).item(),
@@ -149,6 +195,11 @@ def bisect(cost: Callable[[float], float], budget: float, steps: int = STEPS) ->
         if (1 - CLOSE) * budget <= spent <= budget:
             break
     return sigmoid(high)
+
+
+def logit(threshold: float) -> float:
+    """The inverse of ``sigmoid``, as far as it is looked for."""
+    return math.log(threshold / (1 - threshold)) if 0 < threshold < 1 else math.copysign(WIDEST, threshold - 0.5)
 
 
 def sigmoid(logit: float) -> float:

@@ -82,8 +82,12 @@ class Drop(Reducer):
     def macs(self, n: int) -> int:
         return self.predictor.macs(n)
 
+    def score(self, tokens: Tokens) -> Tensor:
+        """The logit of keeping each token [B, N] fp32, -inf for padding and for what is dropped already."""
+        return there(tokens, self.predictor(tokens.patches, tokens.weights()).float())
+
     def forward(self, tokens: Tokens) -> Reduction:
-        score = there(tokens, self.predictor(tokens.patches, tokens.weights()).float())
+        score = self.score(tokens)
         if self.threshold is not None and not self.training:
             return keep_where(with_best(choose(score, 0.0, threshold=self.threshold), score) > 0)
         order = score.detach().argsort(dim=1, descending=True, stable=True)
@@ -113,7 +117,7 @@ def dynamicvit(
     backbone: Backbone,
     keep: float = 0.7,
     at: int | Iterable[int] | None = None,
-    threshold: float | None = None,
+    threshold: float | tuple[float, ...] | None = None,
     ratio: float = 2.0,
     tau: float = 1.0,
 ) -> Method:
@@ -123,16 +127,21 @@ def dynamicvit(
         keep: share of patch tokens kept at each of the blocks, in (0, 1]; what training aims at.
         at: 0-based blocks before which tokens are dropped; None: a quarter, a half and three quarters of the depth.
         threshold: keep the tokens whose probability is above it, as many as each image needs (at least one);
-            None: the same number in every image. Training is the same for both.
+            one for all blocks or one for each; None: the same number in every image. Training is the same for all.
         ratio: weight of the loss that holds training to ``keep``.
         tau: temperature of the draws in training.
     """
     keep = fraction("dynamicvit", "keep", keep, 0.001)
-    if threshold is not None:
-        fraction("dynamicvit", "threshold", threshold)
     for knob, value, least in (("ratio", ratio, 0.0), ("tau", tau, 0.001)):
         if isinstance(value, bool) or not least <= value <= 1e6:
             raise UserError(f"dynamicvit: {knob}={value!r} is not a number from {least:g} up to a million")
     stages = blocks("dynamicvit", at, backbone.stages(), backbone.depth)
-    steps = [(i, Drop(keep, i == stages[0], backbone.dim, 10 * i, tau, threshold)) for i in stages]
+    each = tuple(threshold) if isinstance(threshold, (tuple, list)) else (threshold,) * len(stages)
+    if len(each) != len(stages):
+        raise UserError(f"dynamicvit: {len(each)} thresholds for {len(stages)} blocks; give one, or one for each")
+    for limit in each:
+        if limit is not None:
+            fraction("dynamicvit", "threshold", limit)
+    pairs = zip(stages, each, strict=True)
+    steps = [(i, Drop(keep, i == stages[0], backbone.dim, 10 * i, tau, limit)) for i, limit in pairs]
     return DynamicViT(steps, keep, ratio)

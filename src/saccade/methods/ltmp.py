@@ -1,25 +1,75 @@
-"""``ltmp``: one threshold for each block, learned, below which tokens are dropped (LTMP, TMLR 2023).
+"""``ltmp``: two thresholds for each block, learned: merge above the one, drop below the other (LTMP, TMLR 2023).
 
-Bonnaerens and Dambre learn two thresholds a block, one for merging and one for pruning; this is the one for pruning. As
-many tokens stay as an image needs, and a batch of several images is packed, where the paper's runs one by one.
+Bonnaerens and Dambre merge the pairs whose keys are more similar than a threshold, then drop the tokens that receive
+less attention than another, both between attention and MLP. As many tokens stay as an image needs, and a batch of
+several images is packed, where the paper's runs one by one. Here importance is a share of the mean over tokens, so that
+one threshold means the same in a long and in a short sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from saccade.choose import keep_where, there, with_best
+from saccade.choose import keep_where, present, there, with_best
+from saccade.decide import cosines
 from saccade.errors import UserError
 from saccade.gates import straight_through
 from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction
+from saccade.reduction import Reduction, rows
 from saccade.tokens import Tokens
 from saccade.trace import Trace
 
-WIDTH = 0.1  # of the sigmoid whose gradient the threshold gets, as published
+WIDTH = 0.1  # of the sigmoid whose gradient the thresholds get, as published
+STRIDES = (1, 2, 4)  # of the places that A and B take turns in, block after block: what ToMe's reordering comes to
+
+
+class Merge(Reducer):
+    """Merge the tokens of A into their most similar ones of B, where they are similar enough (ToMe's matching).
+
+    Padding and what is dropped already have no place in the order, so that masked and ragged execution agree.
+    """
+
+    read = frozenset({"key"})
+
+    def __init__(self, start: float, stride: int, width: int) -> None:
+        super().__init__()
+        self.stride, self.width = stride, width
+        self.threshold = nn.Parameter(torch.full((1,), start))
+
+    def sides(self, n: int) -> tuple[list[int], list[int]]:
+        """Places of A and of B among n."""
+        odd = [i // self.stride % 2 for i in range(n)]
+        return [i for i in range(n) if not odd[i]], [i for i in range(n) if odd[i]]
+
+    def count(self, n: int) -> int | None:
+        return None
+
+    def macs(self, n: int) -> int:
+        a, b = self.sides(n)
+        return len(a) * len(b) * self.width
+
+    def forward(self, tokens: Tokens) -> Reduction | None:
+        assert tokens.key is not None
+        side_a, side_b = self.sides(tokens.num_patches)
+        if not side_b:
+            return None
+        here = present(tokens)
+        order = here.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        a, b = order[:, side_a], order[:, side_b]
+        asks, answers = here.gather(1, a), here.gather(1, b)
+        best, partner = cosines(rows(tokens.key, a), rows(tokens.key, b), (asks, answers)).max(dim=-1)
+        limit = self.threshold.float()
+        limit = limit + (limit.clamp(0, 1) - limit).detach()  # outside it has a gradient still, and so a way back
+        moved = straight_through((best.masked_fill(~asks, -torch.inf) - limit) / WIDTH)
+        gate = torch.ones_like(here, dtype=moved.dtype).scatter(1, a, 1 - moved)
+        chosen = here & (gate > 0)
+        into = b.gather(1, partner)
+        dst = (chosen.cumsum(1) - 1).gather(1, into).clamp(min=0)
+        return replace(keep_where(chosen, gate if self.training else None), src=a, dst=dst, moved=moved)
 
 
 class Prune(Reducer):
@@ -36,15 +86,10 @@ class Prune(Reducer):
 
     def forward(self, tokens: Tokens) -> Reduction:
         assert tokens.received is not None
-        present = tokens.valid if tokens.alive is None else tokens.alive > 0
-        count = tokens.num_patches if present is None else present.sum(1, keepdim=True)
-        received = tokens.received.detach().float() * (tokens.num_prefix + count)  # 1 on average over all tokens
-        score = there(tokens, received)
+        count = tokens.num_prefix + present(tokens).sum(1, keepdim=True)
+        score = there(tokens, tokens.received.detach().float() * count)  # 1 on average over all tokens
         gate = with_best(straight_through((score - self.threshold.float()) / WIDTH), score)
-        if not self.training:
-            return keep_where(gate > 0)
-        every = torch.arange(tokens.num_patches, device=score.device).expand(len(score), -1)
-        return Reduction(every, gate=gate)
+        return keep_where(gate > 0, gate if self.training else None)
 
 
 class Thresholds(Method):
@@ -70,18 +115,27 @@ def ltmp(
     at: int | Iterable[int] | None = None,
     weight: float = 10.0,
     start: float = 0.1,
+    merge: float | None = 0.9,
 ) -> Method:
-    """Drop tokens that receive less attention than a learned threshold (LTMP, TMLR 2023); it has to be trained.
+    """Merge what is similar, drop what is not attended to, by learned thresholds (LTMP, TMLR 2023); to be trained.
 
     Args:
         share: of the MACs of the dense model that training aims at.
-        at: 0-based blocks that drop; None: all, but the last where only the class token is read after it.
+        at: 0-based blocks that merge and drop; None: all, but the last where only the class token is read after it.
         weight: of the loss that holds training to the share.
-        start: threshold before anything is learned, as a share of the mean attention that a token receives.
+        start: threshold of dropping before anything is learned, as a share of the mean attention that a token receives.
+        merge: threshold of merging before anything is learned, a cosine similarity of keys; None: nothing is merged.
     """
     share = fraction("ltmp", "share", share, 0.001)
     if isinstance(weight, bool) or not 0 <= weight <= 1e6:
         raise UserError(f"ltmp: weight={weight!r} is not a number from 0 up to a million")
     fraction("ltmp", "start", start)
+    if merge is not None:
+        fraction("ltmp", "merge", merge)
     default = tuple(range(backbone.depth - (backbone.pool == "token")))
-    return Thresholds([(i, Prune(start)) for i in blocks("ltmp", at, default, backbone.depth)], share, weight)
+    steps: list[tuple[int, Reducer]] = []
+    for i in blocks("ltmp", at, default, backbone.depth):
+        if merge is not None:
+            steps.append((i, Merge(merge, STRIDES[i % len(STRIDES)], backbone.head_dim)))
+        steps.append((i, Prune(start)))
+    return Thresholds(steps, share, weight)

@@ -41,7 +41,8 @@ class Choose(Gater):
         score = there(tokens, asked(block.attn, asker, patches).float())
         order = score.argsort(dim=1, descending=True, stable=True)
         chosen = order[:, : share_of(self.keep, tokens.num_patches)]
-        return Gates(patch=torch.zeros_like(score).scatter(1, chosen, 1.0))
+        all_there = tokens.valid is None and tokens.alive is None
+        return Gates(torch.zeros_like(score).scatter(1, chosen, 1.0), places=chosen if all_there else None)
 
 
 def asked(attn: Any, asker: Tensor, x: Tensor) -> Tensor:

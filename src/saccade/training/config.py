@@ -102,11 +102,22 @@ class Knot(Section):
     weights: tuple[float, ...]
 
 
+class Ramp(Section):
+    """From the first setting to the last along half a cosine, as EViT lowers its keep rate (arXiv 2202.07800).
+
+    A step draws one of the two settings next to where the ramp is, so that the mean over draws is on it exactly: the
+    first alone up to ``start``, the middle of the list half way, the last alone from ``stop`` on.
+    """
+
+    start: float = Field(0.0, ge=0, le=1)  # shares of all steps
+    stop: float = Field(ge=0, le=1)
+
+
 class Sampling(Section):
     """Which settings a step runs: those of ``every``, and ``random`` ones drawn by ``weights``."""
 
     settings: tuple[str, ...] = Field(("dense",), min_length=1)
-    weights: Literal["uniform", "compute"] | tuple[float, ...] | tuple[Knot, ...] = "uniform"
+    weights: Literal["uniform", "compute"] | tuple[float, ...] | tuple[Knot, ...] | Ramp = "uniform"
     every: tuple[str, ...] = ()  # "largest", "smallest" (by MACs), or one of the settings
     random: int = Field(1, ge=0)
 
@@ -115,9 +126,11 @@ class Sampling(Section):
         count = len(self.settings)
         if len(set(self.settings)) < count:
             raise ValueError("a setting is listed twice")
-        given: tuple[Any, ...] = () if isinstance(self.weights, str) else self.weights
+        if isinstance(self.weights, Ramp) and self.weights.start > self.weights.stop:
+            raise ValueError(f"weights: a ramp cannot start at {self.weights.start} and stop at {self.weights.stop}")
+        given: tuple[Any, ...] = self.weights if isinstance(self.weights, tuple) else ()
         rows = [knot.weights for knot in given] if given and isinstance(given[0], Knot) else [given]
-        for row in rows if given or not isinstance(self.weights, str) else ():
+        for row in rows if isinstance(self.weights, tuple) else ():
             if len(row) != count or min(row) < 0 or sum(row) <= 0:
                 raise ValueError(f"weights {row}: give {count} of them, one a setting, none negative, not all zero")
         for name in self.every:

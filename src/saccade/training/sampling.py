@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from saccade.training.config import Knot, Sampling
+from saccade.training.config import Knot, Ramp, Sampling
 
 
 class Sampler:
@@ -27,14 +28,16 @@ class Sampler:
 
     def weights(self, step: int) -> np.ndarray:
         """Probabilities of the settings at a step, [S]."""
-        given, count = self.rule.weights, len(self.rule.settings)
+        given, count, done = self.rule.weights, len(self.rule.settings), step / max(1, self.steps - 1)
         if given == "uniform":
             raw = np.ones(count)
         elif given == "compute":  # each setting gets the same share of the MACs
             raw = 1 / self.macs
+        elif isinstance(given, Ramp):
+            raw = np.clip(1 - np.abs(np.arange(count) - (count - 1) * ramped(given, done)), 0, None)
         elif isinstance(given[0], Knot):
             knots: list[Knot] = sorted(given, key=lambda knot: knot.at)  # type: ignore[arg-type, attr-defined]
-            at, done = [knot.at for knot in knots], step / max(1, self.steps - 1)
+            at = [knot.at for knot in knots]
             rows = np.array([np.divide(knot.weights, sum(knot.weights)) for knot in knots])
             raw = np.array([np.interp(done, at, column) for column in rows.T])
         else:
@@ -58,3 +61,10 @@ class Sampler:
     def cost(self, start: int, stop: int) -> float:
         """Forward MACs per image of all that steps start … stop-1 run."""
         return float(sum(self.macs[i] * times for i, times in self.histogram(start, stop).items()))
+
+
+def ramped(ramp: Ramp, done: float) -> float:
+    """How far along a ramp a training is of which a share is done: 0 … 1, half a cosine."""
+    if not ramp.start < done < ramp.stop:
+        return float(done >= ramp.stop)
+    return (1 - math.cos(math.pi * (done - ramp.start) / (ramp.stop - ramp.start))) / 2

@@ -1,0 +1,114 @@
+"""When is skipping worth its gathers? Measured on the machine at hand, once in a process for each kind of shape.
+
+Gathering rows and putting them back costs something whatever their number, so a block of which nearly everything runs
+is faster computed whole and masked, which gives the same. ``SACCADE_SKIP=always`` (or ``never``) pins the answer, for
+results and counts that are the same on every run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from saccade.gates import Gates
+from saccade.tokens import Tokens
+
+GAIN = 0.95  # skipping has to take less than this part of the time of computing everything
+SAMPLE = 4  # images of a measurement, at most
+ROUNDS = 3
+
+Run = Callable[[Tokens, Gates, bool], object]  # both branches of a block; True: sparse
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a measurement holds for."""
+
+    device: str
+    dtype: torch.dtype
+    autocast: bool
+    threads: int
+    images: int  #       1, 2 or SAMPLE
+    tokens: int  #       in steps of 64
+    dim: int
+    patches: bool  #     patches are gated; False: whole branches only
+    places: bool  #      by index
+
+
+_LIMITS: dict[Kind, float] = {}
+
+
+def share(tokens: Tokens, gates: Gates) -> float:
+    """Part of the rows that a block's two branches would compute. Waits for the device, but where shapes tell it."""
+    if gates.attn is None and gates.mlp is None and gates.patch is None:
+        return 1.0
+    if gates.static:
+        assert gates.places is not None
+        return (tokens.num_prefix + gates.places.shape[1]) / tokens.length
+    images = max(1, len(tokens.x))
+    if gates.attn is None and gates.mlp is None:
+        assert gates.patch is not None
+        return (tokens.num_prefix + float(gates.patch.detach().sum()) / images) / tokens.length
+    rows = 1.0 if gates.patch is None else (tokens.num_prefix + gates.patch.float().sum(1)) / tokens.length
+    parts = [rows if gate is None else gate * rows for gate in (gates.attn, gates.mlp)]
+    return sum(part if isinstance(part, float) else float(part.detach().mean()) for part in parts) / 2
+
+
+def pays(part: float, tokens: Tokens, gates: Gates, run: Run) -> bool:
+    """Whether skipping to this part of the rows is at least 5 % faster than computing all of them under masks."""
+    pinned = os.environ.get("SACCADE_SKIP")
+    if pinned in ("always", "never"):
+        return pinned == "always"
+    if torch.compiler.is_compiling() or len(tokens.x) == 0 or part == 0:
+        return True
+    if gates.patch is None and len(tokens.x) == 1:
+        return True  # a branch of one image runs or does not
+    x, length = tokens.x, tokens.length
+    images = SAMPLE if len(x) >= SAMPLE else len(x)
+    kind = Kind(
+        str(x.device), x.dtype, torch.is_autocast_enabled(x.device.type), torch.get_num_threads(), images,
+        -(-length // 64) * 64, x.shape[-1], gates.patch is not None, gates.places is not None,
+    )  # fmt: skip
+    if kind not in _LIMITS:
+        _LIMITS[kind] = _limit(tokens, images, gates, run)
+    return part <= _LIMITS[kind]
+
+
+@torch.no_grad()
+def _limit(tokens: Tokens, images: int, gates: Gates, run: Run) -> float:
+    """The share of rows up to which skipping pays: its time is a line, of which one half and the whole are known."""
+    patches, device = tokens.num_patches, tokens.x.device
+    x = torch.randn(images, tokens.length, tokens.x.shape[-1], device=device).to(tokens.x.dtype)
+    sample = Tokens(x, torch.zeros(images, 1, dtype=torch.int64, device=device), (1, 1), tokens.num_prefix)
+    if gates.patch is None:
+        half = Gates(attn=(torch.arange(images, device=device) % 2).float())
+        half = Gates(attn=half.attn, mlp=half.attn)
+    else:
+        mask = (torch.arange(patches, device=device) % 2 == 0).float().expand(images, -1)
+        places = torch.arange(0, patches, 2, device=device).expand(images, -1)
+        half = Gates(patch=mask, places=None if gates.places is None else places)
+    ways = {
+        "masked": lambda: run(sample, half, False),
+        "half": lambda: run(sample, half, True),
+        "whole": lambda: run(sample, Gates(), False),
+    }
+    best = dict.fromkeys(ways, float("inf"))
+    for turn in range(ROUNDS + 1):
+        for name, way in ways.items():
+            _wait(device)
+            begin = time.perf_counter()
+            way()
+            _wait(device)
+            if turn:  # the first is a warm-up
+                best[name] = min(best[name], time.perf_counter() - begin)
+    overhead = best["half"] - share(sample, half) * best["whole"]
+    return min(1.0, max(0.0, (GAIN * best["masked"] - overhead) / best["whole"]))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
