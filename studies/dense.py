@@ -72,8 +72,8 @@ def main() -> None:
     times = out / "speed.json"
     calls: dict[str, list[float]] = json.loads(times.read_text()) if times.exists() else {}
     if arguments.time:
-        model, settings = saccade.load(out / "dense" / "model", "dense"), [s for own in METHODS.values() for s in own]
-        found = timed(model, settings, arguments.seconds, batch=8)
+        every = [setting for own in METHODS.values() for setting in own]
+        found = timed(saccade.load(out / "dense" / "model", "dense"), every, arguments.seconds, batch=8)
         write_json(times, calls | {s: [*calls.get(s, []), v] for s, v in found.items()})
         return
 

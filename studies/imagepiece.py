@@ -248,14 +248,14 @@ def report(
     if stems:
         say(f"the stem helps (mean of {len(stems)} pairs)", torch.stack(stems).mean(0))
     fewer = "re-tokenizing before pruning at the same keep rate is better, at fewer MACs"
-    for words, better, worse in (
+    for words, one, other in (
         *((f"{s}: re-tokenizing alone is better than dense", f"{s}-re-tokenize", f"{s}-neither") for s in STARTS),
         *((f"{s}: {fewer}", f"{s}-both", f"{s}-prune") for s in STARTS),
         *((f"{s}: re-tokenize + prune is better than dense (Table 1)", f"{s}-both", f"{s}-neither") for s in STARTS),
         ("stem-both is better than dense patches (Table 1)", "stem-both", "patches-neither"),
     ):
-        if better in cells and worse in cells:
-            say(words, cells[better] - cells[worse])
+        if one in cells and other in cells:
+            say(words, cells[one] - cells[other])
 
     # Rivals at equal MACs, and at equal time.
     rows: list[Row] = []

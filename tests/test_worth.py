@@ -11,7 +11,7 @@ from saccade.encoder import plain_block
 from saccade.gates import Gates
 from saccade.model import AdaptiveViT
 from saccade.plan import Gater
-from saccade.worth import Kind, pays, share
+from saccade.worth import Kind, images_that_run, pays, rows_that_run
 
 
 class On(Gater):
@@ -73,7 +73,7 @@ def test_it_is_measured_once_for_each_kind(vit, measured, monkeypatch):
     model = gated(vit)
     for images in (4, 4, 16, 1, 1):
         model(make_images(vit, images))
-    assert len(calls) == 2, "four images are a sample of sixteen; one alone is another kind"
+    assert len(calls) == 3, "patches and branches of four, who are a sample of sixteen; one image's patches"
     assert all(0 <= limit <= 1 for limit in saccade.worth._LIMITS.values())
     assert all(isinstance(kind, Kind) for kind in saccade.worth._LIMITS)
 
@@ -87,7 +87,9 @@ def test_the_line_through_half_and_whole(vit, measured, monkeypatch):
     gates = Gates(patch=torch.ones(4, tokens.num_patches))
 
     def run(sample, chosen, sparse):
-        now[0] += 0.002 + 0.010 * share(sample, chosen) if sparse else 0.012 if chosen.patch is not None else 0.010
+        now[0] += (
+            0.002 + 0.010 * rows_that_run(sample, chosen) if sparse else 0.012 if chosen.patch is not None else 0.010
+        )
 
     limit = (0.95 * 12 - 2) / 10
     assert pays(limit - 0.01, tokens, gates, run) and not pays(limit + 0.01, tokens, gates, run)
@@ -108,14 +110,32 @@ def test_share_by_hand(vit):
     prefix, patches = tokens.num_prefix, tokens.num_patches
     half = torch.zeros(2, patches)
     half[0] = 1
-    assert share(tokens, Gates(patch=half)) == pytest.approx((2 * prefix + patches) / (2 * (prefix + patches)))
-    assert share(tokens, Gates(attn=torch.tensor([1.0, 0]))) == 0.75
-    both = Gates(patch=half, attn=torch.tensor([0.0, 1]), mlp=torch.tensor([1.0, 0]))
-    assert share(tokens, both) == pytest.approx((prefix / (prefix + patches) + 1) / 4)
-    assert share(tokens, Gates(head=torch.zeros(2, 3))) == 1.0
+    assert rows_that_run(tokens, Gates(patch=half)) == pytest.approx((2 * prefix + patches) / (2 * (prefix + patches)))
+    assert images_that_run(Gates(attn=torch.tensor([1.0, 0]))) == 0.75
+    assert images_that_run(Gates(attn=torch.tensor([0.0, 1]), mlp=torch.tensor([1.0, 0]))) == 0.5
+    assert rows_that_run(tokens, Gates(head=torch.zeros(2, 3))) == images_that_run(Gates(patch=half)) == 1.0
     places = torch.arange(3).expand(2, -1)
     one = Gates(patch=torch.zeros(2, patches).scatter(1, places, 1.0), places=places)
-    assert share(tokens, one) == pytest.approx((prefix + 3) / (prefix + patches))
+    assert rows_that_run(tokens, one) == pytest.approx((prefix + 3) / (prefix + patches))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [1, 4])
+def test_branches_are_skipped_where_packing_does_not_pay(vit, measured, monkeypatch, images):
+    """Tokens are masked and images left out: the same answer, at the price of whole images."""
+    model, batch = gated(vit), make_images(vit, images)
+    monkeypatch.setattr(saccade.worth, "_limit", lambda tokens, count, gates, run: float(gates.patch is None))
+    tokens, trace = model.encode(batch)
+    masked, _ = model.encode(batch, sparse=False)
+    assert relative(tokens.x, masked.x) <= 1e-5
+    whole = AdaptiveViT(vit).encode(batch)[1]
+    drawn = [RandomGates(block, 3, ("patch", "attn", "mlp"), 0.6)(tokens) for block in range(3)]
+    for ran, plain, gates in zip(trace.blocks, whole.blocks, drawn, strict=True):
+        attention = plain.cost.attention(plain.queries, plain.keys)
+        assert torch.equal(
+            ran.macs() + torch.zeros(images), gates.attn * attention + gates.mlp * (plain.macs() - attention)
+        )
+        assert ran.kernel.endswith(", masked")
 
 
 @torch.no_grad()

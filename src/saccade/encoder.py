@@ -18,7 +18,7 @@ from saccade.plan import Plan, TimmBlock, ViT
 from saccade.ragged import Rows, gathered, packed, padded, scattered
 from saccade.tokens import READINGS, Tokens
 from saccade.trace import BlockCost, BlockTrace, Count
-from saccade.worth import pays, share
+from saccade.worth import images_that_run, pays, rows_that_run
 
 
 def encode(
@@ -51,19 +51,19 @@ def encode(
         tokens = packed(tokens) if sparse and gates is None else padded(tokens)
         before, start = tokens.length, tokens
         alone = not plan.reducers(i, "attn", tokens.num_patches)
-        gates, real = execution(block, tokens, gates, sparse, alone)
+        gates, real, pack = execution(block, tokens, gates, sparse, alone)
         skip = sparse and not read and gates is not None and worth(block.attn, gates)
         among = None
-        if real and alone and gates is not None and gates.whole_rows:
+        if real and pack and alone and gates is not None and gates.whole_rows:
             tokens, among = gathered(tokens, gates.patch, gates.places)  # type: ignore[arg-type]
             gates = replace(gates, patch=None)
-        tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, real, skip)
+        tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, real, skip, pack)
         tokens, deciding = plan.reduce(i, "attn", tokens, sparse)
         tokens = tokens.without(READINGS)
         if among is None:
             tokens = packed(tokens) if sparse and gates is None else padded(tokens)
         middle = tokens
-        tokens, updated = run(mlp_branch, block, tokens, gates or Gates(), real)
+        tokens, updated = run(mlp_branch, block, tokens, gates or Gates(), real, pack)
         tokens = tokens if among is None else scattered(tokens, start, among)
 
         cost = block_cost(block)
@@ -79,7 +79,7 @@ def encode(
             own=gates is not None and gates.own,
             planned=(before, tokens.length),
             overhead=overheads,
-            kernel=kernel if real or not sparse else f"{kernel}, masked",
+            kernel=kernel if (real and pack) or not sparse else f"{kernel}, masked",
             owner=tokens.owner,
             wanted=None if sparse else _wanted(cost, start, middle, gates, overheads),
             gates=None if sparse else gates,
@@ -91,19 +91,26 @@ def encode(
 
 def execution(
     block: TimmBlock, tokens: Tokens, gates: Gates | None, sparse: bool, alone: bool
-) -> tuple[Gates | None, bool]:
-    """How gates are carried out: those that leave anything out, and whether that is skipped or computed and masked.
+) -> tuple[Gates | None, bool, bool]:
+    """How gates are carried out: those that leave anything out, and whether images and single tokens are skipped.
 
     alone: no reducer wants to see the tokens between attention and MLP.
     """
     if gates is None or not sparse:
-        return gates, sparse
-    if torch.compiler.is_compiling():
-        return gates, alone and gates.static  # a graph has the same shapes for all images
-    part = share(tokens, gates)
-    if part == 1:
-        return None if gates.head is None else Gates(head=gates.head, own=gates.own), True
-    return gates, pays(part, tokens, gates, partial(_both, block))
+        return gates, sparse, sparse
+    if torch.compiler.is_compiling():  # a graph has the same shapes for all images
+        return gates, alone and gates.static, alone and gates.static
+    measure = partial(_both, block)
+    if (some := rows_that_run(tokens, gates)) == 1:
+        gates = replace(gates, patch=None, places=None)
+    pack = gates.patch is None or pays(some, tokens, gates, measure)
+    if (on := images_that_run(gates)) == 1:
+        gates = replace(gates, attn=None, mlp=None)
+    branches = replace(gates, patch=None, places=None)
+    skip = branches.all_run or pays(on, tokens, branches, measure)
+    if gates.patch is None and branches.all_run and gates.head is None:
+        return None, True, True
+    return gates, (pack and gates.patch is not None) or skip, pack
 
 
 def _both(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> Tokens:
@@ -154,7 +161,13 @@ def _recomputed(branch: Callable, *args: Any) -> Any:
 
 
 def attention_branch(
-    block: TimmBlock, tokens: Tokens, gates: Gates, read: frozenset[str], sparse: bool, skip: bool = False
+    block: TimmBlock,
+    tokens: Tokens,
+    gates: Gates,
+    read: frozenset[str],
+    sparse: bool,
+    skip: bool = False,
+    pack: bool = True,
 ) -> tuple[Tokens, Count, str]:
     """``x + attn(norm1(x))``; with what reducers want to read, which needs attention to run for all images.
 
@@ -171,7 +184,9 @@ def attention_branch(
     tokens = replace(tokens, mask=gates.patch)
     alive = _keys(tokens)
     asking = tokens.asking() if "received" in read else None
-    x, count = residual(tokens, branch, tokens.key_bias(), gates.attn, gates.head, sparse=sparse and not read)
+    x, count = residual(
+        tokens, branch, tokens.key_bias(), gates.attn, gates.head, sparse=sparse and not read, pack=pack
+    )
     readings = {name: getattr(seen[0], name) for name in read}
     if tokens.rows is not None:
         readings = {name: tokens.rows.unpack(value) for name, value in readings.items()}
@@ -189,13 +204,13 @@ def _keys(tokens: Tokens) -> Tensor | None:
     return tokens.of_all(part, 1.0)
 
 
-def mlp_branch(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> tuple[Tokens, Count]:
+def mlp_branch(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool, pack: bool = True) -> tuple[Tokens, Count]:
     """``x + mlp(norm2(x))``."""
 
     def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: Rows | None) -> Tensor:
         return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
-    x, count = residual(tokens, branch, on=gates.mlp, sparse=sparse)
+    x, count = residual(tokens, branch, on=gates.mlp, sparse=sparse, pack=pack)
     return replace(tokens, x=x, mask=None), count
 
 

@@ -34,7 +34,12 @@ class Gates:
     @property
     def whole_rows(self) -> bool:
         """Whether a token that takes part does so in both branches: then one gather serves the whole block."""
-        return self.patch is not None and self.attn is None and self.mlp is None
+        return self.patch is not None and self.all_run
+
+    @property
+    def all_run(self) -> bool:
+        """Whether both branches run for all images."""
+        return self.attn is None and self.mlp is None
 
     @property
     def static(self) -> bool:
@@ -56,30 +61,32 @@ def residual(
     heads: Tensor | None = None,
     *,
     sparse: bool = False,
+    pack: bool = True,
 ) -> Ran:
     """``x + branch(x)`` for the images that are on [B] and the tokens that take part, x elsewhere.
 
-    ``bias`` is the tokens' key bias, for a branch that attends. Returns the new x, as ``tokens.x`` is laid out, and how
-    many tokens were computed for each image that ran (one number, or one for each image [B]).
+    ``bias`` is the tokens' key bias, for a branch that attends. sparse: what is off is not computed; pack: single
+    tokens neither, False: only whole images are left out. Returns the new x, as ``tokens.x`` is laid out, and how many
+    tokens were computed for each image that ran (one number, or one for each image [B]).
     """
     part = tokens.takes_part()
     if on is None and part is None:
         update = branch(tokens.x, bias, heads, tokens.rows)
         return tokens.x + update, tokens.x.shape[1] if tokens.rows is None else tokens.rows.count()
-    if not sparse:
-        update = branch(tokens.x, bias, heads, None)
-        if part is not None:
-            update = update * tokens.of_all(part, 1.0).unsqueeze(-1).to(update.dtype)
-        if on is not None:
-            update = update * on[:, None, None].to(update.dtype)
-        return tokens.x + update, tokens.x.shape[1]
-    return _sparse(tokens, branch, bias, on, heads)
+    if sparse and pack and (part is not None or tokens.valid is not None):
+        return _rows(tokens, branch, bias, on, heads)
+    if sparse and on is not None:
+        return _images(tokens, branch, bias, on, heads)
+    update = branch(tokens.x, bias, heads, None)
+    if part is not None:
+        update = update * tokens.of_all(part, 1.0).unsqueeze(-1).to(update.dtype)
+    if on is not None:
+        update = update * on[:, None, None].to(update.dtype)
+    return tokens.x + update, tokens.x.shape[1]
 
 
-def _sparse(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:
-    """Only the rows that are on: whole images, or packed where images differ."""
-    if on is not None and tokens.takes_part() is None and tokens.valid is None:
-        return _images(tokens.x, branch, bias, on, heads)
+def _rows(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:
+    """Only the rows that are on, packed."""
     x, there = tokens.x, torch.ones(tokens.x.shape[:2], dtype=torch.bool, device=tokens.x.device)
     for present in (tokens.takes_part(), tokens.valid):
         if present is not None:
@@ -94,12 +101,18 @@ def _sparse(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | No
     return rows.add(x, branch(rows.pack(x), bias, heads, rows)), rows.count()
 
 
-def _images(x: Tensor, branch: Branch, bias: Tensor | None, on: Tensor, heads: Tensor | None) -> Ran:
+def _images(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor, heads: Tensor | None) -> Ran:
     """Only the images that are on, all of their tokens."""
-    images = (on > 0).nonzero().squeeze(1)
+    images, part = (on > 0).nonzero().squeeze(1), tokens.takes_part()
     if not len(images):
-        return x, 0
-    if len(images) == len(x):
-        return x + branch(x, bias, heads, None), x.shape[1]
-    bias, heads = (value if value is None else value.index_select(0, images) for value in (bias, heads))
-    return x.index_add(0, images, branch(x.index_select(0, images), bias, heads, None).to(x.dtype)), x.shape[1]
+        return tokens.x, 0
+    x, bias, heads, part = (
+        value if value is None or len(images) == len(value) else value.index_select(0, images)
+        for value in (tokens.x, bias, heads, part)
+    )
+    assert x is not None
+    update = branch(x, bias, heads, None).to(x.dtype)
+    if part is not None:
+        update = update * tokens.of_all(part, 1.0).unsqueeze(-1).to(update.dtype)
+    whole = len(images) == len(tokens.x)
+    return tokens.x + update if whole else tokens.x.index_add(0, images, update), tokens.x.shape[1]

@@ -37,29 +37,31 @@ class Kind:
     dim: int
     patches: bool  #     patches are gated; False: whole branches only
     places: bool  #      by index
+    branches: bool  #    too
 
 
 _LIMITS: dict[Kind, float] = {}
 
 
-def share(tokens: Tokens, gates: Gates) -> float:
-    """Part of the rows that a block's two branches would compute. Waits for the device, but where shapes tell it."""
-    if gates.attn is None and gates.mlp is None and gates.patch is None:
+def rows_that_run(tokens: Tokens, gates: Gates) -> float:
+    """Part of an image's tokens that take part, on average. Waits for the device, but where shapes tell it."""
+    if gates.patch is None:
         return 1.0
-    if gates.static:
-        assert gates.places is not None
+    if gates.places is not None:
         return (tokens.num_prefix + gates.places.shape[1]) / tokens.length
     images = max(1, len(tokens.x))
-    if gates.attn is None and gates.mlp is None:
-        assert gates.patch is not None
-        return (tokens.num_prefix + float(gates.patch.detach().sum()) / images) / tokens.length
-    rows = 1.0 if gates.patch is None else (tokens.num_prefix + gates.patch.float().sum(1)) / tokens.length
-    parts = [rows if gate is None else gate * rows for gate in (gates.attn, gates.mlp)]
-    return sum(part if isinstance(part, float) else float(part.detach().mean()) for part in parts) / 2
+    return (tokens.num_prefix + float(gates.patch.detach().sum()) / images) / tokens.length
+
+
+def images_that_run(gates: Gates) -> float:
+    """Part of the branches of images that are on. Waits for the device."""
+    parts = [1.0 if gate is None or not len(gate) else float(gate.detach().mean()) for gate in (gates.attn, gates.mlp)]
+    return sum(parts) / 2
 
 
 def pays(part: float, tokens: Tokens, gates: Gates, run: Run) -> bool:
-    """Whether skipping to this part of the rows is at least 5 % faster than computing all of them under masks."""
+    """Whether skipping to this part of the tokens, or of the images where only branches are gated, is at least 5 %
+    faster than computing all under masks."""
     pinned = os.environ.get("SACCADE_SKIP")
     if pinned in ("always", "never"):
         return pinned == "always"
@@ -71,7 +73,7 @@ def pays(part: float, tokens: Tokens, gates: Gates, run: Run) -> bool:
     images = SAMPLE if len(x) >= SAMPLE else len(x)
     kind = Kind(
         str(x.device), x.dtype, torch.is_autocast_enabled(x.device.type), torch.get_num_threads(), images,
-        -(-length // 64) * 64, x.shape[-1], gates.patch is not None, gates.places is not None,
+        -(-length // 64) * 64, x.shape[-1], gates.patch is not None, gates.places is not None, not gates.all_run,
     )  # fmt: skip
     if kind not in _LIMITS:
         _LIMITS[kind] = _limit(tokens, images, gates, run)
@@ -84,13 +86,15 @@ def _limit(tokens: Tokens, images: int, gates: Gates, run: Run) -> float:
     patches, device = tokens.num_patches, tokens.x.device
     x = torch.randn(images, tokens.length, tokens.x.shape[-1], device=device).to(tokens.x.dtype)
     sample = Tokens(x, torch.zeros(images, 1, dtype=torch.int64, device=device), (1, 1), tokens.num_prefix)
+    every = torch.ones(images, device=device)
     if gates.patch is None:
-        half = Gates(attn=(torch.arange(images, device=device) % 2).float())
-        half = Gates(attn=half.attn, mlp=half.attn)
+        on = (torch.arange(images, device=device) % 2).float()
+        half = Gates(attn=on, mlp=on)
     else:
         mask = (torch.arange(patches, device=device) % 2 == 0).float().expand(images, -1)
         places = torch.arange(0, patches, 2, device=device).expand(images, -1)
-        half = Gates(patch=mask, places=None if gates.places is None else places)
+        both = None if gates.all_run else every
+        half = Gates(patch=mask, attn=both, mlp=both, places=None if gates.places is None else places)
     ways = {
         "masked": lambda: run(sample, half, False),
         "half": lambda: run(sample, half, True),
@@ -105,7 +109,8 @@ def _limit(tokens: Tokens, images: int, gates: Gates, run: Run) -> float:
             _wait(device)
             if turn:  # the first is a warm-up
                 best[name] = min(best[name], time.perf_counter() - begin)
-    overhead = best["half"] - share(sample, half) * best["whole"]
+    part = images_that_run(half) if gates.patch is None else rows_that_run(sample, half)
+    overhead = best["half"] - part * best["whole"]
     return min(1.0, max(0.0, (GAIN * best["masked"] - overhead) / best["whole"]))
 
 
