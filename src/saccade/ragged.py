@@ -47,7 +47,7 @@ class Rows:
 
     def counts(self) -> Tensor:
         """Rows of each image, [B] on the device of the rows."""
-        return torch.tensor(self.lengths, device=self.index.device)
+        return torch.tensor(self.lengths, dtype=torch.int64, device=self.index.device)
 
     def count(self) -> int | Tensor:
         """Rows of each image: one number where all have as many, else [B]."""
