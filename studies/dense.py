@@ -50,7 +50,7 @@ METHODS = {  # settings that run 1/1.25, 1/1.5, 1/1.8 and about 1/2.2 of the den
 }
 TUNED = ("algm", "tome", "imagepiece", "random", "smaller input")
 STRENGTH = 1  # that they are tuned at; tested at its neighbours too
-SPEEDS = (1.25, 1.5, 1.75)
+SPEEDS = (1.2, 1.4, 1.6)
 PLAIN = ("random", "smaller input", "larger patches")
 SLACK = 0.01  # what may be lost by one that costs nothing
 
