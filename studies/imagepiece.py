@@ -72,6 +72,7 @@ TRIES = {  # other readings, tried where the default fell short
     "by attention received": lambda k: f"imagepiece(keep={k:.3f}, score='received')",
     "by patch": lambda k: f"imagepiece(keep={k:.3f}, per='patch')",
 }
+LATE = "late"  # the best of these without training, trained
 LEARNED = ("dynamicvit", "tokenlearner")  # nothing without training
 MASKED = ("imagepiece", "stem-imagepiece", "evit", "tome", "dynamicvit")
 LEARNER = "tokenlearner(8, at=6)"  # its parameters belong to a number of tokens: one strength alone
@@ -119,6 +120,8 @@ def main() -> None:
         return
 
     settings = {**CELLS, **{n: strengths[n][0] for n in SWEPT if n not in MODELS}, "tokenlearner": LEARNER}
+    if not arguments.untrained:
+        settings[LATE] = nearest(dense, TRIES["not in block 0"], price(dense, settings["patches-both"]))
     rule = [f"model.name={out / 'stemmed'}", "optim.lr=1e-4", f"run.epochs={arguments.epochs}", "data.cache_gb=0"]
     runs = {n: ["finetune", *common, *rule, f"sampling.settings={json.dumps([s])}"] for n, s in settings.items()}
     if not (arguments.untrained or arguments.report):
@@ -312,6 +315,13 @@ def report(
         for name in ("patches-both", "evit", "tome"):
             better = asked("stemmed", setting) - asked("stemmed", settings[name])
             say(f"merging {words} is better than {settings[name]}: `{setting}`", better)
+    if LATE in settings and asked.there(LATE):
+        own, setting = asked(LATE, settings[LATE]), settings[LATE]
+        for name in ("patches-both", *rivals):
+            if asked.there(name):
+                say(f"`{setting}` is better than `{settings[name]}`", own - asked(name, settings[name]))
+        less = falls["dense"] - (asked(LATE, setting, few=True) - asked(LATE, setting, masks=MASKS[-1], few=True))
+        say(f"`{setting}` falls less than dense under {MASKS[-1]} masks", less)
     tables["Claims"] = claims
 
     for name in (n for n in ("imagepiece", "stem-imagepiece", "tome") if asked.there(n)):

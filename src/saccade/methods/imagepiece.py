@@ -127,7 +127,8 @@ def imagepiece(
         p: share of patch tokens, the least attended, that may merge.
         merge: share of patch tokens merged away in each merging block (at most half of p).
         keep: share kept in each pruning block; 1 never prunes, the published system is ``imagepiece(keep=0.8)``.
-        merge_at: 0-based blocks that merge; None: all before the last pruning block that do not prune.
+        merge_at: 0-based blocks that merge; None: all before the last pruning block that do not prune. Without block
+            0, where the class token does not know yet what matters, it was better in docs/results-imagepiece.md.
         prune_at: 0-based blocks that prune; None: at a quarter, a half and three quarters of the depth.
         metric: similarity of the mean 'key' over heads, or of the features 'x'.
         weighted: weigh merged tokens by the patches in them; False: a plain mean.
