@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import Attention, PatchEmbed
 from timm.models import deit, vision_transformer
 from torch import nn
@@ -62,6 +66,39 @@ def set_resize(vit: ViT, spec: ResizeSpec | None) -> None:
     through copies and training."""
     facts = {k: v for k, v in vit.pretrained_cfg.items() if k != "resize"}
     vit.pretrained_cfg = facts if spec is None else {**facts, "resize": spec.to_dict()}
+
+
+def class_names_of(vit: ViT) -> tuple[str, ...] | None:
+    """What folders call each class of the head, in its order; None where that is not known, or there is no head.
+
+    From ``pretrained_cfg["label_names"]``, timm's own field, where it is as long as the head; else ImageNet's synsets,
+    where timm says that the weights are ImageNet's and the head still has as many classes.
+    """
+    cfg, count = getattr(vit, "pretrained_cfg", None) or {}, vit.num_classes
+    names = cfg.get("label_names")
+    if count and isinstance(names, (list, tuple)) and len(names) == count:
+        return tuple(map(str, names))
+    return _imagenet(count) if count and cfg.get("num_classes") == count else None
+
+
+def set_class_names(vit: ViT, names: Sequence[str] | None, descriptions: Mapping[str, str] | None = None) -> None:
+    """Note what the classes of the head are called, in its order, and in words: it stays with the weights through
+    copies, training and folders. None forgets what was known. Raises UserError unless there is one name for each class.
+    """
+    if names is not None and (len(names) != vit.num_classes or len({*names}) < len(names)):
+        raise UserError(f"{len({*names})} different class names for a head of {vit.num_classes}: give one each")
+    facts = {k: v for k, v in vit.pretrained_cfg.items() if k not in ("label_names", "label_descriptions")}
+    if names is not None:
+        facts["label_names"] = list(names)
+    if descriptions:
+        facts["label_descriptions"] = dict(descriptions)
+    vit.pretrained_cfg = facts
+
+
+@cache
+def _imagenet(count: int) -> tuple[str, ...] | None:
+    subset = infer_imagenet_subset({"num_classes": count})
+    return None if subset is None else tuple(ImageNetInfo(subset).label_names())
 
 
 def head_macs(vit: ViT, tokens: int) -> int:

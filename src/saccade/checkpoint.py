@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saccade.backbone import resize_of, set_resize
+from saccade.backbone import class_names_of, resize_of, set_class_names, set_resize
 from saccade.errors import UserError, nearest
 from saccade.model import AdaptiveViT
 from saccade.plan import ViT
@@ -176,6 +176,7 @@ def load(folder: str | os.PathLike, setting: str | None = None) -> AdaptiveViT:
     preprocessing.pop("resize", None)  # its place is among ours
     vit.pretrained_cfg = {**vit.pretrained_cfg, **preprocessing}
     _make_flexible(vit, ours, path)
+    _name_classes(vit, config, path)
     model = getattr(import_module(module), kind).rebuild(AdaptiveViT(vit, ours["setting"]), ours).eval()
     _fill_all(model, path / WEIGHTS)
     model.trained = tuple(s for s in ours.get("settings", ()) if isinstance(s, str))
@@ -223,13 +224,44 @@ def _timm_config(vit: ViT) -> dict[str, Any]:
         twin = timm.create_model(name, **args)
     if {k: v.shape for k, v in twin.state_dict().items()} != {k: v.shape for k, v in vit.state_dict().items()}:
         raise UserError(f"this ViT differs from timm's {name!r} in more than {', '.join(args)}: it cannot be rebuilt")
-    kept = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "tag", "license")
+    kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "tag", "license")
+    size = [embed.proj.in_channels, *embed.img_size]
     return {
         "architecture": name,
         "num_classes": vit.num_classes,
+        **_class_names(vit),
         "model_args": args,
-        "pretrained_cfg": {k: cfg[k] for k in kept if k in cfg},
+        "pretrained_cfg": {"input_size": size, **{k: cfg[k] for k in kept if k in cfg}},
     }
+
+
+def _class_names(vit: ViT) -> dict[str, Any]:
+    """What the head's classes are called, under the names at which timm writes them on its hub."""
+    names = class_names_of(vit)
+    if names is None:
+        return {}
+    known = vit.pretrained_cfg.get("label_descriptions") or {}
+    described = {name: known[name] for name in names if name in known}
+    return {"label_names": list(names), **({"label_descriptions": described} if described else {})}
+
+
+def _name_classes(vit: ViT, config: dict[str, Any], path: Path) -> None:
+    """Inverse of ``_class_names``. Folders of before have the names that they were trained on, as ``classes``."""
+    names, described = config.get("label_names"), config.get("label_descriptions")
+    if names is None:
+        before = config["saccade"].get("classes")
+        fits = isinstance(before, list) and len(before) == vit.num_classes and all(isinstance(n, str) for n in before)
+        names = before if fits and config["saccade"].get("task", "classify") == "classify" else None
+    elif not isinstance(names, list) or not all(isinstance(n, str) for n in names) or len(names) != vit.num_classes:
+        raise UserError(f"{str(path / CONFIG)!r}: label_names are not one text for each of {vit.num_classes} classes")
+    if described is not None and not (isinstance(described, dict) and all(map(_is_text, described.values()))):
+        raise UserError(f"{str(path / CONFIG)!r}: label_descriptions are not texts by class name")
+    if names is not None:
+        set_class_names(vit, names, described)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _table_size(vit: ViT) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saccade.backbone import backbone_of, head_macs
+from saccade.backbone import backbone_of, class_names_of, head_macs
 from saccade.encoder import encode
 from saccade.errors import UserError, nearest
 from saccade.plan import Backbone, Method, Plan, Tokenizer, ViT, registry
@@ -65,6 +65,11 @@ class AdaptiveViT(nn.Module):
     def at(self, setting: str | Setting) -> AdaptiveViT:
         """The same parameters under another setting: a light view, nothing is copied or mutated."""
         return AdaptiveViT(self.vit, setting, self.trained, self.learned)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """What folders call each class, in the order of the logits: ``n01440764``, ``cat``; None: not known."""
+        return class_names_of(self.vit)
 
     def forward(self, images: Tensor) -> Output:
         """images [B, C, h, w], normalised -> logits, tokens, trace; nothing is computed that the logits do not need."""

@@ -113,6 +113,10 @@ class Detector(AdaptiveViT):
                 "that width, and no classifier: vit.reset_classifier(0)"
             )
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.heads.names)
+
     def at(self, setting: str | Setting) -> Detector:
         return Detector(self.vit, setting, self.trained, self.learned, heads=self.heads)
 

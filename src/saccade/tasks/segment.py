@@ -59,6 +59,10 @@ class Segmenter(AdaptiveViT):
             raise UserError(f"{self.setting}: a class for every pixel needs a grid that covers them: use fit='resize'")
         self.decoder, self.classes, self.void = decoder, tuple(classes), void
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes
+
     def at(self, setting: str | Setting) -> Segmenter:
         known: dict[str, Any] = {"decoder": self.decoder, "classes": self.classes, "void": self.void}
         return Segmenter(self.vit, setting, self.trained, self.learned, **known)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from saccade.assets import folder
-from saccade.backbone import resize_of, set_resize
+from saccade.backbone import resize_of, set_class_names, set_resize
 from saccade.checkpoint import create_model, load, load_weights
 from saccade.data import ImageSet, class_indices
 from saccade.errors import UserError
@@ -112,6 +112,7 @@ def fit_head(vit: ViT, images: ImageSet) -> list[int]:
         if isinstance(head, nn.Linear):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+    set_class_names(vit, classes)
     return images.labels
 
 
