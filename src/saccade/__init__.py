@@ -9,6 +9,7 @@ Names load on first use, so that ``saccade --help`` does not wait for PyTorch.
 
 from __future__ import annotations
 
+import builtins
 from importlib import import_module
 from typing import Any
 
@@ -38,7 +39,7 @@ _HOME = {
     "register_scorer": "tokenizers.scorers",
     "save_mosaic": "tokenizers.mosaic_files",
     "load_mosaic": "tokenizers.mosaic_files",
-    "list": "plan:list_methods",  # the verbs of the command, by the same names
+    "list": "listing:list_methods",  # the verbs of the command, by the same names
     "eval": "measure.sweep:evaluate",
     "bench": "measure.speed",
     "calibrate": "measure.calibrate",
@@ -53,7 +54,8 @@ _HOME = {
     "UserError": "errors",
 }
 
-__all__ = [*_HOME, "__version__"]
+# Not the names of builtins: "from saccade import *" must leave `list` and `eval` what they are.
+__all__ = [*(name for name in _HOME if name not in vars(builtins)), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from saccade.errors import UserError
 
 if TYPE_CHECKING:
     from saccade.model import AdaptiveViT
+    from saccade.tables import Column
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm model name, or a folder saved by Saccade.")]
 Data = Annotated[
@@ -82,19 +84,9 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]], caption: str = "") -> None:
-    """A table on standard output: the first column to the left, numbers to the right."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def print_table(title: str, columns: Sequence[Column | str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+    """A table on standard output: the first column names the row, the others stand in order of importance."""
+    from saccade.tables import Table
+    from saccade.tables import print_table as show
 
-    table = Table(
-        title=Text(title), caption=Text(caption) if caption else None, title_justify="left", caption_justify="left"
-    )
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)
-    console.print(table)
+    show(Table(title, columns, rows, caption))
