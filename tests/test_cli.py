@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 import saccade
 from data_helpers import bare_png, encode, picture, write_folder
 from saccade.cli import main, spread_values
-from saccade.cli.common import open_device, print_table
+from saccade.cli.common import print_table
 from saccade.errors import UserError
 from saccade.measure import publish
 from saccade.measure.accuracy import Judge
+from saccade.opening import open_device
 from test_measure import files, shorten, tiny
 
 QUICK = ["--no-compiled", "--seconds", "0", "--batch", "2"]

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 
 from saccade.backbone import backbone_of, set_resize
 from saccade.bigvision import read_npz
-from saccade.checkpoint import create_model, fill, load, load_weights, save
+from saccade.checkpoint import create_model, fill, save
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
+from saccade.opening import Source, open_dense
 from saccade.plan import ViT
 from saccade.setting import Call, Setting
 from saccade.tokenizers.embed import PRESETS, choose, resize_kernel, resize_positions
 from saccade.tokenizers.grid import Grid
 
 Size = int | tuple[int, int]
-Source = str | os.PathLike | nn.Module  # a timm name, a model folder, a timm ViT, an AdaptiveViT
 GOOGLE_INPUT = (240, 240)  # pixels that all published FlexiViTs were trained at, in [-1, 1]
 
 
@@ -70,7 +70,7 @@ def flexify(
         UserError: a source or file that does not fit, sizes out of range, a spec that is not the weights' own.
     """
     google = weights is not None and Path(weights).suffix == ".npz"
-    vit = _google(source, Path(weights or ""), size) if google else open_source(source, weights, pretrained).vit
+    vit = _google(source, Path(weights or ""), size) if google else open_dense(source, weights, pretrained).vit
     known = PRESETS["google"] if google else backbone_of(vit).resize
     spec = choose("flexify", resize, known)
     embed, old = vit.patch_embed, tuple(vit.patch_embed.grid_size)
@@ -139,7 +139,7 @@ def convert(
     Raises:
         UserError: a source or file that does not fit, another patch size than was said, sizes that do not divide.
     """
-    model = open_source(source, weights, pretrained)
+    model = open_dense(source, weights, pretrained)
     own, (old, new) = model.backbone, _patches(patch)
     if old is not None and old != own.patch_size:
         raise UserError(f"the source has patches of {_by(own.patch_size)} pixels, not of {_by(old)}: say '{_by(new)}'")
@@ -154,23 +154,6 @@ def convert(
         facts = {"from": name, "patch": list(own.patch_size), "size": list(own.input_size), "resize": spec.to_dict()}
         save(made, out, converted=facts)
     return made
-
-
-def open_source(source: Source, weights: str | os.PathLike | None = None, pretrained: bool = False) -> AdaptiveViT:
-    """The model of a timm name, a folder or a module; ``weights`` go into a copy. Raises UserError if one is amiss."""
-    if isinstance(source, str) and not os.path.isdir(source):
-        return create_model(source, pretrained=pretrained, weights=weights)
-    if isinstance(source, (str, os.PathLike)):
-        if weights is not None or pretrained:
-            raise UserError(f"{str(source)!r} is a model folder and has its weights: leave out weights and pretrained")
-        return load(source, "dense")
-    vit = source.vit if isinstance(source, AdaptiveViT) else source
-    if pretrained:
-        raise UserError("pretrained weights are for a name: give one, or a ViT that has its weights")
-    if weights is not None:
-        vit = copy.deepcopy(vit)
-        load_weights(vit, weights)
-    return AdaptiveViT(vit)
 
 
 def rebuilt(vit: ViT, kernel: Tensor, table: Tensor | None, grid: tuple[int, int], size: tuple[int, int]) -> ViT:
@@ -199,7 +182,7 @@ def _google(source: Source, file: Path, size: Size | None) -> ViT:
         classes = state["head.weight"].shape[0] if "head.weight" in state else 0
         vit = create_model(source, num_classes=classes).vit
     else:
-        vit = open_source(source).vit
+        vit = open_dense(source).vit
     kernel, table = state["patch_embed.proj.weight"], state.get("pos_embed")
     if table is None or table.ndim != 3 or isqrt(table.shape[1]) ** 2 != table.shape[1]:
         raise UserError(f"{str(file)!r} has no square position table: it is not a FlexiViT of big_vision")

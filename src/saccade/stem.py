@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from saccade.data import ImageSet, Loader, Preprocess, open_images
 from saccade.errors import UserError
-from saccade.flexible import Source, open_source
 from saccade.fresh import draw
 from saccade.measure.accuracy import spread
 from saccade.model import AdaptiveViT
+from saccade.opening import Source, open_dense
 from saccade.progress import Progress
 from saccade.tokenizers.embed import PRESETS, resize_kernel
 from saccade.tokenizers.stem import Stem
@@ -59,7 +59,7 @@ def fit_stem(
     Raises:
         UserError: a source or images that do not fit, fewer than one image, a model that a stem does not fit.
     """
-    model = open_source(source, weights, pretrained)
+    model = open_dense(source, weights, pretrained)
     own = model.backbone
     if limit < 1:
         raise UserError(f"limit={limit} leaves no image to fit the stem on")
@@ -67,8 +67,7 @@ def fit_stem(
     if seen.ndim != 4 or not len(seen) or seen.shape[1] != own.channels or min(seen.shape[2:]) < max(own.patch_size):
         wanted = f"one or more, [n, {own.channels}, h, w] of at least a patch"
         raise UserError(f"cannot fit a stem on images of shape {tuple(seen.shape)}: give {wanted}")
-    known = source.learned if isinstance(source, AdaptiveViT) else model.learned
-    learned = {name: value for name, value in known.items() if not name.startswith("stem.")}
+    learned = {name: value for name, value in model.learned.items() if not name.startswith("stem.")}
     made = AdaptiveViT(model.vit, "stem()", model.trained, learned)
     fit(cast(Stem, made.tokenizer), model, seen[:limit], progress or Progress())
     return made.eval()

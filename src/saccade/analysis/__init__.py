@@ -29,8 +29,11 @@ from saccade.measure.cache import Cache
 from saccade.measure.publish import circumstances, model_name
 from saccade.measure.sweep import expanded
 from saccade.model import AdaptiveViT
+from saccade.opening import Source, open_model
 from saccade.progress import Progress
+from saccade.results import Result
 from saccade.setting import Call, Setting
+from saccade.tables import Column, Table
 from saccade.views.analysis import AnalysisReport, render_analysis
 from saccade.views.parts import render_parts
 
@@ -89,22 +92,40 @@ class Found:
     markup: str  #            its section of the report
 
 
+class Findings(Result, dict[str, Found]):
+    """What ``analyze`` gives: findings by name, in the order asked for."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each line of a finding."""
+        return [{"analysis": name, "finding": line} for name, found in self.items() for line in found.lines]
+
+    def table(self) -> Table:
+        cells = [[row["analysis"], row["finding"].replace("`", "")] for row in self.rows]
+        return Table("Findings", ["analysis", Column("finding", 0, prose=True)], cells)
+
+
 def analyze(
-    model: AdaptiveViT,
+    model: Source,
     data: str | os.PathLike | ImageSet,
     settings: str | Sequence[str] = (),
     what: str = "",
     *,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
     split: str | None = None,
     limit: int = 300,
     batch: int = 32,
     out: str | os.PathLike | None = None,
     command: str = "",
     progress: Progress | None = None,
-) -> dict[str, Found]:
+) -> Findings:
     """Compare what settings do inside a model; write ``analysis.json`` and ``report.html``.
 
     Args:
+        model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
+            ``saccade.opening.open_model``.
         data: a folder or zip of images (see ``saccade.data.open_images``).
         settings: those to compare, ranges too; none: dense and what the weights were trained for, or what tokenizers
             offer. The first is the one that others are held against.
@@ -126,6 +147,7 @@ def analyze(
     if folder is not None:
         check_folder(folder)
     calls = Setting.parse(what).calls
+    model = open_model(model, weights, pretrained, device)
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
     given = [settings] if isinstance(settings, str) else settings
     names = [name for text in given for name in expanded(model, text)] or usual(model)
@@ -164,7 +186,7 @@ class _Page:
 
     def __init__(self, folder: Path | None, study: Study, command: str, left_out: dict[str, str]) -> None:
         self.folder, self.study, self.command, self.left_out = folder, study, command, left_out
-        self.found: dict[str, Found] = {}
+        self.found = Findings()
         facts = study.images.fingerprint(), Preprocess.of(study.model.vit), study.places, study.batch, study.settings
         self.cache = None if folder is None else Cache(folder / "cache", study.model, *facts).folder
 

@@ -17,7 +17,7 @@ from saccade.cli.common import (
     Weights,
     open_model,
     print_json,
-    print_table,
+    print_result,
 )
 
 
@@ -58,34 +58,4 @@ def command(
         facts = {"device": place, "threads": torch.get_num_threads(), "torch": torch.__version__}
         print_json({**facts, "rows": [s.to_dict() for s in speeds]})
         return
-    rows = [
-        [
-            s.setting,
-            str(s.batch),
-            f"{s.images_per_s:.1f}",
-            f"{s.p50_ms:.1f} / {s.p90_ms:.1f} / {s.p99_ms:.1f}",
-            f"{s.speedup:.2f}×",
-            f"{s.mac_ratio:.2f}×",
-            f"{s.conversion:.2f}",
-            f"{s.memory_mb:.0f}",
-            s.kernels,
-            "" if s.worth_it else "not worth it",
-        ]
-        for s in speeds
-    ]
-    columns = [
-        "setting",
-        "batch",
-        "images/s",
-        "ms p50 / p90 / p99",
-        "speed-up",
-        "MAC ratio",
-        "conversion",
-        "MB",
-        "attention",
-        "",
-    ]
-    caption = (
-        f"{runner}, {place}, {torch.get_num_threads()} threads; medians of {speeds[0].runs} or more interleaved runs."
-    )
-    print_table(model, columns, rows, caption)
+    print_result(speeds, f"{model} on {place}")

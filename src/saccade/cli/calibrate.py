@@ -19,7 +19,7 @@ from saccade.cli.common import (
     Weights,
     open_model,
     print_json,
-    print_table,
+    print_result,
 )
 
 
@@ -63,9 +63,6 @@ def command(
     if json:
         print_json(found.to_dict())
         return
-    cells = [f"{value:.3f}" for value in (found.gmacs, found.gmacs_p50, found.gmacs_p95, found.gmacs_dense)]
-    top1 = f"{found.top1.mean:.2%} [{found.top1.low:.1%}, {found.top1.high:.1%}]"
-    columns = ["setting", "GMACs, mean", "p50", "p95", "dense", found.metric]
-    print_table(f"{model}, {found.images} images of {data}", columns, [[found.setting, *cells, top1]])
+    print_result(found, f"{model}, {found.images} images of {data}")
     if out is not None:
         print(f"model: {out}")

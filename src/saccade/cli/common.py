@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saccade.errors import UserError
-
 if TYPE_CHECKING:
     from saccade.model import AdaptiveViT
+    from saccade.results import Result
     from saccade.tables import Column
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm model name, or a folder saved by Saccade.")]
@@ -39,49 +39,35 @@ def open_model(
     *,
     trained: bool = True,
 ) -> AdaptiveViT:
-    """The model that MODEL, --weights and --pretrained name, on its device.
-
-    Raises UserError; also where ``trained`` weights are needed and none are given.
-    """
+    """The model that MODEL, --weights and --pretrained name, on its device; see ``saccade.opening``."""
     import torch
 
-    from saccade.checkpoint import CONFIG, check_name, create_model, load
+    from saccade import opening
 
     if threads:
         torch.set_num_threads(threads)
-    if os.path.isdir(name):
-        if weights or pretrained:
-            raise UserError(f"{name!r} is a model folder and has its weights: leave out --weights and --pretrained")
-        model = load(name)
-    elif os.sep in name or name.endswith(CONFIG):
-        raise UserError(f"there is no model folder {name!r}")
-    else:
-        if weights and pretrained:
-            raise UserError("give one of --weights and --pretrained")
-        check_name(name)
-        if trained and not (weights or pretrained):
-            raise UserError(f"{name} would have random weights: give --weights FILE or --pretrained")
-        model = create_model(name, weights=weights, pretrained=pretrained)
-    return model.to(open_device(device))
-
-
-def open_device(name: str) -> Any:
-    """A torch device; ``auto`` is a GPU where there is one."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" has no values
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from None
-    return device
+    return opening.open_model(name, weights, pretrained, device, trained=trained)
 
 
 def print_json(value: Any) -> None:
     """JSON on standard output."""
     print(json.dumps(value, indent=2))
+
+
+def print_result(found: Result, title: str = "") -> None:
+    """A result's table on standard output, under another title where one is given."""
+    from saccade.tables import print_table
+
+    table = found.table()
+    print_table(replace(table, title=title or table.title))
+
+
+def print_failures(failures: Mapping[str, str], what: str = "images could not be read and count nowhere") -> None:
+    """The names of what could not be used, and why, on standard error."""
+    if failures:
+        print(f"{len(failures)} {what}:", file=sys.stderr)
+        for name, reason in failures.items():
+            print(f"  {name}: {reason}", file=sys.stderr)
 
 
 def print_table(title: str, columns: Sequence[Column | str], rows: Sequence[Sequence[str]], caption: str = "") -> None:

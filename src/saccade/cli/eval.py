@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,12 +20,10 @@ from saccade.cli.common import (
     Threads,
     Weights,
     open_model,
+    print_failures,
     print_json,
-    print_table,
+    print_result,
 )
-
-if TYPE_CHECKING:
-    from saccade.measure.sweep import Swept
 
 
 @app.command("eval")
@@ -71,7 +69,7 @@ def command(
         )
         return
     with Progress(shown=True) as progress:
-        rows, failures = evaluate(
+        found = evaluate(
             vit,
             data,
             [str(vit.setting), *setting],
@@ -85,40 +83,9 @@ def command(
             progress=progress,
         )
     if json:
-        print_json({"rows": [r.to_dict() for r in rows], "not_read": failures})
+        print_json({"rows": [r.to_dict() for r in found.rows], "not_read": found.failures})
         return
-    _show(f"{model}, {rows[0].images} images of {data}" + (f", {corrupt}" if corrupt else ""), rows)
+    print_result(found, f"{model}, {found.rows[0].images} images of {data}" + (f", {corrupt}" if corrupt else ""))
     if out is not None:
         print(f"report: {out}/report.html")
-    if failures:
-        print(f"{len(failures)} images could not be read and count nowhere:", file=sys.stderr)
-        for name, reason in failures.items():
-            print(f"  {name}: {reason}", file=sys.stderr)
-
-
-def _show(title: str, rows: list[Swept]) -> None:
-    """The table on standard output: columns that have anything to say and find room (JSON holds all)."""
-    room = {"NLL", "KL", "top-5"} if rows[0].speed else set()
-    columns = {
-        rows[0].metric: [f"{r.top1.mean:.2%} [{r.top1.low:.1%}, {r.top1.high:.1%}]" for r in rows],
-        "top-5": [f"{r.top5.mean:.1%}" for r in rows],
-        "points vs dense": [
-            f"{100 * r.delta.mean:+.2f} [{100 * r.delta.low:+.1f}, {100 * r.delta.high:+.1f}]" if r.delta else ""
-            for r in rows
-        ],
-        "NLL": [f"{r.nll.mean:.3f}" for r in rows],
-        "agree": [f"{r.agreement.mean:.1%}" for r in rows],
-        "KL": [f"{r.kl.mean:.3f}" for r in rows],
-        "tokens": [f"{r.tokens:.0f}" for r in rows],
-        "GMACs": [f"{r.gmacs:.3f}" for r in rows],
-        "MAC ratio": [f"{r.mac_ratio:.2f}×" for r in rows],
-        "speed-up": [f"{r.speed.speedup:.2f}×" if r.speed else "" for r in rows],
-        "images/s": [f"{r.speed.images_per_s:.1f}" if r.speed else "" for r in rows],
-        "trained": [{True: "yes", False: "no", None: ""}[r.trained] for r in rows],
-    }
-    shown = {name: cells for name, cells in columns.items() if any(cells) and name not in room}
-    caption = "Intervals are at 95 %."
-    if speed := rows[0].speed:
-        caption += f" Speed: medians of {speed.runs} interleaved runs at batch {speed.batch}, {speed.runner}."
-    table = [[r.setting, *cells] for r, *cells in zip(rows, *shown.values(), strict=True)]
-    print_table(title, ["setting", *shown], table, caption)
+    print_failures(found.failures)

@@ -20,7 +20,7 @@ from saccade.cli.common import (
     Weights,
     open_model,
     print_json,
-    print_table,
+    print_result,
 )
 
 if TYPE_CHECKING:
@@ -87,30 +87,7 @@ def show(tuned: Tuned, json: bool = False) -> None:
         found = {"verdict": tuned.verdict, "met": tuned.met, "setting": tuned.setting, "runner": tuned.runner}
         print_json({**found, "folder": str(tuned.folder), "rows": [vars(row) for row in tuned.rows]})
         return
-    rows = sorted(tuned.rows, key=lambda row: row.speedup or 0.0)
-    rows = [row for row in rows if row.on_frontier or row.chosen or row.family == "random" or row.top1 is None]
-    cells = [
-        [
-            ("→ " if row.chosen else "  ") + row.setting,
-            f"{row.speedup:.2f}×",
-            f"{row.gmacs:.2f}",
-            f"{row.mac_ratio:.2f}×",
-            f"{row.conversion:.2f}",
-            "" if row.top1 is None else f"{row.top1:.1%}",
-            _delta(row.delta, row.delta_low, row.delta_high),
-        ]
-        for row in rows
-    ]
-    columns = ["setting", "speed-up", "GMACs", "MAC ratio", "conversion", "accuracy", "points vs dense"]
-    print_table("Frontier, and the random baseline", columns, cells)
-    for line in tuned.verdict:
-        print(line.replace("`", ""))
+    print_result(tuned)
     print(f"report: {tuned.folder / 'report.html'}")
     if (tuned.folder / "model").is_dir():
         print(f"model:  {tuned.folder / 'model'}  ({tuned.setting}, {tuned.runner})")
-
-
-def _delta(mean: float | None, low: float | None, high: float | None) -> str:
-    if mean is None or low is None or high is None:
-        return ""
-    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

@@ -8,6 +8,7 @@ images, as much is kept there as by a fixed count, and from there all are moved 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -23,9 +24,12 @@ from saccade.measure.accuracy import Judge, Predictions, spread
 from saccade.measure.cache import Cache
 from saccade.measure.stats import Interval, proportion
 from saccade.model import AdaptiveViT
+from saccade.opening import Source, open_model
 from saccade.plan import registry
 from saccade.progress import Progress
+from saccade.results import Result
 from saccade.setting import Setting
+from saccade.tables import Table
 
 KNOB = "threshold"
 STEPS = 12  # of the bisection
@@ -33,8 +37,8 @@ WIDEST = 12.0  # logit of the highest threshold that is tried; the lowest is its
 CLOSE = 0.005  # share of the budget that may be left over
 
 
-@dataclass(frozen=True)
-class Calibrated:
+@dataclass(frozen=True, repr=False)
+class Calibrated(Result):
     """A setting that meets a budget, and what it costs and knows on the images it was found on."""
 
     setting: str
@@ -51,6 +55,18 @@ class Calibrated:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         return asdict(self)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The one row."""
+        return [self.to_dict()]
+
+    def table(self) -> Table:
+        costs = (self.gmacs, self.gmacs_p50, self.gmacs_p95, self.gmacs_dense)
+        top1 = f"{self.top1.mean:.2%} [{self.top1.low:.1%}, {self.top1.high:.1%}]"
+        cells = [self.setting, f"{costs[0]:.3f}", top1, *(f"{cost:.3f}" for cost in costs[1:])]
+        columns = ["setting", "GMACs, mean", self.metric, "p50", "p95", "dense"]
+        return Table(f"{self.images} images", columns, [cells], "Intervals are at 95 %.")
 
 
 def with_threshold(setting: str | Setting, value: float | tuple[float, ...] | None) -> str:
@@ -104,11 +120,14 @@ def _level(found: list[tuple[Tensor, int]]) -> float:
 
 
 def calibrate(
-    model: AdaptiveViT,
-    data: str | ImageSet,
+    model: Source,
+    data: str | os.PathLike | ImageSet,
     setting: str,
     gmacs: float,
     *,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
     split: str | None = None,
     limit: int | None = 200,
     batch: int = 32,
@@ -118,6 +137,8 @@ def calibrate(
     """Bisect the ``threshold`` of a setting until the mean MACs of an image are just within a budget.
 
     Args:
+        model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
+            ``saccade.opening.open_model``.
         data: images that the model was not trained on, as for ``saccade.eval``.
         setting: has exactly one method with a ``threshold``; that of the line itself is ignored.
         gmacs: the budget, 10^9 MACs that run, mean over images.
@@ -132,7 +153,8 @@ def calibrate(
     if isinstance(gmacs, bool) or not 0 < gmacs < 1e6:
         raise UserError(f"gmacs={gmacs!r} is not a number above 0 and below a million")
     with_threshold(setting, 0.5)  # refuses before anything is read
-    images = data if isinstance(data, ImageSet) else open_images(data, split)
+    model = open_model(model, weights, pretrained, device)
+    images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
     judge = Judge(model, images, batch=batch)
     places = spread(len(images), limit)
     advance = (progress or Progress()).start("calibrating", (STEPS + 4) * len(places))

@@ -22,15 +22,18 @@ from saccade.measure.candidates import Target
 from saccade.measure.tune import Measured, Search, search
 from saccade.measure.verdict import Verdict, conclude
 from saccade.model import AdaptiveViT
+from saccade.opening import Source, open_model
 from saccade.progress import Progress
+from saccade.results import Result
+from saccade.tables import Table
 from saccade.views.look import token_map
 from saccade.views.report import Report, Row, Sample, render_report
 
 SAMPLES, SHOWN = 4, 5  # photos, and settings beside the dense one, whose token maps the report shows
 
 
-@dataclass(frozen=True)
-class Tuned:
+@dataclass(frozen=True, repr=False)
+class Tuned(Result):
     """What ``tune`` hands back."""
 
     model: AdaptiveViT  #    the chosen one, also saved in ``folder / "model"``
@@ -41,12 +44,34 @@ class Tuned:
     rows: list[Row]  #       the frontier table
     folder: Path
 
+    def table(self) -> Table:
+        """The frontier, the chosen one and the random baseline, slowest first, with the verdict."""
+        rows = sorted(self.rows, key=lambda row: row.speedup or 0.0)
+        rows = [row for row in rows if row.on_frontier or row.chosen or row.family == "random" or row.top1 is None]
+        cells = [
+            [
+                ("→ " if row.chosen else "  ") + row.setting,
+                f"{row.speedup:.2f}×",
+                "" if row.top1 is None else f"{row.top1:.1%}",
+                _points(row),
+                f"{row.gmacs:.2f}",
+                f"{row.mac_ratio:.2f}×",
+                f"{row.conversion:.2f}",
+            ]
+            for row in rows
+        ]
+        columns = ["setting", "speed-up", "accuracy", "points vs dense", "GMACs", "MAC ratio", "conversion"]
+        return Table("Frontier, and the random baseline", columns, cells, "\n".join(self.verdict).replace("`", ""))
+
 
 def tune(
-    model: AdaptiveViT,
+    model: Source,
     data: str | os.PathLike | ImageSet | None,
     target: str | float | None = None,
     *,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
     gmacs: float | None = None,
     ms: float | None = None,
     max_drop: str | float | None = None,
@@ -60,6 +85,8 @@ def tune(
     Called again with the same model, images and folder it goes on from what was measured.
 
     Args:
+        model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
+            ``saccade.opening.open_model``.
         data: images (see ``saccade.data.open_images``); None: measure speed only, and choose nothing.
         target: a speed-up, like ``"2x"``; or one of
         gmacs: a MAC budget per image, 10^9; ms: a latency per batch; max_drop: what accuracy may be lost, "1%".
@@ -72,6 +99,7 @@ def tune(
     aim = Target.of(target, gmacs=gmacs, ms=ms, max_drop=max_drop)
     folder = Path(out)
     check_folder(folder)
+    model = open_model(model, weights, pretrained, device)
     path = os.fspath(data) if isinstance(data, os.PathLike) else data
     found = search(model, path, aim, cache=folder / "cache", progress=progress, **options)
     verdict = conclude(found)
@@ -98,6 +126,13 @@ def tune(
     if found.judge is not None:
         save(chosen, folder / "model", runner=runner, verdict=verdict.lines)
     return Tuned(chosen, str(chosen.setting), runner, verdict.lines, verdict.met, rows, folder)
+
+
+def _points(row: Row) -> str:
+    """A difference from dense in points, with its interval."""
+    if row.delta is None or row.delta_low is None or row.delta_high is None:
+        return ""
+    return f"{100 * row.delta:+.1f} [{100 * row.delta_low:+.1f}, {100 * row.delta_high:+.1f}]"
 
 
 def _row(m: Measured, found: Search, verdict: Verdict) -> Row:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import os
 import platform
 import time
 import weakref
@@ -19,7 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
+from saccade.opening import Source, open_model
 from saccade.progress import Progress
+from saccade.results import Result
+from saccade.tables import Table
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_RUNS, MOST_RUNS = 7, 500
@@ -103,18 +107,54 @@ Entry = tuple[AdaptiveViT, Runner]
 Way = Callable[[Tensor], Tensor]  # images -> logits
 
 
+class Speeds(Result, list[Speed]):
+    """What ``bench`` gives: a list of rows, dense first, for each batch size."""
+
+    @property
+    def rows(self) -> list[Speed]:
+        return [*self]
+
+    def table(self) -> Table:
+        """Columns by importance; what saves MACs and no time is said to be not worth it."""
+        cells = [
+            [
+                s.setting,
+                str(s.batch),
+                f"{s.images_per_s:.1f}",
+                f"{s.speedup:.2f}×",
+                f"{s.mac_ratio:.2f}×",
+                f"{s.conversion:.2f}",
+                "" if s.worth_it else "not worth it",
+                f"{s.p50_ms:.1f} / {s.p90_ms:.1f} / {s.p99_ms:.1f}",
+                f"{s.memory_mb:.0f}",
+                s.kernels,
+            ]
+            for s in self
+        ]
+        columns = ["setting", "batch", "images/s", "speed-up", "MAC ratio", "conversion", "verdict"]
+        columns += ["ms p50 / p90 / p99", "MB", "attention"]
+        runs, runner = (min(s.runs for s in self), self[0].runner) if self else (0, "")
+        caption = f"{runner}, {torch.get_num_threads()} threads; medians of {runs} or more interleaved runs."
+        return Table("Speed", columns, cells, caption)
+
+
 def bench(
-    model: AdaptiveViT,
+    model: Source,
     settings: Sequence[str] = (),
     *,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
     batch: Sequence[int] = (1, 8, 32),
     runner: Runner = FP32,
     seconds: float = 10.0,
     progress: Progress | None = None,
-) -> list[Speed]:
+) -> Speeds:
     """Time settings against the dense model at each batch size, on random images.
 
     Args:
+        model: a model, a folder, or a timm name, with or without ``weights`` or ``pretrained``; ``device`` as in
+            ``saccade.opening.open_model``.
         seconds: of timed runs for each batch size, all settings together; never fewer than 7 runs of each.
         progress: where to show it; None: nowhere.
 
@@ -123,12 +163,13 @@ def bench(
     """
     if any(b < 1 for b in batch):
         raise UserError(f"batch sizes {list(batch)}: each must be 1 or more")
+    model = open_model(model, weights, pretrained, device, trained=False)
     names = ["dense", *(s for s in map(str, settings) if s not in ("", "dense"))]
     entries = {name: (model.at(name).eval(), runner) for name in dict.fromkeys(names)}
     rows = [row for size in batch for row in time_together(entries, size, seconds, progress)]
     if len(rows) < len(entries) * len(batch):
         raise UserError("torch.compile does not work here (is there a C++ compiler?); leave out --compile")
-    return rows
+    return Speeds(rows)
 
 
 def time_together(

@@ -16,9 +16,12 @@ from saccade.measure.publish import circumstances, csv_text, model_name
 from saccade.measure.race import front
 from saccade.measure.speed import FP32, Speed, time_together
 from saccade.model import AdaptiveViT
+from saccade.opening import Source, open_model
 from saccade.plan import Entry, registry
 from saccade.progress import Progress
+from saccade.results import Scores
 from saccade.setting import Call, Setting, expand
+from saccade.tables import Table
 from saccade.views.report import Row
 from saccade.views.sweep import SweepReport, curve_kind, render_sweep
 
@@ -34,11 +37,47 @@ class Swept(Score):
     trained: bool | None  #  whether the weights were trained for it; None: not recorded
 
 
+class Evaluation(Scores):
+    """What ``eval`` gives: a row for each setting, the dense model first; and the images that could not be read."""
+
+    __slots__ = ()
+    rows: list[Swept]
+
+    def table(self) -> Table:
+        """Columns that have anything to say, by importance; of a timed evaluation without losses and top-5."""
+        rows = self.rows
+        timed = any(r.speed for r in rows)
+        few = {"NLL", "KL", "top-5"} if timed else set()
+        columns = {
+            rows[0].metric: [f"{r.top1.mean:.2%} [{r.top1.low:.1%}, {r.top1.high:.1%}]" for r in rows],
+            "points vs dense": [_delta(r) for r in rows],
+            "GMACs": [f"{r.gmacs:.3f}" for r in rows],
+            "speed-up": [f"{r.speed.speedup:.2f}×" if r.speed else "" for r in rows],
+            "agree": [f"{r.agreement.mean:.1%}" for r in rows],
+            "trained": [{True: "yes", False: "no", None: ""}[r.trained] for r in rows],
+            "MAC ratio": [f"{r.mac_ratio:.2f}×" for r in rows],
+            "images/s": [f"{r.speed.images_per_s:.1f}" if r.speed else "" for r in rows],
+            "top-5": [f"{r.top5.mean:.1%}" for r in rows],
+            "tokens": [f"{r.tokens:.0f}" for r in rows],
+            "NLL": [f"{r.nll.mean:.3f}" for r in rows],
+            "KL": [f"{r.kl.mean:.3f}" for r in rows],
+        }
+        shown = {name: cells for name, cells in columns.items() if name not in few}
+        caption = "Intervals are at 95 %."
+        if speed := rows[0].speed:
+            caption += f" Speed: medians of {speed.runs} interleaved runs at batch {speed.batch}, {speed.runner}."
+        cells = [[r.setting, *found] for r, *found in zip(rows, *shown.values(), strict=True)]
+        return Table(f"{rows[0].images} images", ["setting", *shown], cells, caption)
+
+
 def evaluate(
-    model: AdaptiveViT,
+    model: Source,
     data: str | os.PathLike | ImageSet,
     settings: str | Setting | Sequence[str | Setting] = (),
     *,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
     split: str | None = None,
     limit: int | None = None,
     batch: int = 32,
@@ -47,10 +86,12 @@ def evaluate(
     corrupt: str | None = None,
     command: str = "",
     progress: Progress | None = None,
-) -> tuple[list[Swept], dict[str, str]]:
+) -> Evaluation:
     """Scores and speed of settings of a model on images, the dense model first; and why which images were not read.
 
     Args:
+        model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
+            ``saccade.opening.open_model``.
         data: a folder or zip of images, ``class/name`` (see ``saccade.data.open_images``); without classes the metric
             is agreement with the dense model.
         settings: one or several, ranges too: ``"grid(8..40)"``, ``"evit(0.3..0.9..0.1)"``. A range stops at what makes
@@ -66,8 +107,9 @@ def evaluate(
         progress: where to show it; None: nowhere.
 
     Raises:
-        UserError: bad data, settings, corruption or folder, labels that do not fit the head.
+        UserError: bad model, data, settings, corruption or folder, labels that do not fit the head.
     """
+    model = open_model(model, weights, pretrained, device)
     folder = None if out is None else Path(out)
     if folder is not None:
         check_folder(folder)
@@ -94,7 +136,7 @@ def evaluate(
     rows = [Swept(**vars(s), speed=speeds.get(s.setting), trained=trained_for(model, s)) for s in scores]
     if folder is not None:
         _publish(folder, model, images, rows, ranged, failures, corrupt, command)
-    return rows, failures
+    return Evaluation(rows, failures)
 
 
 def expanded(model: AdaptiveViT, text: str) -> list[str]:
@@ -125,6 +167,11 @@ def _normal(model: AdaptiveViT, known: Mapping[str, Entry], setting: str) -> str
         knobs = entry and entry.bound(model.backbone, call.args, dict(call.kwargs))
         parts.append((call.name, sorted(knobs.items(), key=lambda knob: knob[0])) if knobs else (call,))
     return repr(parts)
+
+
+def _delta(row: Score) -> str:
+    """The difference from dense in points, with its interval."""
+    return "" if row.delta is None else "{:+.2f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in row.delta.three()))
 
 
 def _publish(
