@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 import saccade
 from data_helpers import bare_png, encode, picture, write_folder
 from saccade.cli import main, spread_values
-from saccade.cli.common import print_table
 from saccade.errors import UserError
 from saccade.measure import publish
 from saccade.measure.accuracy import Judge
 from saccade.opening import open_device
+from saccade.tables import Table, print_table
 from test_measure import files, shorten, tiny
 
 QUICK = ["--no-compiled", "--seconds", "0", "--batch", "2"]
@@ -405,7 +405,7 @@ def test_weights_that_cannot_be_fetched(run, monkeypatch):
 
 
 def test_brackets_are_printed_as_they_are(capsys):
-    print_table("photos[/x]", ["a"], [["[bold]b"]], "c[/y]")
+    print_table(Table("photos[/x]", ["a"], [["[bold]b"]], "c[/y]"))
     out = capsys.readouterr().out
     assert "photos[/x]" in out and "[bold]b" in out and "c[/y]" in out
 

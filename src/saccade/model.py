@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,26 +10,22 @@ from torch import Tensor, nn
 from saccade.backbone import backbone_of, class_names_of, head_macs
 from saccade.encoder import encode
 from saccade.errors import UserError, nearest
+from saccade.output import Output
 from saccade.plan import Backbone, Method, Plan, Tokenizer, ViT, registry
 from saccade.setting import Call, Setting
+from saccade.timm_names import TimmNames
 from saccade.tokenizers.grid import grid
 from saccade.tokens import Tokens
 from saccade.trace import Trace
 
-
-@dataclass(frozen=True)
-class Output:
-    """What a forward pass gives."""
-
-    logits: Tensor  # [B, K]
-    tokens: Tokens  # of the last block; prefix tokens only, where pooling reads nothing else
-    trace: Trace  #   what ran
+__all__ = ["AdaptiveViT", "Output", "build", "share"]
 
 
-class AdaptiveViT(nn.Module):
+class AdaptiveViT(TimmNames):
     """A timm ``VisionTransformer`` run under a setting.
 
     ``vit`` is the timm module itself: its state dict is timm's. All that a setting learns lives beside it.
+    timm's names are answered too: ``num_classes``, ``forward_features``, ``reset_classifier``, … (``TimmNames``).
 
     Args:
         vit: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``; others are refused by name.
@@ -50,14 +46,19 @@ class AdaptiveViT(nn.Module):
         learned: dict[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone: Backbone = backbone_of(vit)
         self.setting = Setting.parse(setting)
         self.trained = trained
         self.learned: dict[str, Tensor] = {} if learned is None else learned
         self.vit: ViT = vit
+        self.rebuild_plan()
+        self.training = vit.training
+
+    def rebuild_plan(self) -> None:
+        """Make tokenizer and plan for what the ViT is now."""
+        vit = self.vit
+        self.backbone: Backbone = backbone_of(vit)
         self.tokenizer, self.plan = build(self.backbone, self.setting, self.learned)
         weight = next(vit.parameters())
-        self.training = vit.training
         for part in (self.tokenizer, self.plan):
             part.to(weight.device, weight.dtype)  # what they learn runs where the model runs
             part.train(vit.training)
@@ -102,14 +103,17 @@ class AdaptiveViT(nn.Module):
 
         Pools over patches count a token as often as it has patches in it, and never count padding.
         """
+        return self.pooled_head(self.vit.norm(tokens.x), tokens)
+
+    def pooled_head(self, x: Tensor, tokens: Tokens, pre_logits: bool = False) -> Tensor:
+        """``head`` of tokens whose normed values are x; ``pre_logits``: what the classifier reads, [B, D]."""
         vit = self.vit
-        own = (method.head(vit, tokens) for method in self.plan.methods)
+        own = (method.head(vit, tokens) for method in self.plan.methods if not pre_logits)
         if (logits := next((found for found in own if found is not None), None)) is not None:
             return logits
-        x = vit.norm(tokens.x)
         weights = None if vit.global_pool == "token" else tokens.weights()  # the patches may not even be there
         if weights is None:
-            return vit.forward_head(x)
+            return vit.forward_head(x, pre_logits=pre_logits)
         if vit.attn_pool is not None:
             patches = x if vit.pool_include_prefix else x[:, tokens.num_prefix :]
             bias = replace(tokens, proportional=True).key_bias()[:, x.shape[1] - patches.shape[1] :].to(x.dtype)  # type: ignore[index]
@@ -118,7 +122,8 @@ class AdaptiveViT(nn.Module):
             share = tokens.of_all(weights, float(vit.pool_include_prefix))
             share = (share / share.sum(1, keepdim=True)).to(x.dtype)
             pooled = (share.unsqueeze(-1) * x).sum(1)
-        return vit.head(vit.head_drop(vit.fc_norm(pooled)))
+        read = vit.head_drop(vit.fc_norm(pooled))
+        return read if pre_logits else vit.head(read)
 
     def dense(self, images: Tensor) -> Tensor:
         """Features of the full grid [B, D, gh, gw], normed: a merged cell has its token's, a dropped one its last."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,6 @@ import typer
 if TYPE_CHECKING:
     from saccade.model import AdaptiveViT
     from saccade.results import Result
-    from saccade.tables import Column
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm model name, or a folder saved by Saccade.")]
 Data = Annotated[
@@ -40,13 +39,18 @@ def open_model(
     trained: bool = True,
 ) -> AdaptiveViT:
     """The model that MODEL, --weights and --pretrained name, on its device; see ``saccade.opening``."""
-    import torch
-
     from saccade import opening
 
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     return opening.open_model(name, weights, pretrained, device, trained=trained)
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute in so many CPU threads; None: in all cores."""
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def print_json(value: Any) -> None:
@@ -68,11 +72,3 @@ def print_failures(failures: Mapping[str, str], what: str = "images could not be
         print(f"{len(failures)} {what}:", file=sys.stderr)
         for name, reason in failures.items():
             print(f"  {name}: {reason}", file=sys.stderr)
-
-
-def print_table(title: str, columns: Sequence[Column | str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-    """A table on standard output: the first column names the row, the others stand in order of importance."""
-    from saccade.tables import Table
-    from saccade.tables import print_table as show
-
-    show(Table(title, columns, rows, caption))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saccade.cli import app
-from saccade.cli.common import Device, Json, Settings, Split, Threads, open_model, print_json, print_table
+from saccade.cli.common import (
+    Device,
+    Json,
+    Settings,
+    Split,
+    Threads,
+    print_failures,
+    print_json,
+    print_result,
+    use_threads,
+)
 from saccade.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,40 +48,25 @@ def command(
     Example: saccade detect runs/detect/model scenes --limit 1000 -s "grid(12)" -s "grid(32)"
     """
     from saccade.data.decode import EXTENSIONS
+    from saccade.opening import open_task
     from saccade.progress import Progress
     from saccade.tasks.boxes import open_boxes
     from saccade.tasks.detector import Detector
     from saccade.tasks.precision import evaluate_detection
 
-    found = open_model(model, device=device, threads=threads)
-    if not isinstance(found, Detector):
-        raise UserError(f"{model!r} holds no detector: train one with `saccade train detect`")
+    use_threads(threads)
+    found = open_task(model, Detector, "detector", "detect", device)
     if data.lower().endswith(EXTENSIONS):
         _draw(found, data, setting, ask, least, out, json)
         return
     boxes = open_boxes(data, split, images)
     with Progress(shown=True) as progress:
-        rows, failures = evaluate_detection(found, boxes, setting, limit=limit, batch=batch, progress=progress)
+        scores = evaluate_detection(found, boxes, setting, limit=limit, batch=batch, progress=progress)
     if json:
-        print_json({"rows": [row.to_dict() for row in rows], "not_read": failures})
+        print_json({"rows": [row.to_dict() for row in scores.rows], "not_read": scores.failures})
         return
-    cells = [
-        [
-            r.setting,
-            f"{100 * r.ap.mean:.1f} [{100 * r.ap.low:.1f}, {100 * r.ap.high:.1f}]",
-            f"{100 * r.ap50:.1f}",
-            f"{100 * r.ap75:.1f}",
-            f"{r.gmacs:.3f}",
-        ]
-        for r in rows
-    ]
-    columns = ["setting", "AP", "AP50", "AP75", "GMACs"]
-    title = f"{model}, {data}: {rows[0].images} images, {len(boxes.classes)} classes"
-    print_table(title, columns, cells, "Intervals are at 95 %, from the spread over groups of images.")
-    if failures:
-        print(f"{len(failures)} images could not be read and count nowhere:", file=sys.stderr)
-        for name, reason in failures.items():
-            print(f"  {name}: {reason}", file=sys.stderr)
+    print_result(scores, f"{model}, {data}: {scores.rows[0].images} images, {len(boxes.classes)} classes")
+    print_failures(scores.failures)
 
 
 def _draw(

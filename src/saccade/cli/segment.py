@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saccade.cli import app
-from saccade.cli.common import Device, Json, Settings, Split, Threads, open_model, print_json, print_table
+from saccade.cli.common import (
+    Device,
+    Json,
+    Settings,
+    Split,
+    Threads,
+    print_failures,
+    print_json,
+    print_result,
+    use_threads,
+)
 from saccade.errors import UserError
 
 if TYPE_CHECKING:
-    from saccade.measure.stats import Interval
-    from saccade.tasks.miou import Segmented
-    from saccade.tasks.panoptic import Panoptic
     from saccade.tasks.segment import Segmenter
 
 
@@ -48,86 +54,37 @@ def command(
     Example: saccade segment runs/train/model camvid.zip -s "grid(12)" -s "grid(32)" -s "tome(r=13)"
     """
     from saccade.data.decode import EXTENSIONS
+    from saccade.opening import open_task
     from saccade.progress import Progress
-    from saccade.tasks.miou import evaluate_segmentation
-    from saccade.tasks.panoptic import evaluate_panoptic
+    from saccade.tables import print_table
+    from saccade.tasks.miou import Segmentation, evaluate_segmentation
+    from saccade.tasks.panoptic import PanopticScores, evaluate_panoptic
     from saccade.tasks.segment import HOW, Segmenter
 
-    found = open_model(model, device=device, threads=threads)
-    if not isinstance(found, Segmenter):
-        raise UserError(f"{model!r} holds no segmentation model: train one with `saccade train segment`")
+    use_threads(threads)
+    found = open_task(model, Segmenter, "segmentation model", "segment", device)
     chosen = next((name for name in HOW if name == how), None)
     if chosen is None:
         raise UserError(f"--how {how} is not one of {', '.join(HOW)}")
     if data.lower().endswith(EXTENSIONS):
         _draw(found, data, setting, out, json)
         return
-    settings, title = [str(found.setting), *setting], f"{model}, {data}"
+    settings = [str(found.setting), *setting]
+    options: Any = {"split": split, "void": void, "how": chosen, "limit": limit, "batch": batch}
+    scores: Segmentation | PanopticScores
     with Progress(shown=True) as progress:
         if things is None:
-            rows, failures = evaluate_segmentation(
-                found, data, settings, split=split, void=void, how=chosen, limit=limit, batch=batch, progress=progress
-            )
-            shown, tables = [row.to_dict() for row in rows], _tables(title, rows)
+            scores = evaluate_segmentation(found, data, settings, progress=progress, **options)
         else:
             named = [name.strip() for name in things.split(",") if name.strip()]
-            scores, failures = evaluate_panoptic(
-                found,
-                data,
-                named,
-                settings,
-                split=split,
-                void=void,
-                how=chosen,
-                limit=limit,
-                batch=batch,
-                progress=progress,
-            )
-            shown, tables = [row.to_dict() for row in scores], [_panoptic(title, scores)]
+            scores = evaluate_panoptic(found, data, named, settings, progress=progress, **options)
     if json:
-        print_json({"rows": shown, "not_read": failures})
+        print_json({"rows": [row.to_dict() for row in scores.rows], "not_read": scores.failures})
         return
-    for table in tables:
-        print_table(*table)
-    if failures:
-        print(f"{len(failures)} pairs could not be read and count nowhere:", file=sys.stderr)
-        for name, reason in failures.items():
-            print(f"  {name}: {reason}", file=sys.stderr)
-
-
-Table = tuple[str, list[str], list[list[str]], str]
-
-
-def _tables(title: str, rows: list[Segmented]) -> list[Table]:
-    """A row for each setting, and IoU by class."""
-    columns = ["setting", "mIoU", "points vs dense", "pixel accuracy", "GMACs", "of these decoder", "MAC ratio"]
-    cells = [
-        [
-            r.setting,
-            _interval(r.miou),
-            "" if r.delta is None else " ".join((f"{100 * r.delta.mean:+.2f}", _limits(r.delta, "+"))),
-            _interval(r.pixel_accuracy),
-            f"{r.gmacs:.3f}",
-            f"{r.decoder_gmacs:.3f}",
-            f"{r.mac_ratio:.2f}×",
-        ]
-        for r in rows
-    ]
-    title = f"{title}: {rows[0].images} images"
-    each = [[name, *(_percent(r.classes[name]) for r in rows)] for name in rows[0].classes]
-    return [
-        (title, columns, cells, "Intervals are at 95 %, over images."),
-        ("IoU of each class", ["class", *(r.setting for r in rows)], each, ""),
-    ]
-
-
-def _panoptic(title: str, rows: list[Panoptic]) -> Table:
-    cells = [
-        [r.setting, _interval(r.pq), *map(_percent, (r.sq, r.rq, r.pq_things, r.pq_stuff)), f"{r.gmacs:.3f}"]
-        for r in rows
-    ]
-    said = "Intervals are at 95 %. Things are connected parts of the map of classes: a trivial baseline."
-    return f"{title}: {rows[0].images} images", ["setting", "PQ", "SQ", "RQ", "things", "stuff", "GMACs"], cells, said
+    print_result(scores, f"{model}, {data}: {scores.rows[0].images} images")
+    if isinstance(scores, Segmentation):
+        print_table(scores.classes())
+    print_failures(scores.failures, "pairs could not be read and count nowhere")
 
 
 def _draw(model: Segmenter, photo: str, settings: list[str], out: str, json: bool) -> None:
@@ -147,16 +104,3 @@ def _draw(model: Segmenter, photo: str, settings: list[str], out: str, json: boo
         print_json({"out": out, "size": list(picture.size)})
     else:
         print(out)
-
-
-def _interval(value: Interval) -> str:
-    return f"{value.mean:.2%} {_limits(value)}"
-
-
-def _limits(value: Interval, sign: str = "") -> str:
-    low, high = (f"{100 * v:{sign}.1f}" for v in (value.low, value.high))
-    return f"[{low}, {high}]" if sign else f"[{low}%, {high}%]"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"

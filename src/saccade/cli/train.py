@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from typing import Annotated
 
 import typer
 
 from saccade.cli import app
-from saccade.cli.common import Json, print_json, print_table
+from saccade.cli.common import Json, print_failures, print_json, print_result
 
 
 @app.command("train")
@@ -37,7 +36,6 @@ def command(
         head = [line for line in shipped().get(config, "").splitlines() if line.startswith("#")]
         print("\n".join([*head, settled.model_dump_json(indent=2)]) if not json else settled.model_dump_json(indent=2))
         return
-    from saccade.training.check import as_row
     from saccade.training.train import train
 
     line = "saccade train " + shlex.join([config, *(changes or []), "--out", out])
@@ -52,19 +50,7 @@ def command(
         "waiting": trained.waiting,
     }
     if json:
-        print_json(
-            {**facts, "checks": [as_row(row, trained.column) for row in trained.checks], "not_read": trained.failures}
-        )
+        print_json({**facts, "checks": trained.rows, "not_read": trained.failures})
         return
-    rows = [[c.setting, f"{c.top1:.2%} [{c.low:.1%}, {c.high:.1%}]", f"{c.gmacs:.3f}"] for c in trained.checks]
-    caption = (
-        f"{trained.seconds / 60:.1f} minutes, {trained.gmacs:,.0f} GMACs, {trained.images_per_s:.0f} images/s, "
-        f"{trained.waiting:.0%} of the time waiting for images. {trained.folder}: model/, report.html"
-    )
-    print_table(
-        f"Model of step {trained.step}, on held-out images", ["setting", trained.metric, "GMACs"], rows, caption
-    )
-    if trained.failures:
-        print(f"{len(trained.failures)} images could not be read and were left out:", file=sys.stderr)
-        for name, reason in trained.failures.items():
-            print(f"  {name}: {reason}", file=sys.stderr)
+    print_result(trained)
+    print_failures(trained.failures, "images could not be read and were left out")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from saccade.cli import app
-from saccade.cli.common import Device, Json, Settings, Split, Threads, open_model, print_json, print_table
-from saccade.errors import UserError
+from saccade.cli.common import (
+    Device,
+    Json,
+    Settings,
+    Split,
+    Threads,
+    print_failures,
+    print_json,
+    print_result,
+    use_threads,
+)
 
 
 @app.command("zeroshot")
@@ -36,19 +44,16 @@ def command(
 
     Example: saccade zeroshot runs/flexilit/model photos.zip --split test -s "grid(10)" -s "grid(32)"
     """
-    from saccade.measure.stats import Interval
     from saccade.progress import Progress
-    from saccade.tasks.space import TextImage
-    from saccade.tasks.zeroshot import ZeroShot, evaluate_words
+    from saccade.tasks.zeroshot import evaluate_words
 
-    found = open_model(model, device=device, threads=threads)
-    if not isinstance(found, TextImage):
-        raise UserError(f"{model!r} holds no text tower: train one with `saccade train flexilit`")
+    use_threads(threads)
     with Progress(shown=True) as progress:
-        rows, failures = evaluate_words(
-            found,
+        found = evaluate_words(
+            model,
             data,
             setting,
+            device=device,
             templates=template or None,
             images=images,
             split=split,
@@ -57,23 +62,7 @@ def command(
             progress=progress,
         )
     if json:
-        print_json({"rows": [row.to_dict() for row in rows], "not_read": failures})
+        print_json({"rows": [row.to_dict() for row in found.rows], "not_read": found.failures})
         return
-
-    def share(value: Interval) -> str:
-        return f"{value.mean:.1%} [{value.low:.1%}, {value.high:.1%}]"
-
-    first = rows[0]
-    if isinstance(first, ZeroShot):
-        columns, names = ["setting", "top-1", "top-5", "GMACs"], ["top1", "top5"]
-        title = f"{model}, {data}: {first.images} images"
-    else:
-        columns = ["setting", "text R@1", "text R@5", "image R@1", "image R@5", "GMACs"]
-        names = ["text_at_1", "text_at_5", "image_at_1", "image_at_5"]
-        title = f"{model}, {data}: {first.images} images, {first.texts} different texts"
-    cells = [[r.setting, *(share(getattr(r, name)) for name in names), f"{r.gmacs:.3f}"] for r in rows]
-    print_table(title, columns, cells, "Intervals are at 95 %.")
-    if failures:
-        print(f"{len(failures)} images could not be read and count nowhere:", file=sys.stderr)
-        for name, reason in failures.items():
-            print(f"  {name}: {reason}", file=sys.stderr)
+    print_result(found, f"{model}, {data}: {found.table().title}")
+    print_failures(found.failures)

@@ -24,6 +24,14 @@ class Interval:
         """(mean, low, high)."""
         return self.mean, self.low, self.high
 
+    def percent(self, digits: int = 1) -> str:
+        """A share as text: ``85.0% [80.7%, 88.5%]``."""
+        return f"{self.mean:.{digits}%} [{self.low:.1%}, {self.high:.1%}]"
+
+    def points(self) -> str:
+        """A difference of shares as text, in points: ``-1.7 [-3.7, +0.3]``."""
+        return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in self.three()))
+
 
 def proportion(hits: Tensor) -> Interval:
     """Share of hits [n] (bool), with Wilson's interval."""

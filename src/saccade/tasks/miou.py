@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +17,10 @@ from saccade.data import Failures, ImageError, Preprocess
 from saccade.errors import UserError
 from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval
+from saccade.opening import Source, open_task
 from saccade.progress import Progress
+from saccade.results import Scores
+from saccade.tables import Table
 from saccade.tasks.pixels import VOID, PixelSet, open_pixels
 from saccade.tasks.segment import How, Seen, Segmenter, look
 
@@ -172,23 +176,54 @@ class Segmented:
         return asdict(self)
 
 
+class Segmentation(Scores):
+    """What ``segment`` gives: a row for each setting, the dense model first; and the pairs that could not be read."""
+
+    __slots__ = ()
+    rows: list[Segmented]
+
+    def table(self) -> Table:
+        columns = ["setting", "mIoU", "points vs dense", "GMACs", "pixel accuracy", "MAC ratio", "of these decoder"]
+        cells = [
+            [
+                r.setting,
+                r.miou.percent(2),
+                "" if r.delta is None else r.delta.points(),
+                f"{r.gmacs:.3f}",
+                r.pixel_accuracy.percent(2),
+                f"{r.mac_ratio:.2f}×",
+                f"{r.decoder_gmacs:.3f}",
+            ]
+            for r in self.rows
+        ]
+        return Table(f"{self.rows[0].images} images", columns, cells, "Intervals are at 95 %, over images.")
+
+    def classes(self) -> Table:
+        """IoU of each class under each setting."""
+        shares = {name: [row.classes[name] for row in self.rows] for name in self.rows[0].classes}
+        cells = [[name, *("" if v is None else f"{v:.1%}" for v in found)] for name, found in shares.items()]
+        return Table("IoU of each class", ["class", *(row.setting for row in self.rows)], cells)
+
+
 def evaluate_segmentation(
-    model: Segmenter,
-    data: str | PixelSet,
+    model: Source,
+    data: str | os.PathLike | PixelSet,
     settings: Sequence[str] = (),
     *,
+    device: str | None = None,
     split: str | None = None,
     void: int | None = None,
     how: How = "fit",
     limit: int | None = None,
     batch: int = 8,
     progress: Progress | None = None,
-) -> tuple[list[Segmented], dict[str, str]]:
+) -> Segmentation:
     """Every setting of a segmenter on images with labels, the dense model first; and why which could not be read.
 
     Labels are compared at the images' own size. mIoU is that of all images together, as in the field.
 
     Args:
+        model: a segmenter, or a folder that one was trained in; ``device`` as in ``saccade.opening.open_model``.
         data: a folder or zip, see ``saccade.tasks.pixels``; classes are the model's own.
         void: the value in label files that is no class; None: as in training.
         how: see ``saccade.tasks.segment.look``.
@@ -197,10 +232,11 @@ def evaluate_segmentation(
     Raises:
         UserError: bad data or settings.
     """
+    model = open_task(model, Segmenter, "segmentation model", "segment", device)
     pixels = (
         data
         if isinstance(data, PixelSet)
-        else open_pixels(data, split, model.classes, model.void if void is None else void)
+        else open_pixels(os.fspath(data), split, model.classes, model.void if void is None else void)
     )
     if pixels.classes != model.classes:
         raise UserError(f"{len(pixels.classes)} classes in {pixels.images.path}, {len(model.classes)} in the model")
@@ -213,7 +249,8 @@ def evaluate_segmentation(
         bar(0, what=name)
         found[name] = count(view, pixels, chosen, how, batch, bar)
     bar.finish()
-    return [summed(name, one, found["dense"], model.classes) for name, one in found.items()], pixels.failures
+    rows = [summed(name, one, found["dense"], model.classes) for name, one in found.items()]
+    return Segmentation(rows, pixels.failures)
 
 
 def summed(setting: str, counts: Counts, first: Counts, classes: Sequence[str]) -> Segmented:

@@ -11,6 +11,7 @@ map: two cars that touch are one, and a car behind a pole is two.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -23,7 +24,10 @@ from torch import Tensor
 from saccade.errors import UserError, nearest
 from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval
+from saccade.opening import Source, open_task
 from saccade.progress import Progress
+from saccade.results import Scores
+from saccade.tables import Column, Table
 from saccade.tasks.miou import interval, looks
 from saccade.tasks.pixels import VOID, PixelSet, decode_ids, read_bytes
 from saccade.tasks.segment import How, Segmenter
@@ -63,12 +67,27 @@ class Panoptic:
         return asdict(self)
 
 
+class PanopticScores(Scores):
+    """A row for each setting, the dense model first; and the pairs that could not be read."""
+
+    __slots__ = ()
+    rows: list[Panoptic]
+
+    def table(self) -> Table:
+        cells = [[r.setting, r.pq.percent(), *map(_percent, (r.sq, r.rq, r.pq_things, r.pq_stuff))] for r in self.rows]
+        cells = [[*row, f"{r.gmacs:.3f}"] for row, r in zip(cells, self.rows, strict=True)]
+        columns: list[Column | str] = ["setting", "PQ", "SQ", "RQ", "things", "stuff", Column("GMACs", 2)]
+        said = "Intervals are at 95 %. Things are connected parts of the map of classes: a trivial baseline."
+        return Table(f"{self.rows[0].images} images", columns, cells, said)
+
+
 def evaluate_panoptic(
-    model: Segmenter,
-    data: str | PanopticSet,
+    model: Source,
+    data: str | os.PathLike | PanopticSet,
     things: Sequence[str],
     settings: Sequence[str] = (),
     *,
+    device: str | None = None,
     split: str | None = None,
     void: int | None = None,
     how: How = "fit",
@@ -76,10 +95,11 @@ def evaluate_panoptic(
     batch: int = 8,
     least: int = LEAST,
     progress: Progress | None = None,
-) -> tuple[list[Panoptic], dict[str, str]]:
+) -> PanopticScores:
     """Panoptic quality of every setting, things being connected parts of the map; and why which could not be read.
 
     Args:
+        model: a segmenter, or a folder that one was trained in; ``device`` as in ``saccade.opening.open_model``.
         data: a folder or zip laid out as this module says, or as COCO's.
         things: the classes of which single things are told apart; the others are stuff.
         void: red of what has no class; None: as in label files of the training.
@@ -88,13 +108,14 @@ def evaluate_panoptic(
     Raises:
         UserError: bad data, settings or things; torchmetrics or scipy missing.
     """
+    model = open_task(model, Segmenter, "segmentation model", "segment", device)
     void = model.void if void is None else void
     if isinstance(data, PanopticSet):
         pixels = data
     else:
         from saccade.tasks.coco_panoptic import open_panoptic  # it is a set of this module's kind
 
-        pixels = open_panoptic(data, split, model.classes, void)
+        pixels = open_panoptic(os.fspath(data), split, model.classes, void)
     unknown = [name for name in things if name not in model.classes]
     if unknown or not things:
         found = f"there is no class {unknown[0]!r}{nearest(unknown[0], model.classes)}" if unknown else "no things"
@@ -116,7 +137,11 @@ def evaluate_panoptic(
         sums = [torch.stack(part) for part in zip(*counts, strict=True)]
         rows.append(_row(name, sums, places, macs / len(counts) / 1e9))
     bar.finish()
-    return rows, pixels.failures
+    return PanopticScores(rows, pixels.failures)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def parts(classes: np.ndarray, things: set[int], least: int = LEAST) -> np.ndarray:

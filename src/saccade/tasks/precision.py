@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,8 +14,11 @@ from saccade.errors import UserError
 from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval
 from saccade.model import AdaptiveViT
+from saccade.opening import Source, open_task
 from saccade.progress import Progress
-from saccade.tasks.boxes import BoxSet, Objects
+from saccade.results import Scores
+from saccade.tables import Table
+from saccade.tasks.boxes import BoxSet, Objects, open_boxes
 from saccade.tasks.detector import TOP, Detector, Found, detections, squashed
 
 GROUPS = 10  #  of images, whose spread gives the interval
@@ -38,26 +42,52 @@ class Precision:
         return asdict(self)
 
 
+class Detection(Scores):
+    """What ``detect`` gives: a row for each setting, the model's own first; and the images that could not be read."""
+
+    __slots__ = ()
+    rows: list[Precision]
+
+    def table(self) -> Table:
+        cells = [
+            [
+                r.setting,
+                "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * value for value in r.ap.three())),
+                f"{r.gmacs:.3f}",
+                f"{100 * r.ap50:.1f}",
+                f"{100 * r.ap75:.1f}",
+            ]
+            for r in self.rows
+        ]
+        said = "Intervals are at 95 %, from the spread over groups of images."
+        return Table(f"{self.rows[0].images} images", ["setting", "AP", "GMACs", "AP50", "AP75"], cells, said)
+
+
 def evaluate_detection(
-    model: Detector,
-    boxes: BoxSet,
+    model: Source,
+    boxes: str | os.PathLike | BoxSet,
     settings: Sequence[str] = (),
     *,
+    device: str | None = None,
     limit: int | None = None,
     top: int = TOP,
     batch: int = 32,
     progress: Progress | None = None,
-) -> tuple[list[Precision], dict[str, str]]:
+) -> Detection:
     """Average precision of the model's own setting and of others, asked for the names of the set's classes.
 
     And why which images could not be read.
 
     Args:
+        model: a detector, or a folder that one was trained in; ``device`` as in ``saccade.opening.open_model``.
+        boxes: a set, a COCO file beside its images, or the word "scenes".
         limit: at most so many images, spread evenly.
         top: detections of an image that count, at most 100.
 
     Raises UserError where nothing can be read, nothing is there to be found, or a class is no query that is known.
     """
+    model = open_task(model, Detector, "detector", "detect", device)
+    boxes = boxes if isinstance(boxes, BoxSet) else open_boxes(os.fspath(boxes))
     views = {str(view.setting): view for view in (model, *map(model.at, settings))}
     places, loaders = spread(len(boxes), limit), Squashed(boxes.images)
     bar, rows = (progress or Progress()).start("detecting", len(places) * len(views)), []
@@ -69,7 +99,7 @@ def evaluate_detection(
         failures.update(loader.failures.items)
         rows.append(score(name, found, truths([boxes.objects[i] for i in seen]), gmacs))
     bar.finish()
-    return rows, failures
+    return Detection(rows, failures)
 
 
 def score(setting: str, found: Sequence[Found], there: Sequence[Found], gmacs: float) -> Precision:

@@ -15,7 +15,10 @@ from saccade.errors import UserError
 from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval, proportion
 from saccade.model import AdaptiveViT
+from saccade.opening import Source, open_task
 from saccade.progress import Progress
+from saccade.results import Scores
+from saccade.tables import Column, Table
 from saccade.tasks.pairs import PHOTO, Pairs, has_texts, open_pairs, prompts, readable
 from saccade.tasks.space import TextImage
 
@@ -63,22 +66,55 @@ class Seen:
     gmacs: float
 
 
+class ZeroShots(Scores):
+    """Accuracy of naming classes, a row for each setting; and the images that could not be read."""
+
+    __slots__ = ()
+    rows: list[ZeroShot]
+
+    def table(self) -> Table:
+        cells = [[r.setting, r.top1.percent(), f"{r.gmacs:.3f}", r.top5.percent()] for r in self.rows]
+        columns = ["setting", "top-1", "GMACs", "top-5"]
+        return Table(f"{self.rows[0].images} images", columns, cells, "Intervals are at 95 %.")
+
+
+class Retrievals(Scores):
+    """How often images and texts find each other, a row for each setting; and the images that could not be read."""
+
+    __slots__ = ()
+    rows: list[Retrieval]
+
+    def table(self) -> Table:
+        found = [(r.text_at_1, r.image_at_1, r.text_at_5, r.image_at_5) for r in self.rows]
+        cells = [
+            [r.setting, *(share.percent() for share in four), f"{r.gmacs:.3f}"]
+            for r, four in zip(self.rows, found, strict=True)
+        ]
+        columns: list[Column | str] = ["setting", "text R@1", "image R@1", "text R@5", "image R@5", Column("GMACs", 2)]
+        first = self.rows[0]
+        return Table(f"{first.images} images, {first.texts} different texts", columns, cells, "Intervals are at 95 %.")
+
+
 def evaluate_words(
-    model: TextImage,
+    model: Source,
     data: str | Path,
     settings: Sequence[str] = (),
     *,
+    device: str | None = None,
     templates: Sequence[str] | None = None,
     images: str | Path | None = None,
     split: str | None = None,
     limit: int | None = None,
     batch: int = 32,
     progress: Progress | None = None,
-) -> tuple[list[ZeroShot] | list[Retrieval], dict[str, str]]:
+) -> ZeroShots | Retrievals:
     """``retrieval`` where ``data`` has texts (see ``open_pairs``), else ``zero_shot`` of its classes.
+
+    ``model`` is one of two towers, or a folder that one was trained in.
 
     Raises UserError as these do, and for a split or templates where there are texts.
     """
+    model = open_task(model, TextImage, "text tower", "flexilit", device)
     more: dict[str, Any] = {"limit": limit, "batch": batch, "progress": progress}
     if has_texts(data):
         if split is not None or templates is not None:
@@ -97,7 +133,7 @@ def zero_shot(
     limit: int | None = None,
     batch: int = 32,
     progress: Progress | None = None,
-) -> tuple[list[ZeroShot], dict[str, str]]:
+) -> ZeroShots:
     """Accuracy with classes given as prompts, of the model's own setting and of others; and what could not be read.
 
     Args:
@@ -121,7 +157,7 @@ def zero_shot(
         best = (seen.embedding @ classes.T).topk(min(5, len(classes)), dim=1).indices
         hit = best == labels[seen.places].unsqueeze(1)
         found.append(ZeroShot(str(view.setting), len(hit), proportion(hit[:, 0]), proportion(hit.any(1)), seen.gmacs))
-    return found, failures
+    return ZeroShots(found, failures)
 
 
 def retrieval(
@@ -132,7 +168,7 @@ def retrieval(
     limit: int | None = None,
     batch: int = 32,
     progress: Progress | None = None,
-) -> tuple[list[Retrieval], dict[str, str]]:
+) -> Retrievals:
     """Recall at 1 and 5, from images to texts and back, under the model's own setting and others.
 
     And why which images could not be read.
@@ -153,7 +189,7 @@ def retrieval(
         back = ranks(words[wanted], seen.embedding, mine.T[wanted])
         at = (proportion(rank < k) for rank in (there, back) for k in (1, 5))
         found.append(Retrieval(str(view.setting), len(there), len(back), seen.gmacs, *at))
-    return found, failures
+    return Retrievals(found, failures)
 
 
 def belonging(texts: Sequence[Sequence[str]]) -> tuple[list[str], Tensor]:

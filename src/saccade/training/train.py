@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saccade import tables
 from saccade.checkpoint import load, save
 from saccade.errors import UserError
 from saccade.files import check_folder, write_json
 from saccade.model import AdaptiveViT
+from saccade.opening import Source
 from saccade.progress import Progress
+from saccade.results import Result
+from saccade.training.arguments import with_arguments
 from saccade.training.augment import isolated
 from saccade.training.check import as_row, check
 from saccade.training.config import Config, read_config
@@ -28,8 +32,8 @@ from saccade.training.watch import Board, Meter, Table
 from saccade.views import Checked
 
 
-@dataclass(frozen=True)
-class Trained:
+@dataclass(frozen=True, repr=False)
+class Trained(Result):
     """What ``train`` hands back."""
 
     model: AdaptiveViT  #      under the first setting: the best checked one, or the last where nothing was checked
@@ -44,11 +48,33 @@ class Trained:
     waiting: float  #          share of the time in which the model waited for images
     failures: dict[str, str]  # images that could not be read, and why
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The checks, with the metric under its own name."""
+        return [as_row(row, self.column) for row in self.checks]
+
+    def table(self) -> tables.Table:
+        """The checks, and what the training cost."""
+        cells = [[c.setting, f"{c.top1:.2%} [{c.low:.1%}, {c.high:.1%}]", f"{c.gmacs:.3f}"] for c in self.checks]
+        said = (
+            f"{self.seconds / 60:.1f} minutes, {self.gmacs:,.0f} GMACs, {self.images_per_s:.0f} images/s, "
+            f"{self.waiting:.0%} of the time waiting for images. {self.folder}: model/, report.html"
+        )
+        return tables.Table(
+            f"Model of step {self.step}, on held-out images", ["setting", self.metric, "GMACs"], cells, said
+        )
+
 
 def train(
     config: str | Path | Mapping[str, Any] | Config,
     changes: Iterable[str] = (),
     *,
+    model: Source | None = None,
+    data: str | os.PathLike | None = None,
+    settings: Sequence[str] | None = None,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
     out: str | os.PathLike = "runs/train",
     resume: bool = False,
     command: str = "",
@@ -63,6 +89,8 @@ def train(
     Args:
         config: the name of a shipped config, a TOML file, a mapping, or a Config.
         changes: ``key=value``, like ``optim.lr=1e-3``.
+        model, data, settings, weights, pretrained, device: as for the other verbs, instead of ``model.name=…``,
+            ``data.path=…`` and so on; a module is saved as ``out/source`` first.
         out: the folder.
         resume: go on from the last checkpoint in ``out``, or begin where there is none.
 
@@ -71,6 +99,7 @@ def train(
         KeyboardInterrupt: was asked to stop; a checkpoint has been written.
     """
     config = config if isinstance(config, Config) else read_config(config, changes)
+    config = with_arguments(config, Path(out), model, data, settings, weights, pretrained, device)
     with isolated(config.run.seed), Stopping() as stopping:
         return _train(config, Path(out), resume, command, progress or Progress(), stopping)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+from base64 import b64encode
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -13,20 +16,51 @@ from torchvision.transforms.functional import to_pil_image
 from saccade.data import Preprocess, decode
 from saccade.files import check_folder, replacing
 from saccade.model import AdaptiveViT
+from saccade.opening import Source, open_model
+from saccade.results import Result
 from saccade.trace import BlockTrace
 from saccade.views.tokenmap import draw_blocks, draw_tokens
 
 
+class _Seen(NamedTuple):
+    picture: Image.Image
+    tokens: list[int]
+
+
+class View(Result, _Seen):
+    """What ``view`` gives: the picture, and the number of patch tokens after each block, a row each."""
+
+    __slots__ = ()
+
+    @property
+    def rows(self) -> list[dict[str, int]]:
+        return [{"block": block, "tokens": count} for block, count in enumerate(self.tokens)]
+
+    def __repr__(self) -> str:
+        ends = f"{self.tokens[0]} to {self.tokens[-1]}" if self.tokens else "no"
+        return f"View: {len(self.tokens)} blocks, {ends} tokens, {self.picture.width}×{self.picture.height} pixels"
+
+    def _repr_html_(self) -> str:
+        file = io.BytesIO()
+        self.picture.save(file, "PNG")
+        return f'<img alt="{self!r}" src="data:image/png;base64,{b64encode(file.getvalue()).decode()}">'
+
+
 def view(
-    model: AdaptiveViT,
+    model: Source,
     image: Image.Image | str | os.PathLike,
     setting: str | None = None,
     *,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
     out: str | os.PathLike | None = None,
-) -> tuple[Image.Image, list[int]]:
+) -> View:
     """Draw what each token stands for, after every block, from ``owner`` alone.
 
     Args:
+        model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
+            ``saccade.opening.open_model``.
         image: a photo or its path; it is shown as the model sees it, cropped.
         setting: None: the model's own.
         out: a PNG to write.
@@ -37,6 +71,7 @@ def view(
     Raises:
         UserError: bad setting; ImageError: an image that cannot be read.
     """
+    model = open_model(model, weights, pretrained, device)
     chosen = model if setting is None else model.at(setting).eval()
     if out is not None:
         check_folder(Path(out).parent)  # before the work
@@ -50,7 +85,7 @@ def view(
     if out is not None:
         with replacing(out) as part:
             picture.save(part, "PNG")
-    return picture, counts
+    return View(picture, counts)
 
 
 def token_map(model: AdaptiveViT, image: Image.Image) -> Image.Image:

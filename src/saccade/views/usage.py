@@ -18,19 +18,27 @@ from saccade.gates import Gates
 from saccade.measure.accuracy import spread
 from saccade.model import AdaptiveViT
 from saccade.progress import Progress
+from saccade.results import Result
 from saccade.trace import BlockTrace
 
 PARTS = ("patches", "attention", "MLP")  # and then the heads
 
 
-@dataclass(frozen=True)
-class Usage:
+@dataclass(frozen=True, repr=False)
+class Usage(Result):
     """What n images use of L blocks, and what they cost."""
 
     share: Tensor  #    [n, L, 3 + H]  of patch tokens computed, of branches, of heads: 0 … 1
     gmacs: Tensor  #    [n] float64  that ran, 10^9
     loss: Tensor  #     [n] float64  of the dense model (against its own best class, without labels)
     names: list[str]  # of the images
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each image: its cost, the dense model's loss, and the mean share of each unit over blocks."""
+        share = [dict(zip(self.units, mean, strict=True)) for mean in self.share.mean(1).tolist()]
+        facts = zip(self.names, self.gmacs.tolist(), self.loss.tolist(), share, strict=True)
+        return [{"image": name, "gmacs": cost, "loss": loss, **used} for name, cost, loss, used in facts]
 
     @property
     def units(self) -> list[str]:
