@@ -7,7 +7,7 @@ import torch
 
 import saccade.worth
 from oracles import RandomGates, add_gates, make_images, make_vit, relative
-from saccade.encoder import plain_block
+from saccade.encoder import whole_block
 from saccade.gates import Gates
 from saccade.model import AdaptiveViT
 from saccade.plan import Gater
@@ -178,7 +178,7 @@ def test_a_block_of_which_nothing_is_asked_is_timms(vit):
     handle.remove()
     assert heard == [0]
     start = AdaptiveViT(vit).encode(make_images(vit, 2))[0]
-    out, ran = plain_block(vit.blocks[1], start, lambda block, x: block(x))
+    out, ran = whole_block(vit.blocks[1], lambda block, x: block(x), start)
     assert torch.equal(out.x, vit.blocks[1](start.x))
     assert ran.macs() == AdaptiveViT(vit).encode(make_images(vit, 2))[1].blocks[1].macs() == ran.macs(nominal=True)
     assert trace.blocks[0].macs() == ran.macs()

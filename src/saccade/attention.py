@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.fresh import draw
 from saccade.heads import some_heads
+from saccade.hooks import around, exact, require_plain
 from saccade.ragged import Rows
 
 
@@ -30,7 +33,27 @@ class Attended:
     value: Tensor | None = None  #    [B, K] fp32  length of each value, all heads together
 
 
-def attend(
+def attend(attn: Attention, x: Tensor, bias: Tensor | None = None, **asked: Any) -> Attended:
+    """timm's attention on x [B, K, D], with what ``_attend`` takes and gives; hooks on ``attn`` run around it.
+
+    UserError where its forward is not timm's and more is asked of it than its output.
+    """
+    if not exact(attn, Attention):
+        if any(value is not None and value is not False and value != frozenset() for value in asked.values()):
+            require_plain(attn, Attention, "attention")
+        y = attn(x) if bias is None else attn(x, attn_mask=bias.to(x.dtype)[:, None, None, :])
+        return Attended(y, "its own")
+    seen: list[Attended] = []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(_attend(attn, x, bias, **asked))
+        return seen[-1].x
+
+    y = around(attn, forward, x)
+    return seen[-1] if y is seen[-1].x else replace(seen[-1], x=y)
+
+
+def _attend(
     attn: Attention,
     x: Tensor,
     bias: Tensor | None = None,
@@ -267,7 +290,7 @@ def kernel_for(q: Tensor, keys: int) -> str:
 def _faster_on_cpu(dtype: torch.dtype, width: int, square: bool, keys: int, threads: int) -> str:
     """Time both paths on 24 heads: a few milliseconds, once in a process for each kind of shape."""
     with torch.inference_mode(False), torch.no_grad():
-        q, k, v = (torch.randn(4, 6, n, width).to(dtype) for n in (keys if square else 1, keys, keys))
+        q, k, v = (draw((4, 6, n, width), 1.0).to(dtype) for n in (keys if square else 1, keys, keys))
         ways = {
             "fused": lambda: F.scaled_dot_product_attention(q, k, v),
             "unfused": lambda: (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v,

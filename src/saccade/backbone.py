@@ -12,6 +12,7 @@ from torch import nn
 
 from saccade.encoder import block_cost
 from saccade.errors import UserError
+from saccade.hooks import layer_in
 from saccade.plan import Backbone, ViT
 from saccade.tokenizers.embed import ResizeSpec
 
@@ -46,7 +47,7 @@ def backbone_of(vit: ViT) -> Backbone:
         has_class_token=vit.cls_token is not None,
         patch_size=tuple(vit.patch_embed.patch_size),
         input_size=tuple(vit.patch_embed.img_size),
-        channels=vit.patch_embed.proj.in_channels,
+        channels=layer_in(vit.patch_embed.proj, nn.Conv2d, "in_channels").in_channels,
         pool=vit.global_pool,
         cost=block_cost(vit.blocks[0]),
         head=(head_macs(vit, 0), head_macs(vit, 1) - head_macs(vit, 0)),

@@ -81,7 +81,8 @@ def cheapest(cost: Tensor, cluster: Tensor, centres: Tensor) -> Tensor:
     least = cost.new_full(centres.shape, torch.inf).scatter_reduce(1, cluster, cost, "amin")
     place = torch.arange(n, device=cost.device).expand_as(cluster)
     place = torch.where(cost == least.gather(1, cluster), place, n)
-    return place.new_full(centres.shape, n).scatter_reduce(1, cluster, place, "amin")
+    found = place.new_full(centres.shape, n).scatter_reduce(1, cluster, place, "amin")
+    return torch.where(found < n, found, centres)  # nothing is the least of what is not a number
 
 
 def gathered(centres: Tensor, cluster: Tensor) -> Reduction:

@@ -8,12 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from saccade.attention import Attended, attend, timm_is_as_fast
 from saccade.gates import Gates, residual
 from saccade.heads import worth
+from saccade.hooks import layer_in, plain_block, plain_linear, require_plain, through, untouched, watched
 from saccade.plan import Plan, TimmBlock, ViT
 from saccade.ragged import Rows, gathered, packed, padded, scattered
 from saccade.tokens import READINGS, Tokens
@@ -31,73 +33,99 @@ def encode(
             reads (exact, and about 7 % of a 12-layer ViT); the tokens returned are then the prefix alone.
         sparse: gates skip what is off. False: compute everything and multiply (the differentiable training form).
     """
-    trace: list[BlockTrace] = []
-    run = _recomputed if vit.grad_checkpointing and torch.is_grad_enabled() else _kept
-    depth = plan.depth(len(vit.blocks))
-    as_timm = timm_is_as_fast(tokens.x)
-    for i, block in enumerate(vit.blocks[:depth]):
-        if as_timm and plan.rests(i) and tokens.plain and (whole or i < depth - 1):
-            tokens, ran = plain_block(block, tokens, run)
-            trace.append(ran)
-            continue
-        tokens, overhead = plan.reduce(i, "block", tokens, sparse)
-        gates, gating = plan.gates(i, block, tokens)
-        if gates is None and not whole and i == depth - 1:
-            tokens, ran = last_block(block, padded(tokens), plan.planned(i, "attn", tokens.num_patches))
-            wanted = None if ran.wanted is None else ran.wanted + overhead
-            trace.append(replace(ran, overhead=overhead, wanted=wanted))
-            break
-        read = plan.readings(i, tokens.num_patches)
-        tokens = packed(tokens) if sparse and gates is None else padded(tokens)
-        before, start = tokens.length, tokens
-        alone = not plan.reducers(i, "attn", tokens.num_patches)
-        gates, real, pack = execution(block, tokens, gates, sparse, alone)
-        skip = sparse and not read and gates is not None and worth(block.attn, gates)
-        among = None
-        if real and pack and alone and gates is not None and gates.whole_rows:
-            tokens, among = gathered(tokens, gates.patch, gates.places)  # type: ignore[arg-type]
-            gates = replace(gates, patch=None)
-        tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, real, skip, pack)
-        tokens, deciding = plan.reduce(i, "attn", tokens, sparse)
-        tokens = tokens.without(READINGS)
-        if among is None:
-            tokens = packed(tokens) if sparse and gates is None else padded(tokens)
-        middle = tokens
-        tokens, updated = run(mlp_branch, block, tokens, gates or Gates(), real, pack)
-        tokens = tokens if among is None else scattered(tokens, start, among)
+    return through(vit.blocks, partial(_run, vit, plan, whole, sparse), tokens)
 
-        cost = block_cost(block)
-        overheads = overhead + gating + deciding + _reading(block, read, kernel) * before
-        ran = BlockTrace(
-            cost=cost,
-            queries=attended,
-            keys=attended,
-            mlp=updated,
-            attn=gates.attn if gates and real and not read else None,
-            mlp_on=gates.mlp if gates and real else None,
-            heads=gates.head.mean(1) if gates and gates.head is not None and skip else None,
-            own=gates is not None and gates.own,
-            planned=(before, tokens.length),
-            overhead=overheads,
-            kernel=kernel if (real and pack) or not sparse else f"{kernel}, masked",
-            owner=tokens.owner,
-            wanted=None if sparse else _wanted(cost, start, middle, gates, overheads),
-            gates=None if sparse else gates,
-            kept=_kept_share(start),
-        )
-        trace.append(ran)
+
+def _run(vit: ViT, plan: Plan, whole: bool, sparse: bool, tokens: Tokens) -> tuple[Tokens, tuple[BlockTrace, ...]]:
+    run = _recomputed if vit.grad_checkpointing and torch.is_grad_enabled() else _kept
+    depth, as_timm = plan.depth(len(vit.blocks)), timm_is_as_fast(tokens.x)
+    trace: list[BlockTrace] = []
+    for i, block in enumerate(list(vit.blocks)[:depth]):
+        tokens, deciding = plan.reduce(i, "block", tokens, sparse)
+        if not whole and i == depth - 1 and not plan.gated(i) and prefix_is_enough(block):
+            step: Callable = partial(last_block, block, plan.planned(i, "attn", tokens.num_patches))
+        elif plan.rests(i, tokens.num_patches) and tokens.plain and (as_timm or watched(block)):
+            step = partial(whole_block, block, run)
+        else:
+            step = partial(block_in_parts, plan, i, block, run, sparse)
+        tokens, ran = step(tokens)
+        wanted = None if ran.wanted is None else ran.wanted + deciding
+        trace.append(replace(ran, overhead=ran.overhead + deciding, wanted=wanted))
     return padded(tokens), tuple(trace)
 
 
+def block_in_parts(
+    plan: Plan, i: int, block: TimmBlock, run: Callable, sparse: bool, tokens: Tokens
+) -> tuple[Tokens, BlockTrace]:
+    """A block inside of which a method works, or whose tokens do not count alike; its hooks see rectangles."""
+    require_plain(block, Block, f"blocks[{i}]")
+    shown = watched(block)
+    gates, gating = plan.gates(i, block, tokens)
+    tokens = packed(tokens) if sparse and gates is None and not shown else padded(tokens)
+    return through(block, partial(_parts, plan, i, block, run, sparse, gates, gating, shown), tokens)
+
+
+def _parts(
+    plan: Plan,
+    i: int,
+    block: TimmBlock,
+    run: Callable,
+    sparse: bool,
+    gates: Gates | None,
+    gating: int,
+    shown: bool,
+    tokens: Tokens,
+) -> tuple[Tokens, BlockTrace]:
+    read = plan.readings(i, tokens.num_patches)
+    before, start = tokens.length, tokens
+    alone = not plan.reducers(i, "attn", tokens.num_patches)
+    gates, real, pack = execution(block, tokens, gates, sparse, alone, shown)
+    skip = sparse and not read and not shown and gates is not None and worth(block.attn, gates)
+    among = None
+    if real and pack and alone and gates is not None and gates.whole_rows:
+        tokens, among = gathered(tokens, gates.patch, gates.places)  # type: ignore[arg-type]
+        gates = replace(gates, patch=None)
+    tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, real, skip, pack)
+    tokens, deciding = plan.reduce(i, "attn", tokens, sparse)
+    tokens = tokens.without(READINGS)
+    if among is None:
+        tokens = packed(tokens) if sparse and gates is None and not shown else padded(tokens)
+    middle = tokens
+    tokens, updated = run(mlp_branch, block, tokens, gates or Gates(), real, pack)
+    tokens = tokens if among is None else scattered(tokens, start, among)
+
+    cost = block_cost(block)
+    overheads = gating + deciding + _reading(block, read, kernel) * before
+    return tokens, BlockTrace(
+        cost=cost,
+        queries=attended,
+        keys=attended,
+        mlp=updated,
+        attn=gates.attn if gates and real and not read else None,
+        mlp_on=gates.mlp if gates and real else None,
+        heads=gates.head.mean(1) if gates and gates.head is not None and skip else None,
+        own=gates is not None and gates.own,
+        planned=(before, tokens.length),
+        overhead=overheads,
+        kernel=kernel if (real and pack) or not sparse else f"{kernel}, masked",
+        owner=tokens.owner,
+        wanted=None if sparse else _wanted(cost, start, middle, gates, overheads),
+        gates=None if sparse else gates,
+        kept=_kept_share(start),
+    )
+
+
 def execution(
-    block: TimmBlock, tokens: Tokens, gates: Gates | None, sparse: bool, alone: bool
+    block: TimmBlock, tokens: Tokens, gates: Gates | None, sparse: bool, alone: bool, shown: bool
 ) -> tuple[Gates | None, bool, bool]:
     """How gates are carried out: those that leave anything out, and whether images and single tokens are skipped.
 
-    alone: no reducer wants to see the tokens between attention and MLP.
+    alone: no reducer wants to see the tokens between attention and MLP. shown: hooks want to see all tokens.
     """
     if gates is None or not sparse:
-        return gates, sparse, sparse
+        return gates, sparse, sparse and not (shown and gates is not None)
+    if shown:
+        return gates, gates.patch is None, False
     if torch.compiler.is_compiling():  # a graph has the same shapes for all images
         return gates, alone and gates.static, alone and gates.static
     measure = partial(_both, block)
@@ -214,7 +242,7 @@ def mlp_branch(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool, pac
     return replace(tokens, x=x, mask=None), count
 
 
-def plain_block(block: TimmBlock, tokens: Tokens, run: Callable) -> tuple[Tokens, BlockTrace]:
+def whole_block(block: TimmBlock, run: Callable, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
     """A block of which nothing is asked: timm's own forward, and nothing of ours to wait for."""
     ran = BlockTrace(
         cost=block_cost(block),
@@ -229,8 +257,14 @@ def plain_block(block: TimmBlock, tokens: Tokens, run: Callable) -> tuple[Tokens
     return replace(tokens, x=run(block, tokens.x)), ran
 
 
-def last_block(block: TimmBlock, tokens: Tokens, left: int) -> tuple[Tokens, BlockTrace]:
-    """The last block for the prefix tokens only: they attend to all, and nobody reads what the patches would become."""
+def prefix_is_enough(block: TimmBlock) -> bool:
+    """Whether the prefix tokens alone may go through a block: no hook sees it, and its layers are what we think."""
+    return plain_block(block) and plain_linear(block.attn.qkv) and all(map(untouched, block.modules()))
+
+
+def last_block(block: TimmBlock, left: int, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
+    """The last block for the prefix tokens only: they attend to all, and what the patches would become is not read."""
+    tokens = padded(tokens)
     prefix, before = tokens.num_prefix, tokens.x.shape[1]
     attended = attend(block.attn, block.norm1(tokens.x), tokens.key_bias(), queries=prefix, alive=_keys(tokens))
     x = tokens.x[:, :prefix] + block.drop_path1(block.ls1(attended.x))
@@ -256,9 +290,10 @@ def block_cost(block: TimmBlock) -> BlockCost:
     """MACs of a block's parts, from the shapes of its layers."""
     attn = block.attn
     gate = getattr(attn, "gate", None)
+    dim = layer_in(attn.qkv, nn.Linear, "in_features").in_features
     linears = (m for m in block.mlp.modules() if isinstance(m, nn.Linear))
     return BlockCost(
-        dim=attn.qkv.in_features,
+        dim=dim,
         attn_dim=attn.num_heads * attn.head_dim,
         mlp=sum(m.in_features * m.out_features for m in linears),
         gate=0 if gate is None else gate.in_features * gate.out_features,

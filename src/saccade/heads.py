@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade.gates import Gates
+from saccade.hooks import plain_linear
 
 WORTH = 0.8  # share of (image, head) pairs up to which skipping pays where images differ, in a large batch …
 SMALL = 4.0  # … and how it shrinks in a small one, WORTH / (1 + SMALL / images): ``benchmarks/ragged.py --heads``
@@ -29,7 +30,7 @@ def worth(attn: Attention, gates: Gates) -> bool:
     """
     if gates.head is None or torch.compiler.is_compiling():
         return False
-    plain = type(attn.qkv) is nn.Linear and type(attn.proj) is nn.Linear and isinstance(attn.norm, nn.Identity)
+    plain = plain_linear(attn.qkv) and plain_linear(attn.proj) and isinstance(attn.norm, nn.Identity)
     if not plain or getattr(attn, "gate", None) is not None:  # these need all heads side by side
         return False
     attending = [True] * len(gates.head) if gates.attn is None else (gates.attn > 0).tolist()
@@ -61,13 +62,13 @@ def some_heads(
         shift = None if offset is None else offset[which, some].flatten()
         return F.linear(rows, weight[which, some].flatten(0, 2), shift).unflatten(1, (-1, d))
 
-    image_of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    image_of = torch.arange(len(lengths), device="cpu").repeat_interleave(torch.tensor(lengths, device="cpu"))
     values = project(x, slice(2, 3), list(range(H))) if own else None
     total: Tensor | None = None
     for images, some in groups(heads, lengths):
         rest = tuple(lengths[image] for image in images)
         everyone = sum(rest) == len(x)
-        index = torch.isin(image_of, torch.tensor(images)).nonzero().squeeze(1).to(x.device)
+        index = torch.isin(image_of, torch.tensor(images, device="cpu")).nonzero().squeeze(1).to(x.device)
         rows = x if everyone else x.index_select(0, index)
         counts = bias if everyone or bias is None else bias.index_select(0, index)
         if values is None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from saccade.backbone import backbone_of, class_names_of, head_macs
 from saccade.encoder import encode
 from saccade.errors import UserError, nearest
+from saccade.fresh import outside
+from saccade.hooks import any_hooked, around
 from saccade.output import Output
 from saccade.plan import Backbone, Method, Plan, Tokenizer, ViT, registry
 from saccade.setting import Call, Setting
@@ -57,11 +59,12 @@ class AdaptiveViT(TimmNames):
         """Make tokenizer and plan for what the ViT is now."""
         vit = self.vit
         self.backbone: Backbone = backbone_of(vit)
-        self.tokenizer, self.plan = build(self.backbone, self.setting, self.learned)
-        weight = next(vit.parameters())
-        for part in (self.tokenizer, self.plan):
-            part.to(weight.device, weight.dtype)  # what they learn runs where the model runs
-            part.train(vit.training)
+        weight = next(p for p in vit.parameters() if p.is_floating_point())
+        with outside():
+            self.tokenizer, self.plan = build(self.backbone, self.setting, self.learned)
+            for part in (self.tokenizer, self.plan):
+                part.to(weight.device, weight.dtype)  # what they learn runs where the model runs
+                part.train(vit.training)
 
     def at(self, setting: str | Setting) -> AdaptiveViT:
         """The same parameters under another setting: a light view, nothing is copied or mutated."""
@@ -74,8 +77,13 @@ class AdaptiveViT(TimmNames):
 
     def forward(self, images: Tensor) -> Output:
         """images [B, C, h, w], normalised -> logits, tokens, trace; nothing is computed that the logits do not need."""
-        tokens, trace = self._encode(images, whole=not self._reads_prefix_only())
-        return Output(self.head(tokens), tokens, trace)
+        ran: list[tuple[Tokens, Trace]] = []
+
+        def logits(images: Tensor) -> Tensor:
+            ran.append(self._encode(images, whole=not self._reads_prefix_only()))
+            return self.head(ran[-1][0])
+
+        return Output(around(self.vit, logits, images), *ran[-1])
 
     def encode(self, images: Tensor, *, sparse: bool | None = None) -> tuple[Tokens, Trace]:
         """All tokens after the whole last block (before the final norm), with the final owner map, and the trace.
@@ -166,13 +174,17 @@ class AdaptiveViT(TimmNames):
         return super().train(mode)
 
     def _reads_prefix_only(self) -> bool:
-        return self.vit.global_pool == "token" and type(self.vit.blocks[-1].attn.qkv) is nn.Linear
+        """Whether only the prefix is read of the last block's output, by hooks and a user's own forward too."""
+        vit = self.vit
+        return vit.global_pool == "token" and not any_hooked((vit.blocks, vit.norm)) and "forward" not in vars(vit.norm)
 
     def _check(self, images: Tensor) -> None:
         channels = self.backbone.channels
-        if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
+        shaped = images.ndim == 4 and images.shape[1] == channels and images.shape[2] > 0 and images.shape[3] > 0
+        if not shaped or not images.is_floating_point():
             raise UserError(
-                f"images of shape {tuple(images.shape)} and type {images.dtype}: expected float [B, {channels}, h, w]"
+                f"images of shape {tuple(images.shape)} and type {images.dtype}: expected float [B, {channels}, h, w], "
+                "of one pixel or more"
             )
 
 

@@ -144,17 +144,27 @@ class Plan(nn.Module):
                 self.at.setdefault(block, []).append(step)
 
     def reducers(self, block: int, site: str, n: int) -> list[Reducer]:
-        """Reducers at a site of a block that have anything to do when n patch tokens come in."""
-        chosen = []
+        """Reducers at a site of a block that may have something to do when n patch tokens come in.
+
+        Behind one whose count depends on the image each may: how many tokens there are is known when it is asked.
+        """
+        chosen, known = [], True
         for step in self.at.get(block, ()):
-            if isinstance(step, Reducer) and step.site == site and step.count(n) != n:
+            if not isinstance(step, Reducer) or step.site != site:
+                continue
+            left = step.count(n)
+            if left != n or not known:
                 chosen.append(step)
-                n = step.count(n) or n
+                n, known = left or n, known and left is not None
         return chosen
 
-    def rests(self, block: int) -> bool:
-        """Whether no method has anything to do with a block."""
-        return block not in self.at
+    def gated(self, block: int) -> bool:
+        """Whether a method decides which parts of a block run."""
+        return any(isinstance(step, Gater) for step in self.at.get(block, ()))
+
+    def rests(self, block: int, n: int) -> bool:
+        """Whether no method has anything to do inside of a block that n patch tokens enter."""
+        return not self.gated(block) and not self.reducers(block, "attn", n)
 
     def depth(self, blocks: int) -> int:
         """How many of so many blocks run."""
@@ -168,6 +178,8 @@ class Plan(nn.Module):
         cost, todo = 0, self.reducers(block, site, tokens.num_patches)
         for i, reducer in enumerate(todo):
             tokens = padded(tokens)
+            if reducer.count(tokens.num_patches) == tokens.num_patches:  # fewer are left than could be foreseen
+                continue
             cost += reducer.macs(tokens.num_patches)
             decision = reducer(tokens)
             later = frozenset().union(*(r.read for r in todo[i + 1 :]))  # readings that nobody needs stay behind

@@ -84,9 +84,8 @@ class Trace:
     def macs(self, nominal: bool = False) -> Tensor:
         """MACs per image, [B] float64: those that ran; nominal: the papers' convention, every block whole."""
         costs = [self.embed + self.head, *(block.macs(nominal) for block in self.blocks)]
-        total = torch.full(
-            (self.images,), float(sum(c for c in costs if not isinstance(c, Tensor))), dtype=torch.float64
-        )
+        known = float(sum(cost for cost in costs if not isinstance(cost, Tensor)))
+        total = torch.full((self.images,), known, dtype=torch.float64, device="cpu")
         for cost in costs:
             if isinstance(cost, Tensor):
                 total = total.to(cost.device) + cost.double()
@@ -94,7 +93,7 @@ class Trace:
 
     def wanted(self) -> Tensor:
         """MACs per image [B] of skipping all that masks leave out: the price of what gates decided, differentiable."""
-        total = self.embed + self.head + torch.zeros(self.images, dtype=torch.float64)
+        total = self.embed + self.head + torch.zeros(self.images, dtype=torch.float64, device="cpu")
         for block in self.blocks:
             cost = block.macs() if block.wanted is None else block.wanted
             total = total.to(cost.device) + cost.double() if isinstance(cost, Tensor) else total + cost

@@ -35,7 +35,7 @@ class Watched(Plan):
         super().__init__(plan.methods)
         self.seen: list[Seen] = []
 
-    def rests(self, block: int) -> bool:
+    def rests(self, block: int, n: int) -> bool:
         return False  # every block is looked at
 
     def reduce(self, block: int, site: str, tokens: Tokens, sparse: bool = True) -> tuple[Tokens, int]:

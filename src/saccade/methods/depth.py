@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.errors import UserError
+from saccade.fresh import fresh
 from saccade.plan import Backbone, Method, ViT, register
 from saccade.tokens import Tokens
 
@@ -55,7 +56,7 @@ def depth(backbone: Backbone, blocks: int | None = None, head: str = "shared") -
 
 
 def _head(backbone: Backbone) -> nn.Module:
-    classify = nn.Linear(backbone.dim, backbone.num_classes)
-    nn.init.trunc_normal_(classify.weight, std=0.02, generator=torch.Generator().manual_seed(0))  # the same every time
-    nn.init.zeros_(classify.bias)
-    return nn.Sequential(nn.LayerNorm(backbone.dim, eps=1e-6), classify)
+    classify = fresh(lambda: nn.Linear(backbone.dim, backbone.num_classes))
+    generator = torch.Generator("cpu").manual_seed(0)  # the same every time
+    nn.init.trunc_normal_(classify.weight, std=0.02, generator=generator)
+    return nn.Sequential(nn.LayerNorm(backbone.dim, eps=1e-6, dtype=torch.float32), classify)

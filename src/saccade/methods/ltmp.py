@@ -38,7 +38,7 @@ class Merge(Reducer):
     def __init__(self, start: float, stride: int, width: int) -> None:
         super().__init__()
         self.stride, self.width = stride, width
-        self.threshold = nn.Parameter(torch.full((1,), start))
+        self.threshold = nn.Parameter(torch.full((1,), start, dtype=torch.float32))
 
     def sides(self, n: int) -> tuple[list[int], list[int]]:
         """Places of A and of B among n."""
@@ -79,7 +79,7 @@ class Prune(Reducer):
 
     def __init__(self, start: float) -> None:
         super().__init__()
-        self.threshold = nn.Parameter(torch.full((1,), start))
+        self.threshold = nn.Parameter(torch.full((1,), start, dtype=torch.float32))
 
     def count(self, n: int) -> int | None:
         return None

@@ -74,7 +74,7 @@ def random_plus(
     chosen = blocks("random_plus", at, default, backbone.depth)
     if usage == 1 or not axes:
         return Method(())
-    order = scramble(torch.arange(2 * len(chosen)), seed).argsort(stable=True)
+    order = scramble(torch.arange(2 * len(chosen), device="cpu"), seed).argsort(stable=True)
     on = torch.zeros(2 * len(chosen), dtype=torch.bool)
     on[order[: round(usage * len(on))]] = True
     branches = on.view(-1, 2).tolist()

@@ -10,13 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.choose import there
 from saccade.decide import share_of
 from saccade.errors import UserError
 from saccade.gates import Gates
+from saccade.hooks import plain_linear
 from saccade.plan import Backbone, Gater, Method, TimmBlock, blocks, fraction, register
 from saccade.tokens import Tokens
 
@@ -53,13 +54,13 @@ def asked(attn: Any, asker: Tensor, x: Tensor) -> Tensor:
     """
     heads, width = attn.num_heads, attn.head_dim
     inner = heads * width
-    if type(attn.qkv) is nn.Linear:
+    if plain_linear(attn.qkv):
         query, key = attn.qkv.weight[:inner], attn.qkv.weight[inner : 2 * inner]
         q = F.linear(asker, query, None if attn.qkv.bias is None else attn.qkv.bias[:inner])
     else:
         q = attn.qkv(asker)[..., :inner]
     q = attn.q_norm(q.unflatten(-1, (heads, width))).flatten(2)
-    if type(attn.qkv) is nn.Linear:
+    if plain_linear(attn.qkv):
         return (x @ (q @ key).transpose(1, 2)).squeeze(-1)
     return (attn.qkv(x)[..., inner : 2 * inner] @ q.transpose(1, 2)).squeeze(-1)
 

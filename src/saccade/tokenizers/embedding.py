@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.fresh import fresh
 from saccade.plan import ViT
 from saccade.reduction import rows
 from saccade.tokenizers.mosaic import Geometry, Mosaic, table
@@ -71,8 +72,8 @@ class Detail(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.merge: Any = nn.Conv2d(dim, dim, 2, stride=2)
-        self.out = nn.Linear(dim, dim)
+        self.merge: Any = fresh(lambda: nn.Conv2d(dim, dim, 2, stride=2))
+        self.out = fresh(lambda: nn.Linear(dim, dim))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 

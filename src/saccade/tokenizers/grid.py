@@ -10,10 +10,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade.errors import UserError
+from saccade.hooks import around, exact, kernel_of, layer_in, require_plain
 from saccade.plan import Backbone, Tokenizer, ViT, fraction, register
 from saccade.tokenizers.embed import METHODS, RHO, ResizeSpec, choose, resize_kernel, resize_positions
 from saccade.tokenizers.kept import kept
@@ -50,28 +52,48 @@ class Grid(Tokenizer):
         return self.size or native
 
     def macs(self, vit: ViT, tokens: Tokens) -> int:
-        proj = vit.patch_embed.proj
+        proj = layer_in(vit.patch_embed.proj, nn.Conv2d, "in_channels")
         return tokens.num_patches * proj.in_channels * self.patch[0] * self.patch[1] * proj.out_channels
 
     def forward(self, vit: ViT, images: Tensor) -> Tokens:
         images = self._fit(images)
         grid = self._cells(*images.shape[-2:])
-        kernel, positions = self.weights(vit, grid)
-        x = F.conv2d(images, kernel, vit.patch_embed.proj.bias, stride=self.stride)
-        x = vit.patch_embed.norm(x.flatten(2).transpose(1, 2))
-        x = place(vit, x, positions)
+        x = self._embed(vit, images)
+        x = place(vit, x, self.positions(vit, grid))
         cells = torch.arange(grid[0] * grid[1], device=x.device)
         return Tokens(x, cells.expand(x.shape[0], -1), grid, vit.num_prefix_tokens)
 
+    def _embed(self, vit: ViT, images: Tensor) -> Tensor:
+        """images [B, C, h, w] -> [B, N, D]: timm's own layers where the patch is theirs, else its resized kernel."""
+        embed, proj = vit.patch_embed, vit.patch_embed.proj
+        own = self.patch == self.stride == tuple(embed.patch_size)
+
+        def resized(images: Tensor) -> Tensor:  # read here, behind the hooks that compute the weight (pruning)
+            return F.conv2d(images, self.kernel(vit), proj.bias, stride=self.stride)
+
+        def forward(images: Tensor) -> Tensor:
+            x = proj(images) if own else around(proj, resized, images)
+            return embed.norm(x.flatten(2).transpose(1, 2))
+
+        if not exact(embed, PatchEmbed):
+            if own and images.shape[-2:] == embed.img_size:
+                return embed(images)
+            require_plain(embed, PatchEmbed, "patch_embed")
+        return around(embed, forward, images)
+
+    def kernel(self, vit: ViT) -> Tensor:
+        """The weights' kernel at this patch size, [D, C, ph, pw]. UserError where there is no kernel to resize."""
+        ways = self.spec, self.how, self.rho
+        filters = kernel_of(vit.patch_embed.proj, "grid")
+        return kept(vit, "kernel", (self.patch, *ways), filters, lambda w: resize_kernel(w, self.patch, *ways))
+
     def weights(self, vit: ViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Kernel [D, C, ph, pw] and positions [1, P + gh * gw, D] of a ViT at this patch size and on this grid."""
-        filters, table, ways = vit.patch_embed.proj.weight, vit.pos_embed, (self.spec, self.how, self.rho)
-        kernel = kept(vit, ("kernel", self.patch, *ways), filters, lambda w: resize_kernel(w, self.patch, *ways))
-        if table is None:
-            return kernel, None
-        old, prefix = tuple(vit.patch_embed.grid_size), 0 if vit.no_embed_class else vit.num_prefix_tokens
-        make = partial(resize_positions, old=old, new=grid, num_prefix=prefix, spec=self.spec)
-        return kernel, kept(vit, ("positions", grid, old, self.spec), table, make)
+        return self.kernel(vit), self.positions(vit, grid)
+
+    def positions(self, vit: ViT, grid: tuple[int, int]) -> Tensor | None:
+        """The weights' positions on a grid, [1, P + gh * gw, D]; None: they have none."""
+        return grid_positions(vit, grid, self.spec)
 
     def _cells(self, h: int, w: int) -> tuple[int, int]:
         (ph, pw), (sh, sw) = self.patch, self.stride
@@ -100,6 +122,15 @@ class Grid(Tokenizer):
         return _resize(images, target)
 
 
+def grid_positions(vit: ViT, grid: tuple[int, int], spec: ResizeSpec) -> Tensor | None:
+    """A ViT's position table on a grid, [1, P + gh * gw, D] (no P where prefix tokens have none); None: no table."""
+    if vit.pos_embed is None:
+        return None
+    old, prefix = tuple(vit.patch_embed.grid_size), 0 if vit.no_embed_class else vit.num_prefix_tokens
+    make = partial(resize_positions, old=old, new=grid, num_prefix=prefix, spec=spec)
+    return kept(vit, "positions", (grid, old, spec), vit.pos_embed, make)
+
+
 def place(vit: ViT, x: Tensor, positions: Tensor | None) -> Tensor:
     """Add positions and prefix tokens as timm's ``_pos_embed`` does (Apache-2.0): x [B, N, D] -> [B, P+N, D]."""
     known = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
@@ -109,7 +140,7 @@ def place(vit: ViT, x: Tensor, positions: Tensor | None) -> Tensor:
     x = torch.cat([*prefix, x], dim=1) if prefix else x
     if positions is not None and not vit.no_embed_class:
         x = x + positions
-    return vit.norm_pre(vit.pos_drop(x)).contiguous()
+    return vit.norm_pre(vit.patch_drop(vit.pos_drop(x))).contiguous()
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:

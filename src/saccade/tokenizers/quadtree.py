@@ -11,10 +11,12 @@ from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade.errors import UserError
+from saccade.hooks import around, require_plain
 from saccade.knobs import one_of, switch
 from saccade.plan import Backbone, Tokenizer, ViT, register
 from saccade.tokenizers.constants import full_precision
@@ -51,7 +53,9 @@ class Quadtree(Tokenizer):
         self.resample, self.positions, self.area_bias = resample, positions, area_bias
         self.fine = grid(backbone, sizes[0])
         self.resize = self.fine.resize
-        self.size_embedding = nn.Parameter(torch.zeros(len(sizes), backbone.dim)) if size_embedding else None
+        self.size_embedding: nn.Parameter | None = None
+        if size_embedding:
+            self.size_embedding = nn.Parameter(torch.zeros(len(sizes), backbone.dim, dtype=torch.float32))
         self.detail: nn.Module | None = Detail(backbone.dim) if detail else None
 
     def input_size(self, native: tuple[int, int]) -> tuple[int, int]:
@@ -114,16 +118,26 @@ class Quadtree(Tokenizer):
 
     def _embed(self, scene: Scene, mosaic: Mosaic, heard: Tensor | None) -> Tokens:
         vit = scene.vit
-        (kernel, positions), bias = self.fine.weights(vit, mosaic.geometry.cells), vit.patch_embed.proj.bias
-        x = F.linear(read_leaves(scene.levels, mosaic).to(kernel.dtype), kernel.flatten(1), bias)
-        if self.detail is not None:
-            x = x + self.detail(F.conv2d(scene.images.to(kernel.dtype), kernel, bias, stride=self.sizes[0]), mosaic)
-        x = vit.patch_embed.norm(x)
+        embed, proj = vit.patch_embed, vit.patch_embed.proj
+
+        def project(leaves: Tensor) -> Tensor:  # the kernel is read behind the hooks that compute it (pruning)
+            kernel = self.fine.kernel(vit)
+            return F.linear(leaves.to(kernel.dtype), kernel.flatten(1), proj.bias)
+
+        def forward(images: Tensor) -> Tensor:
+            x = around(proj, project, read_leaves(scene.levels, mosaic))
+            if self.detail is not None:
+                kernel = self.fine.kernel(vit)
+                x = x + self.detail(F.conv2d(images.to(kernel.dtype), kernel, proj.bias, stride=self.sizes[0]), mosaic)
+            return embed.norm(x)
+
+        require_plain(embed, PatchEmbed, "patch_embed")
+        x = around(embed, forward, scene.images)
         if self.size_embedding is not None:
             x = x + self.size_embedding[mosaic.leaf_level].to(x.dtype)
         if heard is not None:
             x = x * heard.unsqueeze(-1).to(x.dtype)
-        x = place(vit, x, leaf_positions(vit, positions, mosaic, self.positions))
+        x = place(vit, x, leaf_positions(vit, self.fine.positions(vit, mosaic.geometry.cells), mosaic, self.positions))
         size = mosaic.area if self.area_bias else None
         return Tokens(x, mosaic.owner, mosaic.geometry.cells, vit.num_prefix_tokens, size=size, valid=mosaic.valid)
 

@@ -18,9 +18,8 @@ from torch.nn import functional as F
 from saccade.errors import UserError
 from saccade.fresh import fresh
 from saccade.plan import Backbone, Tokenizer, ViT, register
-from saccade.tokenizers.embed import ResizeSpec, choose, resize_positions
-from saccade.tokenizers.grid import place
-from saccade.tokenizers.kept import kept
+from saccade.tokenizers.embed import ResizeSpec, choose
+from saccade.tokenizers.grid import grid_positions, place
 from saccade.tokens import Tokens
 
 SIDES = (8, 16, 32)  # pixels from one token to the next that four convolutions reach
@@ -61,7 +60,7 @@ class Stem(Tokenizer):
     def forward(self, vit: ViT, images: Tensor) -> Tokens:
         x = self.last(self.levels(images)[-1])
         grid = x.shape[-2], x.shape[-1]
-        x = place(vit, vit.patch_embed.norm(x.flatten(2).transpose(1, 2)), self._positions(vit, grid))
+        x = place(vit, vit.patch_embed.norm(x.flatten(2).transpose(1, 2)), grid_positions(vit, grid, self.spec))
         cells = torch.arange(grid[0] * grid[1], device=x.device)
         return Tokens(x, cells.expand(x.shape[0], -1), grid, vit.num_prefix_tokens)
 
@@ -80,13 +79,6 @@ class Stem(Tokenizer):
             return images
         x = images if images.dtype == torch.float64 else images.float()  # not made for half precision on the CPU
         return F.interpolate(x, size=target, mode="bicubic", antialias=True, align_corners=False).to(images.dtype)
-
-    def _positions(self, vit: ViT, grid: tuple[int, int]) -> Tensor | None:
-        if vit.pos_embed is None:
-            return None
-        old, prefix = tuple(vit.patch_embed.grid_size), 0 if vit.no_embed_class else vit.num_prefix_tokens
-        make = partial(resize_positions, old=old, new=grid, num_prefix=prefix, spec=self.spec)
-        return kept(vit, ("positions", grid, old, self.spec), vit.pos_embed, make)
 
 
 @register("stem", kind="tokenizer")  # no menu: what was not trained is not tried

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.attention import attend
-from saccade.encoder import attention_branch, block_cost, mlp_branch
-from saccade.gates import Gates
+from saccade.encoder import block_cost
+from saccade.hooks import hooked, plain_linear
 from saccade.knobs import whole
 from saccade.plan import Backbone, ViT
 from saccade.tokenizers.mosaic import Geometry
@@ -42,14 +42,13 @@ class FirstLook(Scorer):
         if tuple(small.shape[-2:]) != (h * g.patch, w * g.patch):  # it ends before the image does
             small = F.interpolate(scene.images, size=(h * g.patch, w * g.patch), mode="bilinear", antialias=True)
         tokens = scene.fine(vit, small.to(vit.patch_embed.proj.weight.dtype))
-        for block in vit.blocks[: self.blocks - 1]:
-            tokens, *_ = attention_branch(block, tokens, Gates(), frozenset(), False)
-            tokens, *_ = mlp_branch(block, tokens, Gates(), False)
+        x = vit.blocks[: self.blocks - 1](tokens.x)
         last = vit.blocks[self.blocks - 1]
         if vit.cls_token is None:
-            seen = attend(last.attn, last.norm1(tokens.x), read=frozenset({"received"})).received
+            seen = attend(last.attn, last.norm1(x), read=frozenset({"received"})).received
         else:
-            seen = attend(last.attn, last.norm1(tokens.x), queries=1, read=frozenset({"cls_attn"})).cls_attn
+            queries = 1 if plain_linear(last.attn.qkv) and not hooked(last.attn) else None
+            seen = attend(last.attn, last.norm1(x), queries=queries, read=frozenset({"cls_attn"})).cls_attn
         assert seen is not None
         return pooled(seen[:, vit.num_prefix_tokens :].unflatten(1, (h, w)), g)
 

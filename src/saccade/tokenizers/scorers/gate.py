@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.fresh import fresh
 from saccade.knobs import whole
 from saccade.plan import Backbone, ViT
 from saccade.tokenizers.mosaic import Geometry, Mosaic, covering
@@ -31,8 +32,8 @@ class Gate(Scorer):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.base = Pixel("edge", "box")
-        self.hidden: nn.Linear = nn.Linear(channels * SIDE**2 + 2, hidden)
-        self.out: nn.Linear = nn.Linear(hidden, 1)
+        self.hidden = fresh(lambda: nn.Linear(channels * SIDE**2 + 2, hidden))
+        self.out = fresh(lambda: nn.Linear(hidden, 1))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
