@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from saccade.backbone import backbone_of, set_resize
 from saccade.bigvision import read_npz
-from saccade.checkpoint import create_model, fill, save
+from saccade.checkpoint import create_model, save
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_dense
@@ -31,6 +31,7 @@ from saccade.plan import ViT
 from saccade.setting import Call, Setting
 from saccade.tokenizers.embed import PRESETS, choose, resize_kernel, resize_positions
 from saccade.tokenizers.grid import Grid
+from saccade.weights import fill
 
 Size = int | tuple[int, int]
 GOOGLE_INPUT = (240, 240)  # pixels that all published FlexiViTs were trained at, in [-1, 1]

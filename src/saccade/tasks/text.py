@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from saccade.checkpoint import read_weights
 from saccade.errors import UserError
 from saccade.files import replacing
+from saccade.weights import read_weights
 
 END, PAD = 256, 257  # after the 256 bytes
 LIMITS = {"width": 4096, "depth": 64, "heads": 64, "length": 4096}  # a config from elsewhere may not ask for more

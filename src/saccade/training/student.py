@@ -11,13 +11,14 @@ from torch import nn
 
 from saccade.assets import folder
 from saccade.backbone import resize_of, set_class_names, set_resize
-from saccade.checkpoint import create_model, load, load_weights
+from saccade.checkpoint import create_model, load
 from saccade.data import ImageSet, class_indices
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.plan import ViT
 from saccade.tokenizers.embed import ResizeSpec, resize_kernel, resize_positions
 from saccade.training.config import Distill, Source
+from saccade.weights import load_weights
 
 
 class Student(nn.Module):

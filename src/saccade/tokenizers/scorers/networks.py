@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 from saccade.errors import UserError, nearest
+from saccade.folder_config import check_open
 
 WEIGHTS = "'pretrained', 'random' or a safetensors file with the network's own keys"
 # Cuts of torchvision's ShuffleNets: the last of these parts that is kept, for each stride. The paper cuts before the
@@ -73,7 +74,6 @@ class Network:
         return self
 
 
-@lru_cache(maxsize=8)
 def open_network(name: str, stride: int | None, weights: str, blocks: int | None = None) -> Network:
     """A network by its name, cut where its maps have a stride; None: the whole classifier.
 
@@ -85,10 +85,17 @@ def open_network(name: str, stride: int | None, weights: str, blocks: int | None
     Raises:
         UserError: unknown name or stride, weights that cannot be had.
     """
+    if weights != "random":
+        check_open(f"the weights of the scorer network {name!r} ({weights!r})")
+    return _opened(name, stride, weights, blocks)
+
+
+@lru_cache(maxsize=8)
+def _opened(name: str, stride: int | None, weights: str, blocks: int | None) -> Network:
     if weights in ("pretrained", "random"):
         state = None
     else:
-        from saccade.checkpoint import read_weights  # which imports what imports this
+        from saccade.weights import read_weights
 
         state = read_weights(weights)
     try:
