@@ -334,7 +334,7 @@ def test_training_and_copies_keep_the_spec(tmp_path):
 def test_a_folder_without_a_spec_is_free(tmp_path):
     save(AdaptiveViT(make_vit()), tmp_path / "model")
     ours = json.loads((tmp_path / "model" / "config.json").read_text())["saccade"]
-    assert set(ours) == {"format", "setting"}
+    assert set(ours) == {"format", "setting", "weights"}
     for spec in PRESETS:
         assert load(tmp_path / "model", f"grid(8, resize='{spec}')").tokenizer.spec == PRESETS[spec]
 
