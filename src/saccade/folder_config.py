@@ -113,7 +113,7 @@ class Ours(Strict):
     task: Text = "classify"
     weights: Seal | None = None  # folders of before have none
     resize: Any = None  # see ResizeSpec.from_dict
-    input_size: Pair | None = None
+    input_size: Pair = None  # type: ignore[assignment]  # may be absent, not null
     runner: Runner | Text | None = None
 
 
@@ -150,6 +150,9 @@ def parse(data: bytes, path: Path) -> FolderConfig:
             ) from None
         if place == "saccade.setting":
             raise UserError(f"{shortened(path)} names no setting of at most 1000 characters") from None
+        if place.startswith("saccade.input_size"):
+            what = f"input_size={str(value)[:50]} is not two whole numbers in [1, 8192]"
+            raise UserError(f"{shortened(path)}: {what}") from None
         given = "" if wrong["type"] == "missing" or isinstance(value, (dict, list, bytes)) else f"={str(value)[:50]!r}"
         what = f"{place}{given}: {wrong['msg']}" if place else wrong["msg"]
         raise UserError(f"{shortened(path)} is not a Saccade config ({' '.join(what.split())[:250]})") from None
