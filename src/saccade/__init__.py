@@ -50,6 +50,9 @@ _HOME = {
     "detect": "tasks.precision:evaluate_detection",
     "zeroshot": "tasks.zeroshot:evaluate_words",
     "view": "views",
+    "predict": "predictor",
+    "Predictor": "predictor",
+    "Prediction": "prediction",
     "Trace": "trace",
     "UserError": "errors",
 }

@@ -25,6 +25,7 @@ def open_model(
     device: str | torch.device | None = None,
     *,
     trained: bool = True,
+    deployed: bool = False,
 ) -> AdaptiveViT:
     """The model that a source names, in evaluation mode unless it is one.
 
@@ -35,6 +36,7 @@ def open_model(
         pretrained: timm's own weights, from the hub.
         device: "cpu", "cuda:1", …; "auto": a GPU where there is one. None: where a model is; for others "auto".
         trained: refuse a name without weights.
+        deployed: run a folder's model as the folder recommends; else as it is, in fp32 and eager.
 
     Raises:
         UserError: none of these; weights that are missing, too many or do not fit; a device that is not there.

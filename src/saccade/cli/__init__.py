@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         detect,
         eval,
         list,
+        predict,
         segment,
         stem,
         train,

@@ -1,6 +1,6 @@
 """Image sets, preprocessing and bad input."""
 
-from saccade.data.decode import ImageError, decode
+from saccade.data.decode import ImageError, decode, upright
 from saccade.data.labels import class_indices, class_names
 from saccade.data.loader import CACHE_BYTES, Batch, Failures, Loader
 from saccade.data.preprocess import Preprocess
@@ -19,4 +19,5 @@ __all__ = [
     "decode",
     "open_images",
     "splits",
+    "upright",
 ]

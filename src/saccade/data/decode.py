@@ -70,6 +70,11 @@ def decode(data: bytes | Path, name: str, *, max_pixels: int | None = None) -> I
     except Exception as error:
         raise ImageError(name, _reason(error)) from error
     check_pixels(name, "is", *image.size, limit)
+    return upright(image, name)
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """An opened image, which is changed, as ``decode`` gives it. Raises ImageError."""
     try:
         image.load()
         with contextlib.suppress(Exception):  # broken EXIF leaves the pixels good and the orientation unknown

@@ -80,7 +80,7 @@ def splits(path: str | Path) -> list[str]:
 
     Raises UserError as ``open_images`` does for a path that cannot be listed.
     """
-    _, names = _list(Path(path))
+    _, names = list_images(Path(path))
     return sorted({name.split("/")[0] for name in names if name.count("/") == 2})
 
 
@@ -95,7 +95,7 @@ def open_images(path: str | Path, split: str | None = None) -> ImageSet:
     Raises UserError for a missing path, no images, images at different depths, or a split that is not there.
     """
     path = Path(path)
-    store, names = _list(path)
+    store, names = list_images(path)
     depths = {name.count("/"): name for name in names}
     if not depths:
         raise UserError(f"no images in {path}: looked for {', '.join(EXTENSIONS)} as {LAYOUTS}")
@@ -120,7 +120,8 @@ def open_images(path: str | Path, split: str | None = None) -> ImageSet:
     return ImageSet(path, split, chosen, labels, classes, store)
 
 
-def _list(path: Path) -> tuple[Store, list[str]]:
+def list_images(path: Path) -> tuple[Store, list[str]]:
+    """Where the images at a path lie, and the names of all of them, sorted, however deep. Raises UserError."""
     if path == Path("scenes") and not os.path.lexists(path):
         from saccade.data.scenes import Rendered  # that file imports this one
 
