@@ -59,6 +59,8 @@ def keep_where(chosen: Tensor, gate: Tensor | None = None) -> Reduction:
     Waits for the device: the most that an image keeps decides how long the batch is. In a graph all have a place, so
     that shapes stay fixed; and in training, where it is given the same choice as a straight-through ``gate``.
     """
+    lost = ~chosen.any(1, keepdim=True)  # of what is not a number nothing is chosen: the first token stays
+    chosen = torch.cat([chosen[:, :1] | lost, chosen[:, 1:]], dim=1)
     static = gate is not None or torch.compiler.is_compiling() or not len(chosen)
     most = chosen.shape[1] if static else int(chosen.sum(1).max())
     keep = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]

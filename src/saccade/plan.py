@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from saccade.errors import UserError, nearest
 from saccade.gates import Gates
+from saccade.groups import gates_by_group, groups, is_ragged, joined
 from saccade.ragged import padded
 from saccade.reduction import Reduction, SoftReduction, hide, reduce
 from saccade.tokenizers.embed import ResizeSpec
@@ -81,6 +82,7 @@ class Reducer(nn.Module):
 
     site: ClassVar[str] = "attn"  # "attn": between attention and MLP; "block": before the block
     read: frozenset[str] = frozenset()  # readings of attention that it needs ("attn" only)
+    ragged: bool = False  # whether padding changes nothing; else it is asked about images of equal counts
 
     def count(self, n: int) -> int | None:
         """Patch tokens left of n; None when it depends on the image. Equal to n: nothing will be read or run."""
@@ -96,6 +98,8 @@ class Reducer(nn.Module):
 
 class Gater(nn.Module):
     """Decides which parts of one block run, from the tokens at its input."""
+
+    ragged: bool = False  # as a reducer's
 
     def macs(self, n: int) -> int:
         """Multiply-accumulates of deciding, for n patch tokens."""
@@ -175,17 +179,18 @@ class Plan(nn.Module):
 
         sparse: False: a reduction that has a gate is carried out as a mask.
         """
-        cost, todo = 0, self.reducers(block, site, tokens.num_patches)
+        cost: int = 0
+        todo = self.reducers(block, site, tokens.num_patches)
         for i, reducer in enumerate(todo):
             tokens = padded(tokens)
-            if reducer.count(tokens.num_patches) == tokens.num_patches:  # fewer are left than could be foreseen
-                continue
-            cost += reducer.macs(tokens.num_patches)
-            decision = reducer(tokens)
+            cost += 0 if _nothing_to_do(reducer, tokens) else reducer.macs(tokens.num_patches)
             later = frozenset().union(*(r.read for r in todo[i + 1 :]))  # readings that nobody needs stay behind
-            tokens = tokens.without(READINGS - later)
-            gate = None if sparse else getattr(decision, "gate", None)
-            tokens = reduce(tokens, decision) if gate is None else hide(tokens, decision)
+            step = partial(_reduced, reducer, READINGS - later, sparse)
+            if sparse and not reducer.ragged and is_ragged(tokens):
+                found = groups(tokens)
+                tokens = joined([step(group.tokens) for group in found], found)
+            else:
+                tokens = step(tokens)
         return tokens, cost
 
     def gates(self, i: int, block: TimmBlock, tokens: Tokens) -> tuple[Gates | None, int]:
@@ -195,7 +200,9 @@ class Plan(nn.Module):
             if not isinstance(gater, Gater):
                 continue
             cost += gater.macs(tokens.num_patches)
-            found.append(gater.of(block, padded(tokens)))
+            decide = partial(gater.of, block)
+            ragged = is_ragged(tokens) and not gater.ragged
+            found.append(gates_by_group(tokens, decide) if ragged else decide(padded(tokens)))
         return _agree(found), cost
 
     def readings(self, block: int, n: int) -> frozenset[str]:
@@ -207,6 +214,21 @@ class Plan(nn.Module):
         for reducer in self.reducers(block, site, n):
             n = reducer.count(n) or n
         return n
+
+
+def _nothing_to_do(reducer: Reducer, tokens: Tokens) -> bool:
+    """Whether fewer tokens are there than could be foreseen, so few that the reducer would leave them all."""
+    return reducer.count(tokens.num_patches) == tokens.num_patches
+
+
+def _reduced(reducer: Reducer, spent: frozenset[str], sparse: bool, tokens: Tokens) -> Tokens:
+    """One reducer's decision, carried out; readings that are ``spent`` then stay behind."""
+    if _nothing_to_do(reducer, tokens):
+        return tokens.without(spent)
+    decision = reducer(tokens)
+    tokens = tokens.without(spent)
+    gate = None if sparse else getattr(decision, "gate", None)
+    return reduce(tokens, decision) if gate is None else hide(tokens, decision)
 
 
 def _agree(gates: list[Gates]) -> Gates | None:

@@ -33,6 +33,8 @@ STD = 0.02  # of the weights of a decision, as published
 class Decide(Gater):
     """One linear layer for each axis, from the normed class token (without one: the mean token); see ``adavit``."""
 
+    ragged = True
+
     def __init__(
         self,
         outputs: Mapping[str, int],

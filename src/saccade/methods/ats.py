@@ -21,6 +21,8 @@ from saccade.tokens import Tokens
 class Sample(Reducer):
     """Keep the tokens nearest to ⌈keep · n⌉ levels of the cumulative score, attention · length of the value."""
 
+    ragged = True
+
     def __init__(self, keep: float, reading: str) -> None:
         super().__init__()
         self.keep, self.reading = keep, reading

@@ -38,6 +38,7 @@ class Halt(Reducer):
     """
 
     site = "block"
+    ragged = True
 
     def __init__(self, gamma: float, beta: float) -> None:
         super().__init__()

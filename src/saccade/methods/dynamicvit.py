@@ -69,6 +69,7 @@ class Drop(Reducer):
     def __init__(self, keep: float, first: bool, dim: int, seed: int, tau: float, threshold: float | None) -> None:
         super().__init__()
         self.keep, self.first, self.tau, self.threshold = keep, first, tau, threshold
+        self.ragged = threshold is not None
         self.predictor = Predictor(dim, seed)
 
     def planned(self, n: int) -> int:

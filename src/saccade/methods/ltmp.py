@@ -35,6 +35,8 @@ class Merge(Reducer):
 
     read = frozenset({"key"})
 
+    ragged = True
+
     def __init__(self, start: float, stride: int, width: int) -> None:
         super().__init__()
         self.stride, self.width = stride, width
@@ -76,6 +78,8 @@ class Prune(Reducer):
     """Drop the tokens that receive less attention than a share of the mean over tokens."""
 
     read = frozenset({"received"})
+
+    ragged = True
 
     def __init__(self, start: float) -> None:
         super().__init__()
