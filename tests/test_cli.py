@@ -217,7 +217,7 @@ def test_tune(run, tmp_path, monkeypatch):
     assert found["verdict"] and found["folder"] == str(tmp_path / "out")
     code, table, err = run(*arguments)
     assert code == 0
-    assert "→ " in table and "report.html" in table and "random(" in table
+    assert "→ " in table and "report.html" in table and "To run it: saccade.load(" in table
     assert "settings; 21 images to choose by, 21 to report on" in err
     code, out, _ = run("eval", tmp_path / "out" / "model", "photos", "--json")
     assert code == 0
@@ -236,7 +236,7 @@ def test_demo(run, tmp_path, monkeypatch):
 
 
 def without_waiting(tune, *args, **options):
-    return tune(*args, **{**options, "seconds": 0.0})
+    return tune(*args, **{**options, "seconds": 0.0, "minutes": None})
 
 
 # Pictures
@@ -358,7 +358,9 @@ VIT = "vit_tiny_patch16_224"
         ("bench model --threads 0", "--threads"),
         ("eval model photos --batch 0", "--batch"),
         ("eval model photos --limit 0", "--limit"),
-        ("tune model photos", "give one of target, gmacs, ms and max_drop; 0 were given"),
+        ("tune model photos --quick --minutes 3", "give one of --quick and --minutes"),
+        ("tune model photos --minutes 0", "minutes=0"),
+        ("tune model photos --minutes nan", "minutes=nan"),
         ("tune model photos --target 2x --ms 3", "2 were given"),
         ("tune model photos --target fast", "target='fast' is not a number"),
         ("tune model photos --max-drop 120%", "max_drop='120%' is not in [0, 1]"),
@@ -420,9 +422,7 @@ def test_an_interruption_is_said_in_one_line(run, monkeypatch):
     monkeypatch.setattr(Judge, "predict", stop)
     code, out, err = run("eval", "model", "photos")
     assert (code, out) == (130, "")
-    assert err.strip().splitlines() == [
-        "saccade: interrupted; what was measured is kept, the same command goes on from there"
-    ]
+    assert err.strip().splitlines() == ["saccade: interrupted; nothing was kept to take up"]
 
 
 def test_ctrl_c_leaves_whole_files_and_nothing_else(place, tmp_path):

@@ -13,9 +13,8 @@ import saccade
 from data_helpers import write_folder
 from oracles import make_vit
 from saccade.errors import UserError
-from saccade.measure import accuracy, sweep
+from saccade.measure import accuracy, speed, sweep
 from saccade.measure.accuracy import Judge
-from saccade.measure.speed import Runner
 from saccade.measure.sweep import Swept, evaluate, expanded, trained_for
 from saccade.model import AdaptiveViT
 from test_cli import Run, place, run  # noqa: F401  (fixtures)
@@ -122,24 +121,22 @@ def test_a_range_is_timed_unless_told_otherwise(model, photos, asked, settings, 
 
 def test_speed_is_measured_beside_dense_at_the_batch_and_size_of_the_setting(model, photos, asked, monkeypatch):
     shapes: dict[str, set[tuple[int, ...]]] = {}
-    prepare = Runner.prepare
+    timed = speed._timed
 
-    def prepared(self, view):
-        logits = prepare(self, view)
+    def watched(way, images, clock):
+        def seen(images):
+            out = way(images)
+            shapes.setdefault(f"{images.shape[-1]}", set()).add(tuple(images.shape))
+            return out
 
-        def watched(images):
-            shapes.setdefault(str(view.setting), set()).add(tuple(images.shape))
-            return logits(images)
+        return timed(seen, images, clock)
 
-        return watched
-
-    monkeypatch.setattr(Runner, "prepare", prepared)
+    monkeypatch.setattr(speed, "_timed", watched)
     rows, _ = evaluate(model, photos, "grid(16, size=32..64)", limit=3, batch=5)
     assert shapes == {
-        "dense": {(5, 3, 64, 64)},
-        "grid(16, size=32)": {(5, 3, 32, 32)},
-        "grid(16, size=48)": {(5, 3, 48, 48)},
-        "grid(16, size=64)": {(5, 3, 64, 64)},
+        "32": {(5, 3, 32, 32)},
+        "48": {(5, 3, 48, 48)},
+        "64": {(5, 3, 64, 64)},
     }
     dense, small = rows[0], rows[1]
     assert dense.speed.speedup == 1.0 and (small.speed.batch, small.speed.runs) == (5, 7)

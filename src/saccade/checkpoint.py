@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -25,6 +25,10 @@ from saccade.setting import Setting
 from saccade.tokenizers.embed import ResizeSpec
 from saccade.weights import check, line, load_weights, read_header, read_weights, shapes, some
 
+if TYPE_CHECKING:
+    from saccade.runner import Runner
+
+SAVED = "saved"  # the runner that the folder names
 LEARNED = "learned."  # before the names of what methods learn
 TRIES = 20  # of a folder that is replaced while it is read
 # What a folder may hold beside a classifier: a subclass of AdaptiveViT for each task.
@@ -101,8 +105,13 @@ def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
 
 
 @torch.inference_mode(False)
-def load(folder: str | os.PathLike, setting: str | None = None) -> AdaptiveViT:
+def load(
+    folder: str | os.PathLike, setting: str | None = None, *, runner: Runner | str | Mapping[str, Any] | None = SAVED
+) -> AdaptiveViT:
     """Open a folder written by ``save``, under its own setting or another. Raises UserError for anything amiss.
+
+    The model runs the way that the folder recommends (what ``tune`` chose: number type and compilation; printing the
+    model says it), or by another ``runner``, as ``model.deploy`` takes it; None or "eager": fp32, nothing compiled.
 
     A folder that a task other than classification was trained in gives that task's model, such as a ``Segmenter``.
     While another process saves into it, it is the old or the new model. Nothing but these two files is opened, unless
@@ -112,14 +121,14 @@ def load(folder: str | os.PathLike, setting: str | None = None) -> AdaptiveViT:
     for _ in range(TRIES):
         before = seen(path)
         try:
-            return _load(path, setting)
+            return _load(path, setting, runner)
         except UserError:
             if seen(path) == before:
                 raise
     raise UserError(f"{shortened(folder)} changed {TRIES} times while it was read: wait until nothing writes in it")
 
 
-def _load(path: Path, setting: str | None) -> AdaptiveViT:
+def _load(path: Path, setting: str | None, runner: Runner | str | Mapping[str, Any] | None) -> AdaptiveViT:
     config = parse(read_bytes(path / CONFIG), path / CONFIG)
     ours = {**(config.saccade.__pydantic_extra__ or {}), **config.saccade.model_dump(exclude_unset=True)}
     if (task := config.saccade.task) not in MODELS:
@@ -141,7 +150,18 @@ def _load(path: Path, setting: str | None) -> AdaptiveViT:
             f"if you changed it yourself, remove 'weights' from 'saccade' in {CONFIG}"
         )
     model.trained = tuple(s for s in config.saccade.settings if _harmless(model, s, path))
-    return model
+    chosen = _runner(ours, path) if runner == SAVED else runner
+    return model if chosen is None or task != "classify" else model.deploy(chosen)
+
+
+def _runner(ours: Mapping[str, Any], path: Path) -> Runner | None:
+    """How the folder says that it is run; None: it says nothing. Raises UserError for what is no runner."""
+    from saccade.runner import Runner
+
+    try:
+        return Runner.of(ours["runner"]) if ours.get("runner") is not None else None
+    except UserError as error:
+        raise UserError(f"{shortened(path / CONFIG)}: {error}") from None
 
 
 def _vit(config: FolderConfig, header: Mapping[str, torch.Size], file: str) -> ViT:
@@ -204,6 +224,8 @@ def _config(model: AdaptiveViT, extra: Mapping[str, Any]) -> dict[str, Any]:
     ours: dict[str, Any] = {"format": FORMAT, "setting": str(model.setting), **model.describe()}
     if model.trained:
         ours["settings"] = list(model.trained)
+    if model.runner is not None:
+        ours["runner"] = model.runner.to_dict()
     name, cfg = _name(vit), dict(vit.pretrained_cfg)
     kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "tag", "license")
     size = [vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -19,6 +20,9 @@ from saccade.timm_names import TimmNames
 from saccade.tokenizers.grid import grid
 from saccade.tokens import Tokens
 from saccade.trace import Trace
+
+if TYPE_CHECKING:
+    from saccade.runner import Deployment, Runner
 
 __all__ = ["AdaptiveViT", "Output", "build", "share"]
 
@@ -52,6 +56,7 @@ class AdaptiveViT(TimmNames):
         self.trained = trained
         self.learned: dict[str, Tensor] = {} if learned is None else learned
         self.vit: ViT = vit
+        self._deployment: Deployment | None = None  # another way to run than this module's own
         self.rebuild_plan()
         self.training = vit.training
 
@@ -67,8 +72,35 @@ class AdaptiveViT(TimmNames):
                 part.train(vit.training)
 
     def at(self, setting: str | Setting) -> AdaptiveViT:
-        """The same parameters under another setting: a light view, nothing is copied or mutated."""
-        return AdaptiveViT(self.vit, setting, self.trained, self.learned)
+        """The same parameters under another setting, run the same way: a light view, nothing is copied or mutated."""
+        view = AdaptiveViT(self.vit, setting, self.trained, self.learned)
+        view._deployment = self._deployment
+        return view
+
+    def deploy(self, runner: Runner | str | Mapping[str, Any] | None = "bf16") -> AdaptiveViT:
+        """A view whose forward, outside of training, runs another way: fp32 images in, fp32 logits out all the same.
+
+        The first forward makes a copy of the weights in the runner's number type, and compiles where it says so. This
+        model's own weights, ``state_dict`` and ``save`` stay what they are; ``encode`` and ``train()`` do not use it.
+
+        Args:
+            runner: ``"bf16"``, ``"bf16 compiled"``, … (``saccade.runner.Runner``); None or "eager": the plain way.
+
+        Raises:
+            UserError: a runner that does not exist, or a task whose model has no other way to run.
+        """
+        from saccade.runner import Deployment, Runner
+
+        view = self.at(self.setting)
+        view._deployment = None if runner is None else Deployment(Runner.of(runner))
+        if type(self).forward is not AdaptiveViT.forward and not (view.runner is None or view.runner.is_plain):
+            raise UserError(f"a {type(self).__name__} runs as it is: runner {view.runner} is for classifiers")
+        return view
+
+    @property
+    def runner(self) -> Runner | None:
+        """How the forward is run; None: plainly, and nothing else was recorded."""
+        return None if self._deployment is None else self._deployment.runner
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -77,6 +109,9 @@ class AdaptiveViT(TimmNames):
 
     def forward(self, images: Tensor) -> Output:
         """images [B, C, h, w], normalised -> logits, tokens, trace; nothing is computed that the logits do not need."""
+        if self._deployment is not None and not self.training and not self._deployment.runner.is_plain:
+            self._check(images)
+            return self._deployment.run(self, images)
         ran: list[tuple[Tokens, Trace]] = []
 
         def logits(images: Tensor) -> Tensor:
@@ -171,7 +206,18 @@ class AdaptiveViT(TimmNames):
 
     def train(self, mode: bool = True) -> AdaptiveViT:
         """Also switches the timm module, and with it every view of the same parameters made later."""
+        if mode and self._deployment is not None:
+            self._deployment.forget()  # weights will change, and not always in ways that torch counts
         return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """The setting and the way to run, on the first line of what is printed."""
+        said = f"setting={str(self.setting)!r}"
+        if (runner := self.runner) is None or runner.is_plain:
+            return said
+        size = f" in batches of {runner.batch}" if runner.compiled and runner.batch else ""
+        made = f", compiled{size} at the first call" if runner.compiled else ""
+        return f"{said}, runs in {runner.dtype}{made} (fp32 in and out; plain: model.deploy(None))"
 
     def _reads_prefix_only(self) -> bool:
         """Whether only the prefix is read of the last block's output, by hooks and a user's own forward too."""

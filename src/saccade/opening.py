@@ -70,7 +70,7 @@ def open_dense(
 ) -> AdaptiveViT:
     """A source's model without reductions, to make another of: random weights will do, and a CPU does for a name."""
     device = device if isinstance(source, nn.Module) else device or "cpu"
-    return open_model(source, weights, pretrained, device, trained=False).at("dense")
+    return open_model(source, weights, pretrained, device, trained=False).deploy(None).at("dense")
 
 
 def open_task(source: Source, kind: type[M], what: str, train: str, device: str | torch.device | None = None) -> M:

@@ -147,7 +147,7 @@ def analyze(
     if folder is not None:
         check_folder(folder)
     calls = Setting.parse(what).calls
-    model = open_model(model, weights, pretrained, device)
+    model = open_model(model, weights, pretrained, device).deploy(None)
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
     given = [settings] if isinstance(settings, str) else settings
     names = [name for text in given for name in expanded(model, text)] or usual(model)

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        print("saccade: interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
+        print("saccade: interrupted; nothing was kept to take up", file=sys.stderr)
     sys.exit(code or 0)
 
 

@@ -19,6 +19,7 @@ from saccade.cli.common import (
     Split,
     Threads,
     Weights,
+    kept_in,
     open_model,
     print_json,
 )
@@ -52,7 +53,7 @@ def command(
     from saccade.progress import Progress
 
     vit = open_model(model, weights, pretrained, device, threads)
-    with Progress(shown=True) as progress:
+    with Progress(shown=True) as progress, kept_in(out, "cache/*.json"):
         found = analyze(
             vit,
             data,

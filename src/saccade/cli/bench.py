@@ -43,9 +43,10 @@ def command(
     """
     import torch
 
-    from saccade.measure.speed import Runner, bench
+    from saccade.measure.speed import bench
     from saccade.measure.sweep import expanded
     from saccade.progress import Progress
+    from saccade.runner import Runner
 
     vit = open_model(model, weights, pretrained, device, threads, trained=False)
     runner = Runner(dtype, compile)

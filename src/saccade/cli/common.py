@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from saccade.model import AdaptiveViT
     from saccade.results import Result
 
+INTERRUPTED = 130  # exit code
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm model name, or a folder saved by Saccade.")]
 Data = Annotated[
     str, typer.Argument(metavar="DATA", help="Images: class/name, split/class/name, a zip, or unlabelled.")
@@ -72,3 +76,23 @@ def print_failures(failures: Mapping[str, str], what: str = "images could not be
         print(f"{len(failures)} {what}:", file=sys.stderr)
         for name, reason in failures.items():
             print(f"  {name}: {reason}", file=sys.stderr)
+
+
+@contextmanager
+def kept_in(
+    folder: str | os.PathLike | None, kind: str = "*.safetensors", how: str = "the same command"
+) -> Iterator[None]:
+    """Around work that writes what it measures below a folder: an interruption says whether there is anything to take
+    up, and how, and ends with exit code 130.
+
+    Args:
+        folder: None: nothing is written.
+        kind: files that something can be taken up from.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = folder is not None and next(Path(folder).rglob(kind), None) is not None
+        said = f"{how} takes up what is in {os.fspath(folder or '')}" if kept else "nothing was kept to take up"
+        print(f"saccade: interrupted; {said}", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from saccade.cli import app
-from saccade.cli.common import Json, open_model
+from saccade.cli.common import Json, kept_in, open_model
 
 
 @app.command("demo")
@@ -25,7 +25,7 @@ def command(
     from saccade.progress import Progress
 
     vit = open_model(model or folder("scenes"), weights)
-    with Progress(shown=True) as progress:
+    with Progress(shown=True) as progress, kept_in(out):
         if model is None:
             progress.say("The built-in model: 1.3 M parameters, trained on generated scenes; not for photos.")
         tuned = tune(
@@ -33,9 +33,10 @@ def command(
             data,
             "1.5x",
             out=out,
+            minutes=2.0,
             limit=1000,
             batch=32,
-            seconds=5.0,
+            seconds=10.0,
             compiled=False,
             command="saccade demo",
             progress=progress,

@@ -19,11 +19,13 @@ from saccade.cli.common import (
     Split,
     Threads,
     Weights,
+    kept_in,
     open_model,
     print_failures,
     print_json,
     print_result,
 )
+from saccade.errors import UserError
 
 
 @app.command("eval")
@@ -45,6 +47,9 @@ def command(
     corrupt: Annotated[
         str | None, typer.Option(help="Corrupt the images: masks:50, gaussian_noise:3, jpeg:2, … (strength 1 to 5).")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16, for dense too. Default: what the folder is run in.")
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -57,18 +62,23 @@ def command(
 
     Example: saccade eval vit_tiny_patch16_224 photos/ --pretrained -s "grid(8..40)" --out runs/sweep
     """
-    from saccade.measure.sweep import evaluate
+    from saccade.measure.sweep import evaluate, untrained_note
     from saccade.progress import Progress
 
     vit = open_model(model, weights, pretrained, device, threads)
     if vit.describe().get("task") == "segment":
         from saccade.cli import segment
 
+        options = {"--seconds": seconds, "--out": out, "--corrupt": corrupt, "--dtype": dtype}
+        if given := [name for name, value in options.items() if value is not None]:
+            raise UserError(
+                f"{model!r} is a segmentation model, for which {', '.join(given)} does not exist: leave it out"
+            )
         segment.command(
             model, data, setting, split, limit=limit, batch=batch, device=device, threads=threads, json=json
         )
         return
-    with Progress(shown=True) as progress:
+    with Progress(shown=True) as progress, kept_in(out):
         found = evaluate(
             vit,
             data,
@@ -79,13 +89,17 @@ def command(
             seconds=seconds,
             out=out,
             corrupt=corrupt,
+            dtype=dtype,
             command=shlex.join(["saccade", *sys.argv[1:]]),
             progress=progress,
         )
+    rows, failures = found
+    print_failures(found.left_out, "settings cannot be scored")
+    print_failures({r.setting: untrained_note(r) for r in rows if r.untrained}, "settings are untrained")
     if json:
-        print_json({"rows": [r.to_dict() for r in found.rows], "not_read": found.failures})
+        print_json({"rows": [r.to_dict() for r in rows], "not_read": failures, "left_out": found.left_out})
         return
-    print_result(found, f"{model}, {found.rows[0].images} images of {data}" + (f", {corrupt}" if corrupt else ""))
+    print_result(found, f"{model}, {rows[0].images} images of {data}" + (f", {corrupt}" if corrupt else ""))
     if out is not None:
         print(f"report: {out}/report.html")
-    print_failures(found.failures)
+    print_failures(failures)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from saccade.cli import app
-from saccade.cli.common import Json, print_failures, print_json, print_result
+from saccade.cli.common import Json, kept_in, print_failures, print_json, print_result
 
 
 @app.command("train")
@@ -39,7 +39,7 @@ def command(
     from saccade.training.train import train
 
     line = "saccade train " + shlex.join([config, *(changes or []), "--out", out])
-    with Progress(shown=True) as progress:
+    with Progress(shown=True) as progress, kept_in(out, how="the same command with --resume"):
         trained = train(settled, out=out, resume=resume, command=line, progress=progress)
     facts = {
         "folder": str(trained.folder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,13 +19,17 @@ from saccade.cli.common import (
     Split,
     Threads,
     Weights,
+    kept_in,
     open_model,
     print_json,
     print_result,
 )
+from saccade.errors import UserError
 
 if TYPE_CHECKING:
-    from saccade.measure.publish import Tuned
+    from saccade.measure.publish import TuneResult
+
+QUICK = 2.0  # minutes
 
 
 @app.command("tune")
@@ -43,6 +48,10 @@ def command(
     split: Split = None,
     limit: Annotated[int, typer.Option(min=20, help="At most so many images; half choose, half report.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="Images at once, for timing.")] = 8,
+    quick: Annotated[bool, typer.Option("--quick", help="In two minutes: fewer images and settings.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="That all of it may take. Without: as long as it needs.")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Of interleaved timing.")] = 30.0,
     compiled: Annotated[bool, typer.Option(help="Also time dense under torch.compile.")] = True,
     seed: Annotated[int, typer.Option(min=0, help="Of the split into halves.")] = 0,
@@ -52,15 +61,20 @@ def command(
 ) -> None:
     """The best accuracy at a budget: a measured frontier, a report, and a model to deploy.
 
-    Interrupted, the same command goes on where it stopped.
+    Without a target: the fastest that loses at most one point. Interrupted, the same command takes up what it measured.
 
     Example: saccade tune vit_tiny_patch16_224 photos/ --pretrained --target 1.5x --out runs/photos
     """
     from saccade.measure.publish import tune
     from saccade.progress import Progress
 
+    if quick and minutes is not None:
+        raise UserError("give one of --quick and --minutes")
+    start = time.perf_counter()
     vit = open_model(model, weights, pretrained, device, threads)
-    with Progress(shown=True) as progress:
+    minutes = QUICK if quick else minutes
+    used = (time.perf_counter() - start) / 60 if minutes is not None and minutes > 0 else 0.0  # opening the model
+    with Progress(shown=True) as progress, kept_in(out):
         tuned = tune(
             vit,
             data,
@@ -69,6 +83,7 @@ def command(
             ms=ms,
             max_drop=max_drop,
             out=out,
+            minutes=None if minutes is None else max(minutes - used, minutes / 10),
             split=split,
             limit=limit,
             batch=batch,
@@ -81,11 +96,12 @@ def command(
     show(tuned, json)
 
 
-def show(tuned: Tuned, json: bool = False) -> None:
-    """The frontier on standard output."""
+def show(tuned: TuneResult, json: bool = False) -> None:
+    """The answer and the table on standard output."""
     if json:
         found = {"verdict": tuned.verdict, "met": tuned.met, "setting": tuned.setting, "runner": tuned.runner}
-        print_json({**found, "folder": str(tuned.folder), "rows": [vars(row) for row in tuned.rows]})
+        found |= {"folder": str(tuned.folder), "left_out": tuned.left_out}
+        print_json({**found, "rows": [vars(row) for row in tuned.rows]})
         return
     print_result(tuned)
     print(f"report: {tuned.folder / 'report.html'}")

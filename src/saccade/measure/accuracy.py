@@ -14,11 +14,15 @@ from torch import Tensor
 from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, class_indices, open_images
 from saccade.data.corrupt import Corruption, corrupted, corruption
 from saccade.errors import UserError
-from saccade.measure.stats import Interval, bootstrap, mcnemar, proportion
+from saccade.measure.failures import NonFinite
+from saccade.measure.stats import Interval, bootstrap, mcnemar, paired_difference, proportion
 from saccade.model import AdaptiveViT
 from saccade.progress import Progress
+from saccade.results import Result
 
 Step = Callable[[int], None]
+ITSELF = Interval(0.0, 0.0, 0.0)  # the difference of a model to itself
+NONE = -1  # the class of no answer
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Judge:
     def __init__(
         self, model: AdaptiveViT, images: ImageSet, *, batch: int = 32, corrupt: Corruption | None = None
     ) -> None:
+        check_head(model)
         self.dense, self.images, self.batch, self.corrupt = model.at("dense").eval(), images, batch, corrupt
         labels = class_indices(images, model.vit.num_classes) if images.labels is not None else None
         self.labels = None if labels is None else torch.tensor(labels)
@@ -63,7 +68,10 @@ class Judge:
 
     def predict(self, model: AdaptiveViT, indices: Sequence[int], step: Step = lambda done: None) -> Predictions:
         """Run a model on images; those that cannot be read, by it or by the dense model, are left out and named in
-        ``failures``. None may be left."""
+        ``failures``. None may be left.
+
+        Raises UserError where the dense model's logits are no reference; NonFinite where another's are not finite.
+        """
         if model is not self.dense:
             self._consult(indices)
             indices = [i for i in indices if i in self._reference]
@@ -72,20 +80,47 @@ class Judge:
         for images, places in self._batches(model.input_size(), indices):
             with torch.inference_mode():
                 out = model(images.to(weight.device, weight.dtype))
-            logp = out.logits.float().log_softmax(-1).cpu()
+            logits = self._finite(out.logits.double().cpu(), model, places)
+            logp = logits.log_softmax(-1)
+            answered = logits.amax(-1) > logits.amin(-1)
             if model is self.dense:
+                self._check_answers(answered, places)
                 self._reference.update(zip(places.tolist(), logp, strict=True))
             dense = torch.stack([self._reference.get(i, row) for i, row in zip(places.tolist(), logp, strict=True)])
             truth = dense.argmax(-1) if self.labels is None else self.labels[places]
             nll = -logp.gather(1, truth.unsqueeze(1)).squeeze(1)
-            kl = (dense.exp() * (dense - logp)).sum(-1)
+            kl = torch.where(dense.exp() > 0, dense.exp() * (dense - logp), 0.0).sum(-1).clamp(min=0)
             top = logp.topk(min(5, logp.shape[1])).indices
+            top[~answered] = NONE  # all classes alike: whichever comes first is no answer
+            nll, kl = (v.clamp(max=1e30).float() for v in (nll, kl))
             tokens = torch.tensor(out.trace.tokens(), dtype=torch.float64).mean().expand(len(places))
             parts.append(Predictions(places, top, nll, kl, out.trace.macs().cpu(), tokens))
             step(len(places))
         if model is self.dense:
             self._asked.update(indices)
         return Predictions.join(parts)
+
+    def _finite(self, logits: Tensor, model: AdaptiveViT, places: Tensor) -> Tensor:
+        """The logits [n, K] themselves, if all are finite."""
+        bad = ~logits.isfinite().all(-1)
+        if not bad.any():
+            return logits
+        name = self.images.names[int(places[bad][0])]
+        if model is not self.dense:
+            raise NonFinite(f"its logits hold NaN or infinity ({int(bad.sum())} of {len(bad)} images, such as {name})")
+        raise UserError(
+            f"the dense model's logits hold NaN or infinity ({int(bad.sum())} of {len(bad)} images, such as {name}): "
+            "nothing can be compared with it; check its weights and the images"
+        )
+
+    def _check_answers(self, answered: Tensor, places: Tensor) -> None:
+        """Raises UserError unless the dense model prefers some class in every image."""
+        if not answered.all():
+            raise UserError(
+                f"the dense model gives all {self.dense.vit.num_classes} classes the same logit "
+                f"({int((~answered).sum())} of {len(answered)} images, such as "
+                f"{self.images.names[int(places[~answered][0])]}): its head is untrained; train it or load weights"
+            )
 
     def need(self, found: Predictions, setting: str) -> None:
         """Raises UserError if there is not one image."""
@@ -157,17 +192,31 @@ class Score:
         return asdict(self)
 
 
+def check_head(model: AdaptiveViT) -> None:
+    """Raises UserError unless a model classifies, into two classes or more: with one, every answer is right."""
+    if type(model).forward is not AdaptiveViT.forward:
+        verbs = {"segment": "segment", "detect": "detect", "textimage": "zeroshot"}
+        verb = verbs.get(model.describe().get("task", ""), "the verb of its task")
+        raise UserError(f"this is for classifiers, and the model is a {type(model).__name__}: use `saccade {verb}`")
+    if (classes := model.vit.num_classes) < 2:
+        has = {0: "no classifier (num_classes=0)"}.get(classes, f"a head of {classes} class")
+        raise UserError(
+            f"this model has {has}: accuracy and agreement need 2 classes or more; give a model with a trained head, "
+            "or measure its speed alone (saccade bench)"
+        )
+
+
 def score(setting: str, found: Predictions, dense: Predictions, judge: Judge) -> Score:
     """Summarise predictions of a setting against those of the dense model, on the images that both could read.
 
     Raises UserError where there is no such image.
     """
-    found, dense = paired(found, dense)
+    found, dense = (found, found) if found is dense else paired(found, dense)
     judge.need(found, setting)
     hit, truth = judge.hits(found), judge.truth(found)
     delta = p_value = None
     if judge.labels is not None:
-        delta = bootstrap(hit.double() - judge.hits(dense).double())
+        delta = ITSELF if found is dense else paired_difference(hit, judge.hits(dense))
         p_value = mcnemar(hit, judge.hits(dense))
     gmacs = found.macs / 1e9
     return Score(
@@ -185,7 +234,7 @@ def score(setting: str, found: Predictions, dense: Predictions, judge: Judge) ->
         gmacs=gmacs.mean().item(),
         gmacs_p50=gmacs.quantile(0.5).item(),
         gmacs_p95=gmacs.quantile(0.95).item(),
-        mac_ratio=(dense.macs.mean() / found.macs.mean()).item(),
+        mac_ratio=(dense.macs.mean() / found.macs.mean().clamp(min=1)).item(),
     )
 
 
@@ -202,6 +251,21 @@ def paired(a: Predictions, b: Predictions) -> tuple[Predictions, Predictions]:
     return a.at(rows(a)), b.at(rows(b))
 
 
+@dataclass(frozen=True, repr=False)
+class Evaluated(Result):
+    """What ``eval`` gives back: ``rows, failures = …`` takes the first two apart."""
+
+    rows: list[Any]  #           ``Score`` each, the dense model's first
+    failures: dict[str, str]  #  images that could not be read, and why
+    left_out: dict[str, str]  #  settings whose logits are not finite
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.rows, self.failures))
+
+    def __getitem__(self, place: int) -> Any:
+        return (self.rows, self.failures)[place]
+
+
 def evaluate(
     model: AdaptiveViT,
     data: str | ImageSet,
@@ -213,39 +277,50 @@ def evaluate(
     cache: Path | None = None,
     corrupt: str | None = None,
     progress: Progress | None = None,
-) -> tuple[list[Score], dict[str, str]]:
-    """Scores of settings of a model on images, the dense model first; and why which images could not be read.
+) -> Evaluated:
+    """Scores of settings on images, the dense model first; and why which images and settings have none.
 
     Args:
         data: a folder or zip of images, ``class/name`` (see ``saccade.data.open_images``); without classes the metric
             is agreement with the dense model.
-        split: of a folder of splits; None: the held-out one.
         limit: at most so many images, spread evenly over the set.
         cache: a folder for what settings said, so that an interrupted call goes on from there.
         corrupt: ``"masks:50"``, ``"gaussian_noise:3"``, … (``saccade.data.corrupt``), the same for all settings.
         progress: where to show it; None: nowhere.
 
     Raises:
-        UserError: bad data or settings, labels that do not fit the head.
+        UserError: bad data or settings, labels that do not fit the head, a model or settings whose logits are not
+            finite, or all alike.
     """
     from saccade.measure.cache import Cache  # that file imports this one
 
+    check_head(model)
     images = data if isinstance(data, ImageSet) else open_images(data, split)
     judge = Judge(model, images, batch=batch, corrupt=None if corrupt is None else corruption(corrupt))
     chosen = spread(len(images), limit)
     named = [s for s in map(str, settings) if s not in ("", "dense")]
     views = {"dense": judge.dense, **{name: model.at(name).eval() for name in named}}  # all checked before any is run
     found: dict[str, Predictions] = {}
+    left_out: dict[str, str] = {}
     advance = (progress or Progress()).start("evaluating", len(chosen) * len(views))
-    store = None if cache is None else Cache(cache, model, images.fingerprint(), judge.preprocess(), model.backbone)
+    store = None if cache is None else Cache.of(cache, judge)
     for name, view in views.items():
         advance(0, what=name)
         ask = partial(judge.predict, view, chosen, advance)
-        found[name] = store.get(name, chosen, ask) if store and name != "dense" else ask()
+        try:
+            found[name] = store.get(name, chosen, ask) if store and name != "dense" else ask()
+        except NonFinite as error:
+            left_out[name] = str(error)
+            continue
+        if store and name == "dense":
+            store.check(name, found[name])
         if store and (lost := sorted({*chosen} - {*found[name].indices.tolist()})):
             judge.predict(view, lost)  # names them again where the rest came from the cache
         judge.need(found[name], name)
-    return [score(name, p, found["dense"], judge) for name, p in found.items()], judge.failures
+    if left_out and len(found) == 1:
+        raise UserError("; ".join(f"{name} cannot be scored: {reason}" for name, reason in left_out.items()))
+    scores = [score(name, p, found["dense"], judge) for name, p in found.items()]
+    return Evaluated(scores, judge.failures, left_out)
 
 
 def spread(count: int, limit: int | None) -> list[int]:

@@ -1,50 +1,107 @@
-"""What was already measured, so that an interrupted ``tune`` goes on where it stopped."""
+"""What was already measured, so that an interrupted ``tune`` or ``eval`` goes on where it stopped."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 
 import safetensors.torch
+import timm
 import torch
 from safetensors import SafetensorError
 
 import saccade
 from saccade.files import replacing
-from saccade.measure.accuracy import Predictions
+from saccade.measure.accuracy import Judge, Predictions
 from saccade.model import AdaptiveViT
+
+NEAR = 1e-3  # nats: how far the same model's answers may lie apart in two processes
 
 
 class Cache:
-    """Predictions by setting and images, below a folder, for one model on one image set."""
+    """Predictions by setting and images, below a folder, for one model on one image set.
+
+    The name of the folder is a digest of all that a number follows from: weights and modules, what methods have
+    learned, the images and their labels, preprocessing and corruption, batch, device, threads, versions, this code.
+    """
 
     def __init__(self, folder: Path, model: AdaptiveViT, *facts: object) -> None:
-        self.folder = folder / _digest(model, facts)
+        self.folder = folder / _digest(model, (*facts, *_circumstances(model)))
+
+    @classmethod
+    def of(cls, folder: Path, judge: Judge) -> Cache:
+        """For all that a judge may ask."""
+        labels = None if judge.labels is None else judge.labels.tolist()
+        facts = (judge.images.fingerprint(), judge.images.names, labels, repr(judge.preprocess()), judge.batch)
+        return cls(folder, judge.dense, *facts)
 
     def get(self, name: str, indices: Sequence[int], compute: Callable[[], Predictions]) -> Predictions:
         """The predictions of a setting (and runner) on these images: read, or computed and written."""
-        key = hashlib.sha256(json.dumps([name, list(indices)]).encode()).hexdigest()[:24]
-        file = self.folder / f"{key}.safetensors"
-        names = [f.name for f in fields(Predictions)]
-        if file.is_file():
-            try:
-                tensors = safetensors.torch.load_file(file)
-                return Predictions(*(tensors[n] for n in names))
-            except (SafetensorError, KeyError, OSError):
-                pass  # unreadable: measure again
+        file = self._file(name, indices)
+        if (stored := _read(file)) is not None:
+            return stored
         found = compute()
         with replacing(file) as part:
-            safetensors.torch.save_file({n: getattr(found, n).contiguous() for n in names}, part)
+            safetensors.torch.save_file({f.name: getattr(found, f.name).contiguous() for f in fields(found)}, part)
         return found
+
+    def check(self, name: str, now: Predictions) -> None:
+        """Forget everything here unless these predictions are those that were written, or there are none yet.
+
+        To be asked with what the dense model says now: rows that were kept are compared with it.
+        """
+        stored = self.get(f"{name}, to compare", now.indices.tolist(), lambda: now)
+        same = torch.equal(stored.indices, now.indices) and torch.equal(stored.top[:, 0], now.top[:, 0])
+        if not (same and (stored.nll - now.nll).abs().max() <= NEAR if len(now.indices) else same):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, name: str, indices: Sequence[int]) -> Path:
+        key = hashlib.sha256(json.dumps([name, list(indices)]).encode()).hexdigest()[:24]
+        return self.folder / f"{key}.safetensors"
+
+
+def _read(file: Path) -> Predictions | None:
+    """What a file holds; None where it is not there, or unreadable: then it is measured again."""
+    if not file.is_file():
+        return None
+    try:
+        tensors = safetensors.torch.load_file(file)
+        found = [tensors[f.name] for f in fields(Predictions)]
+    except (SafetensorError, KeyError, OSError):
+        return None
+    return Predictions(*found) if len({len(t) for t in found}) == 1 else None
+
+
+def _circumstances(model: AdaptiveViT) -> tuple:
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    pinned = sorted((k, v) for k, v in os.environ.items() if k.startswith("SACCADE_"))
+    versions = saccade.__version__, _code(), torch.__version__, timm.__version__
+    return name, torch.get_num_threads(), pinned, versions
+
+
+@lru_cache(maxsize=1)
+def _code() -> str:
+    """A digest of this package: another version of it may compute other numbers."""
+    seal = hashlib.sha256()
+    root = Path(saccade.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        seal.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return seal.hexdigest()
 
 
 def _digest(model: AdaptiveViT, facts: tuple[object, ...]) -> str:
-    """A name for these weights and facts."""
-    seal = hashlib.sha256(repr((facts, torch.__version__, saccade.__version__)).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        seal.update(name.encode())
-        seal.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    """A name for a model and facts."""
+    vit, learned = getattr(model, "vit", model), getattr(model, "learned", {})
+    traits = [repr(vit), *(getattr(vit, name, None) for name in ("global_pool", "pool_include_prefix", "num_classes"))]
+    seal = hashlib.sha256(repr((facts, traits, getattr(model, "backbone", None))).encode("utf-8", "surrogateescape"))
+    for name, weight in sorted({**model.state_dict(), **learned}.items()):
+        seal.update(f"{name} {weight.dtype}\0".encode())
+        seal.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return seal.hexdigest()[:24]

@@ -153,15 +153,17 @@ def calibrate(
     if isinstance(gmacs, bool) or not 0 < gmacs < 1e6:
         raise UserError(f"gmacs={gmacs!r} is not a number above 0 and below a million")
     with_threshold(setting, 0.5)  # refuses before anything is read
-    model = open_model(model, weights, pretrained, device)
+    model = open_model(model, weights, pretrained, device).deploy(None)
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
     judge = Judge(model, images, batch=batch)
     places = spread(len(images), limit)
     advance = (progress or Progress()).start("calibrating", (STEPS + 4) * len(places))
-    store = None if cache is None else Cache(cache, model, images.fingerprint(), judge.preprocess(), model.backbone)
+    store = None if cache is None else Cache.of(cache, judge)
     advance(0, what="calibrating: the dense model")
     dense = judge.predict(judge.dense, places, advance)
     judge.need(dense, "dense")
+    if store is not None:
+        store.check("dense", dense)
     seen: dict[float, Predictions] = {}
     levels: list[float] = []
     if by_count(setting):

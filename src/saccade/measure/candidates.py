@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -10,11 +11,13 @@ import torch
 
 from saccade import budget
 from saccade.errors import UserError
+from saccade.measure.failures import described, is_systems
 from saccade.model import AdaptiveViT
 from saccade.plan import registry
 from saccade.progress import Progress
 from saccade.setting import Setting
 
+RED = "reduction"
 PAIRS = 40  # combinations that are raced, those priced nearest to the budget
 
 
@@ -28,17 +31,32 @@ class Candidate:
     combined: bool  # made of two registered parts
 
     @property
-    def yardstick(self) -> bool:
-        """Stands in the report whatever the race says."""
-        return self.family != "reduction"
+    def is_baseline(self) -> bool:
+        """Stands in the report whatever the race says: what reductions are compared with."""
+        return self.family != RED
 
 
-def candidates(model: AdaptiveViT, ratio: float | None = None, progress: Progress | None = None) -> list[Candidate]:
-    """All settings worth racing on a model, dearest first; the dense model itself comes first of all.
+@dataclass(frozen=True)
+class Priced:
+    """All settings worth racing, dearest first, the dense model before all; and why others are not among them."""
+
+    candidates: list[Candidate]
+    failed: dict[str, str]  # setting -> its error
+    untried: int = 0  #       combinations that time did not suffice for
+
+
+def candidates(
+    model: AdaptiveViT,
+    ratio: float | None = None,
+    progress: Progress | None = None,
+    enough: Callable[[], bool] = lambda: False,
+) -> Priced:
+    """What there is to race on a model.
 
     Args:
         ratio: the MAC ratio aimed at; of the combinations only those near it are taken. None: no combinations.
         progress: where to show it; None: nowhere.
+        enough: asked before each combination; no more are priced once it is true.
     """
     known, backbone = registry(), model.backbone
     menus = {name: entry.menu(backbone) for name, entry in known.items()}
@@ -55,34 +73,53 @@ def candidates(model: AdaptiveViT, ratio: float | None = None, progress: Progres
         own = grids if plain else adaptive if any(entry.kind == "tokenizer" for entry in calls) else merging
         if setting not in ("dense", *grids, *adaptive, *merging):
             own.append(setting)
-    reducing = merging + adaptive
+    families = dict.fromkeys(grids, "dense") | dict.fromkeys(controls, "random")
+    families |= dict.fromkeys(merging + adaptive, RED)
     dense = price(model, "dense")
-    step = (progress or Progress()).start("pricing settings", len(grids) + len(controls) + len(reducing))
+    failed: dict[str, str] = {}
+    cost = {"dense": dense} | _priced(model, list(families), progress, failed)
     alone = [Candidate("dense", "dense", dense, False)]
-    for family, settings in (("dense", grids), ("random", controls), ("reduction", reducing)):
-        for setting in settings:
-            step(what=f"pricing {setting}")
-            macs = price(model, setting)
-            if macs < dense:
-                alone.append(Candidate(setting, family, macs, False))
+    alone += [Candidate(s, families[s], cost[s], False) for s in families if cost.get(s, dense) < dense]
     if ratio is None:
-        return sorted(alone, key=lambda c: -c.macs)
+        return Priced(sorted(alone, key=lambda c: -c.macs), failed)
 
-    parts = [*methods.items()]
-    pairs = [" | ".join(pair) for (_, a), (_, b) in combinations(parts, 2) for pair in product(a, b)]
-    pairs += [" | ".join(pair) for pair in product(grids + adaptive, merging)]
+    parts = [[s for s in menu if s not in failed] for menu in methods.values()]
+    pairs = [" | ".join(pair) for a, b in combinations(parts, 2) for pair in product(a, b)]
+    before, after = ([s for s in names if s not in failed] for names in (grids + adaptive, merging))
+    pairs += [" | ".join(pair) for pair in product(before, after)]
     # Both save about what each saves alone: only combinations that may lie near the budget are priced by running them.
-    cost = {c.setting: c.macs for c in alone}
-    guess = {p: math.prod(cost.get(s, dense) / dense for s in p.split(" | ")) * dense for p in pairs}
-    near = [p for p in pairs if 0.7 <= dense / guess[p] / ratio <= 1.6]
-    combined = []
-    step = (progress or Progress()).start("pricing combinations", len(near))
-    for setting in near:
+    guess = {p: math.prod(cost.get(s, dense) / dense for s in p.split(" | ")) for p in pairs}
+    near = [p for p in pairs if 0.7 <= 1 / guess[p] / ratio <= 1.6]
+    near.sort(key=lambda p: abs(1 / guess[p] / ratio - 1.05))
+    found = _priced(model, near, progress, failed, enough)
+    combined = [Candidate(s, RED, macs, True) for s, macs in found.items() if 0.97 <= dense / macs / ratio <= 1.3]
+    combined = sorted((c for c in combined if c.macs < dense), key=lambda c: abs(dense / c.macs / ratio - 1.05))
+    untried = len([s for s in near if s not in found and s not in failed])
+    return Priced(sorted(alone + combined[:PAIRS], key=lambda c: -c.macs), failed, untried)
+
+
+def _priced(
+    model: AdaptiveViT,
+    settings: list[str],
+    progress: Progress | None,
+    failed: dict[str, str],
+    enough: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Executed MACs of settings; those that fail are put into ``failed`` with their error."""
+    found: dict[str, float] = {}
+    step = (progress or Progress()).start("pricing settings", len(settings))
+    for setting in settings:
+        if enough():
+            break
         step(what=f"pricing {setting}")
-        combined.append(Candidate(setting, "reduction", price(model, setting), True))
-    combined = [c for c in combined if c.macs < dense and 0.97 <= dense / c.macs / ratio <= 1.3]
-    combined.sort(key=lambda c: abs(dense / c.macs / ratio - 1.05))
-    return sorted(alone + combined[:PAIRS], key=lambda c: -c.macs)
+        try:
+            found[setting] = price(model, setting)
+        except Exception as error:
+            if is_systems(error):
+                raise
+            failed[setting] = described(error)
+    step.finish()
+    return found
 
 
 def price(model: AdaptiveViT, setting: str) -> float:
@@ -114,10 +151,12 @@ class Target:
         ms: float | None = None,
         max_drop: str | float | None = None,
     ) -> Target:
-        """Exactly one of them: ``"1.5x"``, ``gmacs=2.3``, ``ms=20``, ``max_drop="1%"`` (or 0.01)."""
+        """One of them: ``"1.5x"``, ``gmacs=2.3``, ``ms=20``, ``max_drop="1%"`` (or 0.01); of none, ``ASSUMED``."""
         given = {"target": target, "gmacs": gmacs, "ms": ms, "max_drop": max_drop}
         named = {k: v for k, v in given.items() if v is not None}
-        if len(named) != 1:
+        if not named:
+            return ASSUMED
+        if len(named) > 1:
             raise UserError(f"give one of target, gmacs, ms and max_drop; {len(named)} were given")
         (name, value) = named.popitem()
         unit = {"target": "x", "max_drop": "%"}.get(name, "")
@@ -135,3 +174,6 @@ class Target:
     def __str__(self) -> str:
         forms = {"speedup": "{:g}× faster", "gmacs": "{:g} GMACs", "ms": "{:g} ms", "drop": "at most {:.1%} lost"}
         return forms[self.kind].format(self.value)
+
+
+ASSUMED = Target("drop", 0.01)  # what is aimed at where nothing is said

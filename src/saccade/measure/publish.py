@@ -6,8 +6,10 @@ import csv
 import io
 import os
 import platform
+import shlex
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ import saccade
 from saccade.checkpoint import save
 from saccade.data import ImageSet
 from saccade.files import check_folder, write_json, write_text
+from saccade.measure.allowance import Allowance, Clock
 from saccade.measure.candidates import Target
-from saccade.measure.tune import Measured, Search, search
+from saccade.measure.options import Measured, Search
+from saccade.measure.tune import search
 from saccade.measure.verdict import Verdict, conclude
 from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_model
@@ -33,35 +37,58 @@ SAMPLES, SHOWN = 4, 5  # photos, and settings beside the dense one, whose token 
 
 
 @dataclass(frozen=True, repr=False)
-class Tuned(Result):
+class TuneResult(Result):
     """What ``tune`` hands back."""
 
-    model: AdaptiveViT  #    the chosen one, also saved in ``folder / "model"``
+    model: AdaptiveViT  #    the chosen one, run the recommended way; also saved in ``folder / "model"``
     setting: str
     runner: str  #           the way to run it: "fp32", "bf16", "bf16 compiled", …
     verdict: list[str]  #    the answer first
     met: bool  #             whether the target was met
     rows: list[Row]  #       the frontier table
     folder: Path
+    left_out: dict[str, str] = field(default_factory=dict)  # settings that failed, and their errors
 
     def table(self) -> Table:
-        """The frontier, the chosen one and the random baseline, slowest first, with the verdict."""
-        rows = sorted(self.rows, key=lambda row: row.speedup or 0.0)
-        rows = [row for row in rows if row.on_frontier or row.chosen or row.family == "random" or row.top1 is None]
+        """Dense, the best of each family, the frontier and the choice, by speed; the answer below."""
+        rows = sorted(shown(self.rows), key=lambda row: row.speedup or 0.0)
         cells = [
             [
                 ("→ " if row.chosen else "  ") + row.setting,
-                f"{row.speedup:.2f}×",
+                "" if row.speedup is None else f"{row.speedup:.2f}×",
                 "" if row.top1 is None else f"{row.top1:.1%}",
-                _points(row),
+                interval(row.delta, row.delta_low, row.delta_high),
                 f"{row.gmacs:.2f}",
+                "" if row.images_per_s is None else f"{row.images_per_s:.0f}",
                 f"{row.mac_ratio:.2f}×",
-                f"{row.conversion:.2f}",
+                "" if row.conversion is None else f"{row.conversion:.2f}",
             ]
             for row in rows
         ]
-        columns = ["setting", "speed-up", "accuracy", "points vs dense", "GMACs", "MAC ratio", "conversion"]
-        return Table("Frontier, and the random baseline", columns, cells, "\n".join(self.verdict).replace("`", ""))
+        names = ("setting", "speed-up", "accuracy", "points vs dense", "GMACs", "images/s", "MAC ratio", "conversion")
+        hidden = len(self.rows) - len(rows)
+        more = [f"{hidden} more rows, random baselines among them: report.html, frontier.csv."] if hidden else []
+        said = "\n".join([*more, "", *self.verdict]).replace("`", "")
+        return Table("Best of each kind, the frontier (95 % intervals), and the choice (→)", names, cells, said)
+
+
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """Rows that everybody should see: the dense model, the best of each family, the frontier and the choice."""
+
+    def best(family: str) -> Row | None:
+        found = [row for row in rows[1:] if row.family == family]
+        return max(found, key=lambda row: (row.top1 or 0.0, row.speedup or 0.0), default=None)
+
+    always = [rows[0], best("dense"), best("reduction")]
+    return [r for r in rows if any(r is a for a in always) or r.chosen or (r.on_frontier and r.family != "random")
+            or r.top1 is None]  # fmt: skip
+
+
+def interval(mean: float | None, low: float | None, high: float | None) -> str:
+    """``-0.7 [-2.7, +1.3]``, in points; empty where it was not measured."""
+    if mean is None or low is None or high is None:
+        return ""
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def tune(
@@ -76,13 +103,16 @@ def tune(
     ms: float | None = None,
     max_drop: str | float | None = None,
     out: str | os.PathLike = "runs/tune",
+    minutes: float | None = None,
     command: str = "",
     progress: Progress | None = None,
+    clock: Clock = time.perf_counter,
     **options: Any,
-) -> Tuned:
+) -> TuneResult:
     """Find the best accuracy at a budget; write ``frontier.csv``, ``frontier.json``, ``report.html`` and ``model/``.
 
-    Called again with the same model, images and folder it goes on from what was measured.
+    Called again with the same model, images and folder it goes on from what was measured. A setting that fails is
+    named in the report with its error, and left out.
 
     Args:
         model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
@@ -90,49 +120,62 @@ def tune(
         data: images (see ``saccade.data.open_images``); None: measure speed only, and choose nothing.
         target: a speed-up, like ``"2x"``; or one of
         gmacs: a MAC budget per image, 10^9; ms: a latency per batch; max_drop: what accuracy may be lost, "1%".
+            With none of them: the fastest that loses at most one point.
         out: the folder.
+        minutes: that all of it may take: fewer images, then fewer settings are measured. None: as long as it needs.
+        clock: what tells the time, in seconds.
         options: of ``saccade.measure.tune.search``: split, limit, batch, seconds, compiled, seed.
 
     Raises:
-        UserError: bad data, target or folder.
+        UserError: bad data, target or folder; a model whose answers cannot be compared.
     """
+    allowance = Allowance.of(minutes, clock)
     aim = Target.of(target, gmacs=gmacs, ms=ms, max_drop=max_drop)
+    assumed = all(v is None for v in (target, gmacs, ms, max_drop))
     folder = Path(out)
     check_folder(folder)
-    model = open_model(model, weights, pretrained, device)
+    model = open_model(model, weights, pretrained, device).deploy(None)
     path = os.fspath(data) if isinstance(data, os.PathLike) else data
-    found = search(model, path, aim, cache=folder / "cache", progress=progress, **options)
+    found = search(model, path, aim, cache=folder / "cache", allowance=allowance, progress=progress, **options)
     verdict = conclude(found)
+    option = verdict.chosen.option
     rows = [_row(m, found, verdict) for m in found.measured]
-    facts = _facts(model, found, options)
-    chosen = model.at(verdict.chosen.option.candidate.setting).eval()
+    facts = _facts(model, found, options, assumed)
+    batch = found.measured[0].speed.batch
+    chosen = model.deploy(replace(option.runner, batch=batch)).at(option.candidate.setting).eval()
+    lines = [*verdict.lines, *(_run_it(folder) if found.judge is not None else [])]
+    if assumed:
+        lines.append(f"Assumed, as nothing was asked for: {aim}; batches of {batch} images (--batch).")
+    left_out = [f"`{name}` is left out: {reason}" for name, reason in found.failed.items()]
 
     report = Report(
         title=f"{model_name(model)}: {aim}",
         command=command,
-        verdict=verdict.lines,
+        verdict=lines,
         facts=facts,
         metric_name=found.metric or "top-1",
         rows=rows,
         samples=_samples(model, found, verdict),
+        notes=[*found.notes, *left_out],
     )
     write_text(folder / "report.html", render_report(report))
     write_text(folder / "frontier.csv", csv_text(rows))
     details = [_details(row, m) for row, m in zip(rows, found.measured, strict=True)]
-    write_json(
-        folder / "frontier.json", {"verdict": verdict.lines, "met": verdict.met, "facts": facts, "rows": details}
-    )
-    runner = str(verdict.chosen.option.runner)
+    written = {"verdict": lines, "met": verdict.met, "facts": facts, "notes": found.notes, "left_out": found.failed}
+    write_json(folder / "frontier.json", {**written, "rows": details})
     if found.judge is not None:
-        save(chosen, folder / "model", runner=runner, verdict=verdict.lines)
-    return Tuned(chosen, str(chosen.setting), runner, verdict.lines, verdict.met, rows, folder)
+        save(chosen, folder / "model", verdict=lines)
+    setting, runner = str(chosen.setting), str(option.runner)
+    return TuneResult(chosen, setting, runner, lines, verdict.met, rows, folder, found.failed)
 
 
-def _points(row: Row) -> str:
-    """A difference from dense in points, with its interval."""
-    if row.delta is None or row.delta_low is None or row.delta_high is None:
-        return ""
-    return f"{100 * row.delta:+.1f} [{100 * row.delta_low:+.1f}, {100 * row.delta_high:+.1f}]"
+def _run_it(folder: Path) -> list[str]:
+    """The line of code that runs what was chosen, and the command."""
+    place = (folder / "model").as_posix()
+    return [
+        f"To run it: `saccade.load({place!r})(images).logits`, or `saccade predict {shlex.quote(place)} photo.jpg`; "
+        "number type and compilation included."
+    ]
 
 
 def _row(m: Measured, found: Search, verdict: Verdict) -> Row:
@@ -188,13 +231,13 @@ def model_name(model: AdaptiveViT) -> str:
     return model.vit.pretrained_cfg.get("architecture") or type(model.vit).__name__
 
 
-def _facts(model: AdaptiveViT, found: Search, options: dict[str, Any]) -> dict[str, str]:
+def _facts(model: AdaptiveViT, found: Search, options: dict[str, Any], assumed: bool) -> dict[str, str]:
     """How it was measured, in words."""
     speed = found.measured[0].speed
     facts = {
         **circumstances(model),
-        "target": str(found.target),
-        "timing": f"batch {speed.batch}, medians of {speed.runs} interleaved runs, against dense {speed.runner}",
+        "target": str(found.target) + (" (assumed: none was given)" if assumed else ""),
+        "timing": f"batch {speed.batch}, medians of {speed.runs} runs, all rows in turn, against dense {speed.runner}",
         "attention": f"dense: {speed.kernels}",
     }
     if found.judge is not None:

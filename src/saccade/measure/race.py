@@ -17,28 +17,33 @@ Z90 = 1.645
 
 
 def race(
-    entrants: Sequence[Candidate],
+    candidates: Sequence[Candidate],
     places: Sequence[int],
-    predict: Callable[[Candidate, list[int]], Predictions],
+    predict: Callable[[Candidate, list[int]], Predictions | None],
     survivors: int,
 ) -> dict[Candidate, Predictions]:
     """The best settings for their cost, judged on the images at ``places`` (in random order).
 
-    Rounds on 1/4, 1/2 and all of the images. After each, a setting leaves that another of no higher cost beats beyond
-    chance (one-sided 95 %, paired), then the worst until half are left, but no fewer than ``survivors``; what counts is
-    the probability given to the true class, which says more than a hit on few images. Yardsticks never leave.
+    Rounds on 1/4, 1/2 and all of the images. After each, a setting leaves that another of no higher cost beats by more
+    than noise (one-sided 95 %, paired), then the worst until half are left, but no fewer than ``survivors``; what
+    counts is the probability given to the true class, which says more than a hit on few images. Baselines never leave.
+
+    Args:
+        predict: what a setting says about images; None: it failed, and leaves. Baselines are asked first.
 
     Returns:
         what each survivor said on all the images.
     """
-    alive = list(entrants)
+    alive = list(candidates)
     said: dict[Candidate, list[Predictions]] = {c: [] for c in alive}
     edges = [0, *(max(1, len(places) * q // 4) for q in (1, 2)), len(places)]
     for start, end in pairwise(edges):
         if end <= start:
             continue
+        found = {c: predict(c, list(places[start:end])) for c in sorted(alive, key=lambda c: not c.is_baseline)}
+        alive = [c for c in alive if found[c] is not None]
         for candidate in alive:
-            said[candidate].append(predict(candidate, list(places[start:end])))
+            said[candidate].append(found[candidate])  # type: ignore[arg-type]
         alive = _halve(alive, {c: Predictions.join(said[c]) for c in alive}, survivors, last=end == len(places))
     return {c: Predictions.join(said[c]) for c in alive}
 
@@ -50,11 +55,11 @@ def _halve(alive: list[Candidate], found: dict[Candidate, Predictions], survivor
         gaps = [_gap(found[rival], found[own]) for rival in rivals]
         beaten = any(mean - Z90 * error > 0 for mean, error in gaps)
         regrets[own] = (beaten, max((mean for mean, _ in gaps), default=0.0))
-    free = sorted((c for c in alive if not c.yardstick), key=lambda c: regrets[c])
+    free = sorted((c for c in alive if not c.is_baseline), key=lambda c: regrets[c])
     allowed = survivors if last else max(survivors, len(free) // 2)
     unbeaten = [c for c in free if not regrets[c][0]]
     kept = set(unbeaten[:allowed] if len(unbeaten) >= min(survivors, len(free)) else free[:survivors])
-    return [c for c in alive if c.yardstick or c in kept]
+    return [c for c in alive if c.is_baseline or c in kept]
 
 
 def _gap(a: Predictions, b: Predictions) -> tuple[float, float]:

@@ -2,78 +2,40 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
+import math
 import os
 import platform
 import time
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from saccade.errors import UserError
+from saccade.measure.failures import described, is_systems
 from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_model
 from saccade.progress import Progress
 from saccade.results import Result
+from saccade.runner import DTYPES, FP32, Runner, compile_failure, eager
 from saccade.tables import Table
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LEAST_RUNS, MOST_RUNS = 7, 500
-
-
-@dataclass(frozen=True)
-class Runner:
-    """A way to run a model: its number type, and whether compiled."""
-
-    dtype: str = "fp32"
-    compiled: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-
-    def __str__(self) -> str:
-        return f"{self.dtype} compiled" if self.compiled else self.dtype
-
-    def model(self, model: AdaptiveViT) -> AdaptiveViT:
-        """The model in this number type (a copy, unless it is its own)."""
-        dtype = DTYPES[self.dtype]
-        if next(model.parameters()).dtype == dtype:
-            return model
-        return copy.deepcopy(model).to(dtype)
-
-    def prepare(self, model: AdaptiveViT) -> Callable[[Tensor], Tensor]:
-        """images -> logits."""
-        logits = Logits(self.model(model)).eval()
-        return torch.compile(logits, dynamic=False) if self.compiled else logits
-
-
-FP32 = Runner()
-
-
-class Logits(nn.Module):
-    """A model that gives its logits alone: what is compiled and exported."""
-
-    def __init__(self, model: AdaptiveViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images [B, C, h, w] -> logits [B, K]."""
-        return self.model(images).logits
+FEW_RUNS, ALWAYS, WARMING = 3, 4, 0.5  # where time is short: runs, models, and the share of it for what comes before
+AGREE = 0.1  # of the largest logit: how far compiled logits may be from those of the same number type, not compiled
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One row of ``bench``: a setting at a batch size, against dense run by the same runner at the same batch."""
+    """One row of ``bench``: a setting at a batch size, against the first model of the same interleaved run."""
 
     setting: str
     runner: str
@@ -82,8 +44,8 @@ class Speed:
     p50_ms: float  #      a batch
     p90_ms: float
     p99_ms: float
-    speedup: float  #     median of dense's ÷ this one's time, run by run
-    speedup_low: float  # its quartiles: how steady the machine was
+    speedup: float  #     dense's ÷ this one's median time
+    speedup_low: float  # quartiles of dense's ÷ this one's time, run by run: how steady the machine was
     speedup_high: float
     mac_ratio: float  #   executed MACs of dense ÷ of this
     conversion: float  #  speed-up ÷ MAC ratio
@@ -103,8 +65,16 @@ class Speed:
         return self.speedup >= 1.0 or self.mac_ratio <= 1.01
 
 
-Entry = tuple[AdaptiveViT, Runner]
 Way = Callable[[Tensor], Tensor]  # images -> logits
+Clock = Callable[[], float]  # seconds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one interleaved run found: a row for each model that ran, and why the others did not, by name."""
+
+    rows: list[Speed]
+    failed: dict[str, str]
 
 
 class Speeds(Result, list[Speed]):
@@ -165,71 +135,118 @@ def bench(
         raise UserError(f"batch sizes {list(batch)}: each must be 1 or more")
     model = open_model(model, weights, pretrained, device, trained=False)
     names = ["dense", *(s for s in map(str, settings) if s not in ("", "dense"))]
-    entries = {name: (model.at(name).eval(), runner) for name in dict.fromkeys(names)}
-    rows = [row for size in batch for row in time_together(entries, size, seconds, progress)]
-    if len(rows) < len(entries) * len(batch):
-        raise UserError("torch.compile does not work here (is there a C++ compiler?); leave out --compile")
-    return Speeds(rows)
+    base = model.deploy(runner)
+    entries = {name: base.at(name).eval() for name in dict.fromkeys(names)}
+    return Speeds([row for size in batch for row in time_together(entries, size, seconds, progress)])
 
 
 def time_together(
-    entries: dict[str, Entry], batch: int, seconds: float = 10.0, progress: Progress | None = None
+    entries: Mapping[str, AdaptiveViT], batch: int, seconds: float = 10.0, progress: Progress | None = None
 ) -> list[Speed]:
-    """Interleaved timing of models, each by its runner, at one batch size; the others are compared with the first.
+    """Interleaved timing of models, each by its own runner, at one batch size; all are compared with the first.
 
-    Those that torch.compile cannot run here are missing in the result.
+    Raises UserError where torch.compile does not work and a runner asks for it; other errors as they are.
+    """
+    return time_all(entries, batch, seconds, progress, strict=True).rows
+
+
+def time_all(
+    entries: Mapping[str, AdaptiveViT],
+    batch: int,
+    seconds: float = 10.0,
+    progress: Progress | None = None,
+    *,
+    clock: Clock = time.perf_counter,
+    least: int = LEAST_RUNS,
+    most: float = math.inf,
+    strict: bool = False,
+) -> Timing:
+    """The same for models of which some may fail: these have no row, and their error stands beside the rows.
+
+    Args:
+        seconds: of timed runs, all models in turn; never fewer than ``least`` of each.
+        clock: what tells the time.
+        most: seconds that all of this may take; the last models are left out, and fewer runs made, to keep to it.
+        strict: the error of any is raised.
     """
     steady_allocator()
-    advance = (progress or Progress()).start(f"timing, batch {batch}", len(entries) * (LEAST_RUNS + 1))
+    advance = (progress or Progress()).start(f"timing, batch {batch}", len(entries) * (least + 1))
     ways: dict[str, Way] = {}
     inputs: dict[str, Tensor] = {}
     times: dict[str, list[float]] = {}
-    for name, (model, runner) in entries.items():
+    facts: dict[str, tuple[float, float, str, float]] = {}
+    failed: dict[str, str] = {}
+    first, start = next(iter(entries)), clock()
+    for name, model in entries.items():
+        if len(ways) >= ALWAYS and clock() - start > WARMING * most:
+            failed[name] = "not timed, to keep within the time"
+            continue
         advance(0, what=f"warming up {name}, batch {batch}")
         size = (batch, model.backbone.channels, *model.input_size())
-        images = torch.randn(size, device=next(model.parameters()).device).to(DTYPES[runner.dtype])
-        if (way := _warm(runner.prepare(model), images, runner)) is not None:
-            ways[name], inputs[name], times[name] = way, images, []
+        images = torch.randn(size, device=next(model.parameters()).device)
+        try:
+            way = _way(model)
+            _warm(way, model, images)
+            facts[name] = _facts(eager(model), images)
+        except Exception as error:
+            if strict or name == first or is_systems(error):
+                raise
+            failed[name] = described(error)
+            continue
+        ways[name], inputs[name], times[name] = way, images, []
         advance(1)
-    order, runs, start = list(ways), 0, time.perf_counter()
-    while runs < LEAST_RUNS or (time.perf_counter() - start < seconds and runs < MOST_RUNS):
+    order, runs, begun = list(ways), 0, clock()
+
+    def more() -> bool:
+        late = runs >= FEW_RUNS and clock() - start > most
+        return not late and (runs < least or (clock() - begun < seconds and runs < MOST_RUNS))
+
+    while more():
         for name in order:
-            advance(1 if runs < LEAST_RUNS else 0, what=f"timing {name}, batch {batch}")
-            times[name].append(_timed(ways[name], inputs[name]))
-        order = order[1:] + order[:1]  # nobody is always first, or always after the heaviest
+            advance(1 if runs < least else 0, what=f"timing {name}, batch {batch}")
+            times[name].append(_timed(ways[name], inputs[name], clock))
+        order = order[1:] + order[:1]  # no model is always first, or always after the heaviest
         runs += 1
-    facts = {name: _facts(entries[name][1].model(entries[name][0]), inputs[name]) for name in ways}
-    dense = next(iter(entries))
-    return [_speed(name, str(entries[name][1]), batch, times, facts, dense) for name in ways]
+    advance.finish()
+    return Timing([_speed(name, entries[name].runner or FP32, batch, times, facts, first) for name in ways], failed)
 
 
-def _warm(way: Way, images: Tensor, runner: Runner) -> Way | None:
-    """Three runs; None where torch.compile does not work here (no compiler, for example)."""
-    try:
-        with torch.inference_mode():
-            for _ in range(3):
-                way(images)
-    except Exception:
-        if runner.compiled:
-            return None
-        raise
-    return way
+def _way(model: AdaptiveViT) -> Way:
+    return lambda images: model(images).logits
 
 
-def _timed(way: Way, images: Tensor) -> float:
+def _warm(way: Way, model: AdaptiveViT, images: Tensor) -> None:
+    """Three runs. Raises UserError where torch.compile does not work here, or computes something else."""
+    compiled = model.runner is not None and model.runner.compiled
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # that torch.compile failed is told below
+        logits = [way(images) for _ in range(3)][-1]
+        if compiled and (reason := compile_failure(model)):
+            raise UserError(
+                f"torch.compile does not work here (is there a C++ compiler? {reason}); leave out --compile"
+            )
+        if compiled:
+            plain = eager(model)(images.to(DTYPES[model.runner.dtype])).logits.float()  # type: ignore[union-attr]
+            far = (plain - logits).abs().max().item()
+            if not far <= AGREE * plain.abs().max().item():
+                raise UserError(f"torch.compile gives other logits here, {far:.3g} away from those without it")
+
+
+def _timed(way: Way, images: Tensor, clock: Clock) -> float:
     device = images.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     with torch.inference_mode():
         way(images)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _facts(model: AdaptiveViT, images: Tensor) -> tuple[float, float, str, float]:
     """MACs an image, mean tokens, attention paths, and peak memory of one forward."""
+    images = images.to(next(model.parameters()).dtype)
     with torch.inference_mode():
         trace = model(images).trace
         memory = peak_memory(lambda: model(images), images.device)
@@ -276,24 +293,24 @@ def _storage(value: Any) -> torch.UntypedStorage | None:
     return value.untyped_storage() if isinstance(value, Tensor) else None
 
 
-def _speed(name: str, runner: str, batch: int, times: dict, facts: dict, dense: str) -> Speed:
-    own = torch.tensor(times[name], dtype=torch.float64)
-    ratios = torch.tensor(times[dense], dtype=torch.float64) / own
+def _speed(name: str, runner: Runner, batch: int, times: dict, facts: dict, dense: str) -> Speed:
+    own, first = (torch.tensor(times[n], dtype=torch.float64) for n in (name, dense))
     p50, p90, p99 = (own.quantile(q).item() for q in (0.5, 0.9, 0.99))
-    low, speedup, high = (ratios.quantile(q).item() for q in (0.25, 0.5, 0.75))
+    speedup = first.quantile(0.5).item() / p50  # of the medians, so that one with more images/s has a higher speed-up
+    low, high = ((first / own).quantile(q).item() for q in (0.25, 0.75))
     macs, tokens, kernels, memory = facts[name]
-    ratio = facts[dense][0] / macs
+    ratio = max(facts[dense][0], 1.0) / max(macs, 1.0)
     return Speed(
         setting=name,
-        runner=runner,
+        runner=str(runner),
         batch=batch,
         images_per_s=batch / p50,
         p50_ms=p50 * 1e3,
         p90_ms=p90 * 1e3,
         p99_ms=p99 * 1e3,
         speedup=speedup,
-        speedup_low=low,
-        speedup_high=high,
+        speedup_low=min(low, speedup),
+        speedup_high=max(high, speedup),
         mac_ratio=ratio,
         conversion=speedup / ratio,
         gmacs=macs / 1e9,

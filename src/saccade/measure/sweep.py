@@ -11,15 +11,16 @@ from typing import Any
 from saccade.data import ImageSet, open_images
 from saccade.files import check_folder, write_json, write_text
 from saccade.measure import accuracy
-from saccade.measure.accuracy import Score
+from saccade.measure.accuracy import Evaluated, Score
 from saccade.measure.publish import circumstances, csv_text, model_name
 from saccade.measure.race import front
-from saccade.measure.speed import FP32, Speed, time_together
+from saccade.measure.speed import Speed, time_together
+from saccade.measure.untrained import untrained
 from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_model
 from saccade.plan import Entry, registry
 from saccade.progress import Progress
-from saccade.results import Scores
+from saccade.runner import FP32, Runner
 from saccade.setting import Call, Setting, expand
 from saccade.tables import Table
 from saccade.views.report import Row
@@ -35,12 +36,12 @@ class Swept(Score):
 
     speed: Speed | None  #   None: not timed
     trained: bool | None  #  whether the weights were trained for it; None: not recorded
+    untrained: tuple[str, ...] = ()  # methods in it whose own parameters are as they were initialised
 
 
-class Evaluation(Scores):
-    """What ``eval`` gives: a row for each setting, the dense model first; and the images that could not be read."""
+class Evaluation(Evaluated):
+    """What ``eval`` gives: a row for each setting, the dense model first; and what could not be read or scored."""
 
-    __slots__ = ()
     rows: list[Swept]
 
     def table(self) -> Table:
@@ -54,6 +55,7 @@ class Evaluation(Scores):
             "GMACs": [f"{r.gmacs:.3f}" for r in rows],
             "speed-up": [f"{r.speed.speedup:.2f}×" if r.speed else "" for r in rows],
             "agree": [f"{r.agreement.mean:.1%}" for r in rows],
+            "note": ["untrained" if r.untrained else "" for r in rows],
             "trained": [{True: "yes", False: "no", None: ""}[r.trained] for r in rows],
             "MAC ratio": [f"{r.mac_ratio:.2f}×" for r in rows],
             "images/s": [f"{r.speed.images_per_s:.1f}" if r.speed else "" for r in rows],
@@ -84,6 +86,7 @@ def evaluate(
     seconds: float | None = None,
     out: str | os.PathLike | None = None,
     corrupt: str | None = None,
+    dtype: str | None = None,
     command: str = "",
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -104,12 +107,15 @@ def evaluate(
         out: a folder for ``scores.csv``, ``scores.json`` and ``report.html``; called again with it, an interrupted
             call goes on from there.
         corrupt: ``"masks:50"``, ``"gaussian_noise:3"``, … (``saccade.data.corrupt``), the same for all settings.
+        dtype: number type of all that is run, "fp32", "bf16" or "fp16"; None: the model's own (``model.runner``).
         progress: where to show it; None: nowhere.
 
     Raises:
-        UserError: bad model, data, settings, corruption or folder, labels that do not fit the head.
+        UserError: bad model, data, settings, corruption or folder, labels that do not fit the head, a model whose
+            logits are not finite or all alike.
     """
     model = open_model(model, weights, pretrained, device)
+    model = model.deploy(Runner(dtype or (model.runner.dtype if model.runner else "fp32")))
     folder = None if out is None else Path(out)
     if folder is not None:
         check_folder(folder)
@@ -118,7 +124,7 @@ def evaluate(
     names = list(dict.fromkeys(name for found in curves.values() for name in found))
     ranged = {text: found for text, found in curves.items() if found != [text]}
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
-    scores, failures = accuracy.evaluate(
+    found = accuracy.evaluate(
         model,
         images,
         names,
@@ -128,15 +134,24 @@ def evaluate(
         corrupt=corrupt,
         progress=progress,
     )
+    scores, failures = found
     speeds: dict[str, Speed] = {}
     if seconds or (seconds is None and ranged):
-        views = {s.setting: (model.at(s.setting).eval(), FP32) for s in scores}
+        views = {s.setting: model.at(s.setting).eval() for s in scores}
         timed = time_together(views, batch, SECONDS if seconds is None else seconds, progress)
         speeds = {row.setting: row for row in timed}
-    rows = [Swept(**vars(s), speed=speeds.get(s.setting), trained=trained_for(model, s)) for s in scores]
+    rows = [
+        Swept(
+            **vars(s),
+            speed=speeds.get(s.setting),
+            trained=trained_for(model, s),
+            untrained=untrained(model, s.setting),
+        )
+        for s in scores
+    ]
     if folder is not None:
-        _publish(folder, model, images, rows, ranged, failures, corrupt, command)
-    return Evaluation(rows, failures)
+        _publish(folder, model, images, rows, ranged, Evaluation(rows, failures, found.left_out), corrupt, command)
+    return Evaluation(rows, failures, found.left_out)
 
 
 def expanded(model: AdaptiveViT, text: str) -> list[str]:
@@ -180,7 +195,7 @@ def _publish(
     images: ImageSet,
     rows: list[Swept],
     ranged: dict[str, list[str]],
-    failures: dict[str, str],
+    found: Evaluation,
     corrupt: str | None,
     command: str,
 ) -> None:
@@ -189,7 +204,10 @@ def _publish(
     facts |= {"corruption": corrupt} if corrupt else {}
     if speed := rows[0].speed:
         facts["timing"] = f"batch {speed.batch}, medians of {speed.runs} interleaved runs, against dense {speed.runner}"
+    failures = found.failures
+    facts["number type"] = str(model.runner or FP32)
     notes = [f"`{name}` could not be read and counts nowhere: {reason}" for name, reason in list(failures.items())[:10]]
+    notes += [f"`{name}` is left out: {reason}" for name, reason in found.left_out.items()]
     table = _table(model, rows, ranged)
     places = {row.setting: i for i, row in enumerate(rows)}
     report = SweepReport(
@@ -205,7 +223,8 @@ def _publish(
     )
     write_text(folder / "report.html", render_sweep(report))
     write_text(folder / "scores.csv", csv_text(table))
-    write_json(folder / "scores.json", {"facts": facts, "rows": [r.to_dict() for r in rows], "not_read": failures})
+    written = {"facts": facts, "rows": [r.to_dict() for r in rows], "not_read": failures, "left_out": found.left_out}
+    write_json(folder / "scores.json", written)
 
 
 def _table(model: AdaptiveViT, rows: list[Swept], ranged: dict[str, list[str]]) -> list[Row]:
@@ -219,6 +238,7 @@ def _table(model: AdaptiveViT, rows: list[Swept], ranged: dict[str, list[str]]) 
         kind = "dense" if all(e.kind == "tokenizer" for e in entries) else "reduction"
         kind = "random" if any(e.baseline for e in entries) else kind
         notes = ["not trained for"] if r.trained is False else []
+        notes += [untrained_note(r)] if r.untrained else []
         notes += ["saves MACs, not time"] if r.speed and not r.speed.worth_it else []
         speed: dict[str, Any] = vars(r.speed) if r.speed else {}
         delta, delta_low, delta_high = r.delta.three() if r.delta else (None, None, None)
@@ -244,6 +264,11 @@ def _table(model: AdaptiveViT, rows: list[Swept], ranged: dict[str, list[str]]) 
     return [row(r) for r in rows]
 
 
+def untrained_note(row: Swept) -> str:
+    """What to say of a row whose methods have learned nothing yet."""
+    return f"untrained: {', '.join(row.untrained)} (parameters as initialised)"
+
+
 def _verdict(rows: list[Swept]) -> list[str]:
     """What the sweep says in words: the fastest near dense, the best, and what was not trained for."""
     dense, *others = rows
@@ -259,7 +284,7 @@ def _verdict(rows: list[Swept]) -> list[str]:
         return f"{cost} than `dense`, {delta}{limits}"
 
     lines = []
-    near = [r for r in others if gain(r) > 1.0 and r.top1.mean >= dense.top1.mean - CLOSE]
+    near = [r for r in others if not r.untrained and gain(r) > 1.0 and r.top1.mean >= dense.top1.mean - CLOSE]
     most = "fastest" if timed else "cheapest"
     if near:
         chosen = max(near, key=gain)

@@ -1,83 +1,38 @@
 """``tune``, the main job: the best accuracy at a budget, as a measured frontier and a model to deploy.
 
-Settings are enumerated and priced (``candidates``), raced on one half of the images (``race``) and timed (``speed``);
-what is reported was measured on the other half, which no choice has seen.
+Settings are enumerated and priced (``candidates``), raced on one half of the images (``race``) and timed together
+(``speed``); what is reported was measured on the other half, which no choice has seen. What fails is left out by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from saccade.data import ImageSet, Preprocess, open_images
+from saccade.data import ImageSet, open_images
 from saccade.errors import UserError
-from saccade.measure.accuracy import Judge, Predictions, Score, paired, score, spread
+from saccade.measure.accuracy import Judge, Predictions, check_head, paired, score, spread
+from saccade.measure.allowance import LEAST_IMAGES, Allowance, Costs, plan
 from saccade.measure.cache import Cache
-from saccade.measure.candidates import Candidate, Target, candidates
+from saccade.measure.candidates import Candidate, Priced, Target, candidates
+from saccade.measure.failures import described, is_systems
+from saccade.measure.options import Measured, Option, Search
 from saccade.measure.race import front, race, shuffled_halves
-from saccade.measure.speed import FP32, Entry, Runner, Speed, time_together
+from saccade.measure.speed import ALWAYS, Speed, time_all, time_together
+from saccade.measure.verdict import by_importance
 from saccade.model import AdaptiveViT
-from saccade.progress import Progress
+from saccade.progress import Bar, Progress
+from saccade.runner import FP32, Runner
 
 SURVIVORS = 14  # reductions that are timed and reported
-LEAST_IMAGES = 20
+HALVED = 8  # of them also in the smaller number type, where that is faster
+PROBE = 16  # images by which the costs are estimated
+COMPILE_MINUTES = 6.0  # of time without which nothing is compiled: that takes a minute each
 
-
-@dataclass(frozen=True)
-class Option:
-    """A setting and a way to run it."""
-
-    candidate: Candidate
-    runner: Runner = FP32
-
-    @property
-    def name(self) -> str:
-        """The setting and, where it is not the usual one, the runner."""
-        return self.candidate.setting + ("" if self.runner == FP32 else f" · {self.runner}")
-
-    @property
-    def plain(self) -> bool:
-        """No token is reduced: the model itself, a smaller input or a larger patch, however it is run."""
-        return self.candidate.family == "dense"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """All that was measured of an option; accuracies are None where only speed was."""
-
-    option: Option
-    speed: Speed
-    selection: float | None = None  # metric on the half that choices were made by
-    likelihood: float | None = None  # mean probability of the true class there, which breaks ties
-    score: Score | None = None  #     on the half that is reported
-    found: Predictions | None = None  # there, image by image
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """Better is larger: selection-half metric, then likelihood."""
-        return self.selection or 0.0, self.likelihood or 0.0
-
-    def meets(self, target: Target, dense: Measured) -> bool:
-        """Whether this option is within the target."""
-        if target.kind == "drop":
-            return (dense.selection or 0.0) - (self.selection or 0.0) <= target.value
-        limits = {"speedup": (target.value, self.speed.speedup), "gmacs": (self.speed.gmacs, target.value)}
-        low, high = limits.get(target.kind, (self.speed.p50_ms, target.value))
-        return low <= high
-
-
-@dataclass(frozen=True)
-class Search:
-    """What a search found: every option measured, the dense model first."""
-
-    target: Target
-    measured: list[Measured]
-    metric: str = ""  #              "top-1", "agreement with dense", or "" where only speed was measured
-    frontier: set[str] = field(default_factory=set)  # names that none beats in both speed and selection-half metric
-    judge: Judge | None = None
-    report_places: list[int] = field(default_factory=list)
-    selection_images: int = 0
+T = TypeVar("T")
 
 
 def search(
@@ -92,6 +47,7 @@ def search(
     seconds: float = 30.0,
     compiled: bool = True,
     seed: int = 0,
+    allowance: Allowance | None = None,
     progress: Progress | None = None,
 ) -> Search:
     """Measure the settings of a model that matter for a target.
@@ -103,17 +59,15 @@ def search(
         batch: images at once, for timing.
         seconds: of interleaved timing.
         compiled: also time the dense model under ``torch.compile``.
+        allowance: the time that all of this may take; None: what it needs.
 
     Raises:
-        UserError: bad data or target, fewer than 20 images.
+        UserError: bad data or target, a model whose answers cannot be compared, fewer than 20 images.
     """
-    progress = progress or Progress()
-    ratio = _mac_ratio(model, target, batch, progress)
+    progress, allowance = progress or Progress(), allowance or Allowance()
     if data is None:
-        entrants = candidates(model, None, progress)
-        speeds = _time(model, [Option(c) for c in entrants], batch, seconds, progress)
-        return Search(target, [Measured(o, s) for o, s in speeds.items()])
-
+        return _Search(model, target, None, batch, None, allowance, progress).by_speed(seconds)
+    check_head(model)
     images = data if isinstance(data, ImageSet) else open_images(data, split)
     judge = Judge(model, images)
     places = spread(len(images), limit)
@@ -121,94 +75,235 @@ def search(
         raise UserError(
             f"{len(places)} images in {images.path}: tune needs {LEAST_IMAGES} or more to choose and report"
         )
-    halves = shuffled_halves(len(places), seed, None if judge.labels is None else judge.labels[places])
-    select, report = ([places[i] for i in half] for half in halves)
-    predict = _predictor(model, judge, cache, progress)
+    compiled = compiled and not (allowance.limited and allowance.seconds < 60 * COMPILE_MINUTES)
+    store = Cache.of(cache, judge) if cache else None
+    return _Search(model, target, judge, batch, store, allowance, progress).run(places, seconds, compiled, seed)
 
-    entrants = candidates(model, ratio, progress)
-    progress.say(f"{len(entrants)} settings; {len(select)} images to choose by, {len(report)} to report on")
-    selected = {Option(c): p for c, p in race(entrants, select, _plainly(predict), SURVIVORS).items()}
-    dense = next(iter(selected))
-    judge.need(selected[dense], dense.name)
-    selected = {o: paired(p, selected[dense])[0] for o, p in selected.items()}
-    ways = [Runner("bf16"), *([Runner("fp32", True), Runner("bf16", True)] if compiled else [])]
-    speeds = _time(model, [*selected, *(Option(dense.candidate, way) for way in ways)], batch, seconds, progress)
 
-    values = {o: judge.hits(p).double().mean().item() for o, p in selected.items()}
-    best = front({o: (-speeds[o].speedup, values[o]) for o in selected})
-    halved = [Option(o.candidate, ways[0]) for o in selected if o in best and o != dense]  # both savings at once
-    if speeds[Option(dense.candidate, ways[0])].speedup > 1 and halved:
-        speeds |= _time(model, [dense, *halved], batch, seconds / 3, progress) | {dense: speeds[dense]}
-    for option in speeds:
-        if option not in selected:
-            selected[option] = paired(predict(option, select), selected[dense])[0]
+class _Search:
+    """One search: what its steps share."""
 
-    said = {option: predict(option, report) for option in speeds}
-    measured = [
-        Measured(
-            option,
-            speed,
-            selection=judge.hits(selected[option]).double().mean().item(),
-            likelihood=(-selected[option].nll).exp().mean().item(),
-            score=score(option.name, said[option], said[dense], judge),
-            found=said[option],
+    def __init__(
+        self,
+        model: AdaptiveViT,
+        target: Target,
+        judge: Judge | None,
+        batch: int,
+        store: Cache | None,
+        allowance: Allowance,
+        progress: Progress,
+    ) -> None:
+        self.target, self.batch, self.store, self.allowance, self.progress = target, batch, store, allowance, progress
+        self.plain = model.deploy(None)
+        self.failed: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.bar: Bar | None = None
+        self._judge = judge
+        self._bases: dict[Runner, AdaptiveViT] = {FP32: self.plain}
+
+    @property
+    def judge(self) -> Judge:
+        assert self._judge is not None
+        return self._judge
+
+    def by_speed(self, seconds: float) -> Search:
+        """Speed alone, of single settings."""
+        priced = candidates(self.plain, None, self.progress)
+        self._leave_out(priced.failed)
+        speeds = self.time([Option(c) for c in priced.candidates], seconds)
+        return Search(self.target, [Measured(o, s) for o, s in speeds.items()], failed=self.failed)
+
+    def run(self, places: Sequence[int], seconds: float, compiled: bool, seed: int) -> Search:
+        """All of it, on the images at these places."""
+        judge, say = self.judge, self.progress.say
+        costs = self._costs(places)
+        ratio = self._mac_ratio()
+        priced = self._price(ratio)
+        sizes = plan(
+            priced.candidates,
+            costs,
+            self.allowance,
+            images=len(places),
+            batch=self.batch,
+            survivors=SURVIVORS,
+            runners=HALVED + 1 + 2 * compiled,
+            timing=seconds,
+            ratio=ratio,
         )
-        for option, speed in speeds.items()
-    ]
-    frontier = front({m.option.name: (-m.speed.speedup, m.selection or 0.0) for m in measured})
-    return Search(target, measured, judge.metric, frontier, judge, report, len(select))
+        places = [places[i] for i in spread(len(places), sizes.images)]
+        halves = shuffled_halves(len(places), seed, None if judge.labels is None else judge.labels[places])
+        select, report = ([places[i] for i in half] for half in halves)
+        if len(sizes.candidates) < len(priced.candidates):
+            fewer = len(priced.candidates) - len(sizes.candidates)
+            self.notes.append(f"{fewer} of {len(priced.candidates)} settings were not tried, to keep within the time")
+        say(f"{len(sizes.candidates)} settings; {len(select)} images to choose by, {len(report)} to report on")
+        self.progress.expect(sizes.seconds)
+        if self.allowance.limited and self.allowance.spent() + sizes.seconds > self.allowance.seconds:
+            say(f"That is more than the time asked for: about {sizes.seconds / 60:.1f} minutes.")
 
+        selected = self._race(sizes.candidates, select, sizes.survivors)
+        dense = next(iter(selected))
+        options = [*selected, *self._ways(dense, selected, sizes.survivors, compiled)]
+        speeds = self.time(self._by_promise(options, selected), sizes.timing, self._until(0.8))
+        chosen_by = {dense: selected[dense]}
+        for option in speeds:
+            said = selected.get(option) or self.attempt(option, lambda o=option: self.predict(o, select))  # type: ignore[misc]
+            if said is not None:
+                chosen_by[option] = paired(said, selected[dense])[0]
+        measured = [self._chosen_by(o, speeds[o], said) for o, said in chosen_by.items()]
+        rows = self._report(measured, report)
+        rows = [rows[0], *sorted(rows[1:], key=lambda m: -m.option.candidate.macs)]
+        frontier = front({m.option.name: (-m.speed.speedup, m.selection or 0.0) for m in rows})
+        return Search(
+            self.target, rows, judge.metric, frontier, judge, report, len(select), self.failed, list(self.notes)
+        )
 
-Predict = Callable[[Option, Sequence[int]], Predictions]
+    def _chosen_by(self, option: Option, speed: Speed, said: Predictions) -> Measured:
+        """What the selection half and the clock say of an option."""
+        hits = self.judge.hits(said).double().mean().item()
+        return Measured(option, speed, hits, (-said.nll).exp().mean().item(), chosen_by=said)
 
+    def _report(self, measured: list[Measured], places: list[int]) -> list[Measured]:
+        """The same with their scores on the reporting half: first of what matters, of the rest while there is time."""
+        self.bar = self.progress.start("reporting", len(measured) * len(places))
+        plan = Search(self.target, measured, self.judge.metric, judge=self.judge)
+        found: dict[str, Measured] = {}
+        for i, m in enumerate(by_importance(plan)):
+            if i >= ALWAYS and self.allowance.beyond(0.92):
+                self.failed[m.option.name] = "not reported, to keep within the time"
+            elif (said := self.attempt(m.option, lambda o=m.option: self.predict(o, places))) is not None:  # type: ignore[misc]
+                first = found[measured[0].option.name].found if found else said
+                assert first is not None
+                found[m.option.name] = replace(m, score=score(m.option.name, said, first, self.judge), found=said)
+        self.bar.finish()
+        return [found[m.option.name] for m in measured if m.option.name in found]
 
-def _predictor(model: AdaptiveViT, judge: Judge, cache: Path | None, progress: Progress) -> Predict:
-    """Predictions of an option on images, from the cache where they are there; one copy of the model a number type."""
-    store = Cache(cache, model, judge.images.fingerprint(), Preprocess.of(model.vit), model.backbone) if cache else None
-    copies: dict[str, AdaptiveViT] = {}
+    def attempt(self, option: Option, work: Callable[[], T]) -> T | None:
+        """What the work gives; None where it fails, which is then named. The dense model has to work."""
+        if option.candidate.setting == "dense" and option.runner == FP32:
+            return work()
+        try:
+            return work()
+        except Exception as error:
+            if is_systems(error):
+                raise
+            self._leave_out({option.name: described(error)})
+            return None
 
-    def predict(option: Option, indices: Sequence[int]) -> Predictions:
-        dtype = option.runner.dtype
-        if dtype not in copies:
-            copies[dtype] = Runner(dtype).model(model)
-        same = option.candidate.setting == "dense" and dtype == "fp32"
-        view = judge.dense if same else copies[dtype].at(option.candidate.setting).eval()
-        advance = progress.start(option.name, len(indices))
+    def predict(self, option: Option, indices: Sequence[int]) -> Predictions:
+        """Predictions of an option on images, from the cache where they are there."""
+        runner = Runner(option.runner.dtype)  # compiled or not, the number type decides; ``speed`` compares the two
+        same = option.candidate.setting == "dense" and runner == FP32
+        view = self.judge.dense if same else self._base(runner).at(option.candidate.setting).eval()
+        if self.bar is not None:
+            self.bar(0, what=f"measuring {option.name}")
 
         def compute() -> Predictions:
-            return judge.predict(view, indices, advance)
+            return self.judge.predict(view, indices)
 
-        found = store.get(f"{option.candidate.setting} {dtype}", indices, compute) if store else compute()
+        key = f"{option.candidate.setting} {runner}"
+        found = self.store.get(key, indices, compute) if self.store else compute()
         if lost := sorted({*indices} - {*found.indices.tolist()}):
-            judge.predict(view, lost)  # names them again where the rest came from the cache
-        advance.finish()
+            self.judge.predict(view, lost)  # names them again where the rest came from the cache
+        if self.bar is not None:
+            self.bar(len(indices))
         return found
 
-    return predict
+    def time(self, options: Sequence[Option], seconds: float, most: float = math.inf) -> dict[Option, Speed]:
+        """Interleaved timing of all options in one run, against the first; what does not work here is left out."""
+        entries = {o.name: self._base(o.runner).at(o.candidate.setting).eval() for o in options}
+        timing = time_all(entries, self.batch, seconds, self.progress, clock=self.allowance.clock, most=most)
+        self._leave_out(timing.failed)
+        rows = {row.setting: row for row in timing.rows}
+        return {o: rows[o.name] for o in options if o.name in rows}
 
+    def _base(self, runner: Runner) -> AdaptiveViT:
+        """The model as a runner runs it; views of it share what it makes of the weights."""
+        if runner not in self._bases:
+            batch = self.batch if runner.compiled else None
+            self._bases[runner] = self.plain.deploy(Runner(runner.dtype, runner.compiled, batch))
+        return self._bases[runner]
 
-def _plainly(predict: Predict) -> Callable[[Candidate, list[int]], Predictions]:
-    return lambda candidate, indices: predict(Option(candidate), indices)
+    def _leave_out(self, failed: dict[str, str]) -> None:
+        for name, reason in failed.items():
+            if name not in self.failed:
+                self.progress.say(f"left out: {name}: {reason}")
+        self.failed |= failed
 
+    def _costs(self, places: Sequence[int]) -> Costs:
+        """Run the dense model on a few images: what is wrong with data or weights is found before anything else."""
+        clock, few = self.allowance.clock, list(places[:: max(1, len(places) // PROBE)])[:PROBE]
+        start = clock()
+        found = self.judge.predict(self.judge.dense, few)
+        if self.store is not None:
+            self.store.check("dense", found)
+        middle = clock()
+        if len(found.indices):
+            self.judge.predict(self.judge.dense, few)
+        end = clock()
+        return Costs(max(1e-9, (end - middle) / len(few)), max(0.0, 2 * middle - start - end) / len(few))
 
-def _time(
-    model: AdaptiveViT, options: Sequence[Option], batch: int, seconds: float, progress: Progress
-) -> dict[Option, Speed]:
-    """Interleaved timing; options whose runner does not work here (no compiler) are left out, and said."""
-    copies = {dtype: Runner(dtype).model(model) for dtype in {o.runner.dtype for o in options}}
-    entries: dict[str, Entry] = {
-        o.name: (copies[o.runner.dtype].at(o.candidate.setting).eval(), o.runner) for o in options
-    }
-    rows = {row.setting: row for row in time_together(entries, batch, seconds, progress)}
-    return {o: rows[o.name] for o in options if o.name in rows}
+    def _price(self, ratio: float | None) -> Priced:
+        priced = candidates(self.plain, ratio, self.progress, lambda: self.allowance.beyond(0.15))
+        self._leave_out(priced.failed)
+        if priced.untried:
+            self.notes.append(f"{priced.untried} combinations were not tried, to keep within the time")
+        return priced
 
+    def _race(self, raced: list[Candidate], select: list[int], survivors: int) -> dict[Option, Predictions]:
+        """What the survivors said on the selection half, the dense model first."""
+        late: list[str] = []
+        self.bar = self.progress.start("racing", len(raced) * len(select) // 2)
 
-def _mac_ratio(model: AdaptiveViT, target: Target, batch: int, progress: Progress) -> float | None:
-    """The MAC ratio that a target is about; None where none is."""
-    if target.kind == "speedup":
-        return target.value
-    if target.kind == "drop":
-        return None
-    dense = time_together({"dense": (model.at("dense").eval(), FP32)}, batch, 1.0, progress)[0]
-    now = dense.gmacs if target.kind == "gmacs" else dense.p50_ms
-    return max(1.0, now / target.value)
+        def predict(candidate: Candidate, indices: list[int]) -> Predictions | None:
+            if not candidate.is_baseline and self.allowance.beyond(0.6):
+                late.append(candidate.setting)
+                return None
+            option = Option(candidate)
+            return self.attempt(option, lambda: self.predict(option, indices))
+
+        selected = {Option(c): p for c, p in race(raced, select, predict, survivors).items()}
+        self.bar.finish()
+        self.bar = None
+        if late:
+            self.notes.append(f"{len(late)} settings left the race early, to keep within the time")
+        dense = next(iter(selected))
+        self.judge.need(selected[dense], dense.name)
+        return {o: paired(p, selected[dense])[0] for o, p in selected.items()}
+
+    def _ways(self, dense: Option, selected: dict[Option, Predictions], survivors: int, compiled: bool) -> list[Option]:
+        """Other ways to run: the dense model in each, and the best of each cost in bf16 where that pays."""
+        half = Runner("bf16")
+        ways = [
+            Option(dense.candidate, way) for way in (half, *((Runner("fp32", True), Runner("bf16", True)) * compiled))
+        ]
+        probe = {o.name: self._base(o.runner).at("dense").eval() for o in (dense, ways[0])}
+        timing = time_all(probe, self.batch, 0.0, self.progress, clock=self.allowance.clock, least=3)
+        self._leave_out(timing.failed)
+        if timing.failed or timing.rows[1].speedup <= 1:
+            return ways
+        hits = {o: self.judge.hits(p).double().mean().item() for o, p in selected.items()}
+        best = front({o: (o.candidate.macs, hits[o]) for o in selected if o.candidate.family != "random"}) - {dense}
+        ordered = sorted(best, key=lambda o: -hits[o])[: min(HALVED, survivors)]
+        return ways + [Option(o.candidate, half) for o in ordered]
+
+    def _by_promise(self, options: list[Option], selected: dict[Option, Predictions]) -> list[Option]:
+        """The dense model, its other ways to run, then the best; random baselines last: for where time is short."""
+        hits = {o.candidate: self.judge.hits(p).double().mean().item() for o, p in selected.items()}
+        first, *rest = options
+        rest.sort(key=lambda o: (o.candidate.family == "random", o.candidate != first.candidate, -hits[o.candidate]))
+        return [first, *rest]
+
+    def _until(self, share: float) -> float:
+        """Seconds until this share of the time is over; infinite where there is no limit."""
+        return max(1.0, share * self.allowance.seconds - self.allowance.spent())
+
+    def _mac_ratio(self) -> float | None:
+        """The MAC ratio that a target is about; None where none is."""
+        if self.target.kind == "speedup":
+            return self.target.value
+        if self.target.kind == "drop":
+            return None
+        dense = time_together({"dense": self.plain.at("dense").eval()}, self.batch, 1.0, self.progress)[0]
+        now = dense.gmacs if self.target.kind == "gmacs" else dense.p50_ms
+        return max(1.0, now / self.target.value)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saccade.measure.accuracy import Judge, paired
-from saccade.measure.stats import Interval, bootstrap
-from saccade.measure.tune import Measured, Search
+from saccade.measure.accuracy import ITSELF, Judge, paired
+from saccade.measure.options import Measured, Search
+from saccade.measure.stats import Interval, paired_difference
 
 
 @dataclass(frozen=True)
@@ -19,104 +21,173 @@ class Verdict:
 
 
 def conclude(search: Search) -> Verdict:
-    """Choose by the selection half, judge by the reporting half."""
+    """Choose by the selection half and the measured speed; the words are about the half that no choice has seen."""
     dense = search.measured[0]
     serious = [m for m in search.measured if m.option.candidate.family != "random"]
-    fastest = max(serious, key=lambda m: m.speed.speedup)
     if search.judge is None:
         return Verdict(dense, [_speed_only(search)], met=True)
-    judge = search.judge
     fit = [m for m in serious if m.meets(search.target, dense)]
     if not fit:
-        answer = f"No: nothing here is {search.target}. The fastest is {_told(fastest)}."
-        return Verdict(fastest, [answer], met=False)
-    plain, reduced = ([m for m in fit if m.option.plain is kind] for kind in (True, False))
-    order = _by_speed if search.target.kind == "drop" else _by_rank
-    best_plain, best_reduced = (max(group, key=order) if group else None for group in (plain, reduced))
-
-    if best_plain is None or best_reduced is None:
-        chosen = best_plain or best_reduced
-        assert chosen is not None
-        lines = [f"Only token reduction gets there: use {_told(chosen)}."] if best_reduced else []
-        lines = lines or [f"No token reduction gets there, plain dense does: use {_told(chosen)}."]
-    elif search.target.kind == "drop":
-        chosen = max(best_plain, best_reduced, key=order)
-        other = best_reduced if chosen is best_plain else best_plain
-        no = (
-            "No token reduction is needed: plain dense is the fastest within that loss. "
-            if chosen is best_plain
-            else ""
-        )
-        lines = [f"{no}Use {_told(chosen)}.", f"The rival is {_told(other)}."]
-    else:
-        gap = difference(best_reduced, best_plain, judge)
-        # Reduction has to be preferred by the one half and confirmed by the other.
-        preferred = order(best_reduced) > order(best_plain) and gap.mean > 0
-        chosen = best_reduced if preferred else best_plain
-        lines = _compared(best_reduced, best_plain, gap, chosen)
-    usual = [m for m in fit if m.option.runner == dense.option.runner]
-    lines += _same_runner(usual, order, judge, {chosen.option.name})
-    lines += _against_chance(search, best_reduced, judge)
+        fastest = max(serious, key=lambda m: m.speed.speedup)
+        lines = [f"No: nothing here is {search.target}. The fastest is {described(fastest)}."]
+        return Verdict(fastest, lines + _alone(fastest, dense, search), met=False)
+    chosen, reason = choose(fit, search)
+    lines = [_answer(chosen, dense, search)]
+    lines += _alone(chosen, dense, search)
+    lines += [reason] if reason else []
+    lines += _rival(chosen, fit, search.judge)
+    lines += _contradiction(chosen, serious, search)
+    lines += _random_baseline(chosen, search)
     return Verdict(chosen, lines, met=True)
+
+
+def by_importance(search: Search) -> list[Measured]:
+    """The dense model, what would be chosen, its best rivals, then the rest, by speed; random baselines last."""
+    dense, *rest = search.measured
+    serious = [m for m in search.measured if m.option.candidate.family != "random"]
+    fit = [m for m in serious if m.meets(search.target, dense)]
+    first = [dense, choose(fit, search)[0] if fit else max(serious, key=lambda m: m.speed.speedup)]
+    for plain in (True, False):
+        first += sorted((m for m in fit if m.option.plain is plain), key=lambda m: m.rank)[-1:]
+    rest.sort(key=lambda m: (m.option.candidate.family == "random", m not in fit, -m.speed.speedup))
+    return list({m.option.name: m for m in (*first, *rest)}.values())
+
+
+def choose(fit: Sequence[Measured], search: Search) -> tuple[Measured, str]:
+    """The option to use, of those within the target, and why it is not the most accurate; by the selection half alone.
+
+    Where a loss is allowed: the fastest. Else the most accurate; of those that are less than one standard error of the
+    paired difference behind it, the fastest (the rule of one standard error of Breiman et al., 1984). Whatever another
+    beats in both speed and accuracy is left for that one.
+    """
+    if search.target.kind == "drop":
+        return max(fit, key=_by_speed), ""
+    assert search.judge is not None
+    best = max(fit, key=lambda m: (m.rank, m.option.plain, m.speed.speedup))
+    chosen = max((m for m in fit if _is_tie(m, best, search.judge)), key=_by_speed)
+    while better := [m for m in fit if _beats(m, chosen)]:
+        chosen = max(better, key=lambda m: (m.selection or 0.0, m.speed.speedup))
+    if chosen is best or best.selection == chosen.selection:
+        return chosen, ""
+    gap = 100 * ((best.selection or 0.0) - (chosen.selection or 0.0))
+    return chosen, (
+        f"On the {search.selection_images} images that chose, `{best.option.name}` ({best.speed.speedup:.2f}×) was "
+        f"{gap:.1f} points better, which is within noise (one standard error): so the faster one."
+    )
+
+
+def _by_speed(m: Measured) -> tuple:
+    return m.speed.speedup, m.rank, m.option.plain  # of equals the one that reduces nothing
+
+
+def _is_tie(m: Measured, best: Measured, judge: Judge) -> bool:
+    """Whether an option is within one standard error of the best, on the selection half, image by image."""
+    if m is best:
+        return True
+    if m.chosen_by is None or best.chosen_by is None:
+        return m.selection == best.selection
+    x, y = paired(best.chosen_by, m.chosen_by)
+    gain = judge.hits(x).double() - judge.hits(y).double()
+    return gain.sum().item() <= math.sqrt(gain.abs().sum().item() + 1)  # half an image more of each kind: few are noise
+
+
+def _beats(a: Measured, b: Measured) -> bool:
+    """Whether a is better than b in both speed and selection-half metric, in one of them strictly."""
+    x, y = (a.speed.speedup, a.selection or 0.0), (b.speed.speedup, b.selection or 0.0)
+    return x != y and x[0] >= y[0] and x[1] >= y[1]
 
 
 def difference(a: Measured, b: Measured, judge: Judge) -> Interval:
     """a − b in the metric on the reporting half, paired by image."""
     assert a.found is not None and b.found is not None
+    if a is b:
+        return ITSELF
     x, y = paired(a.found, b.found)
-    return bootstrap(judge.hits(x).double() - judge.hits(y).double())
+    return paired_difference(judge.hits(x), judge.hits(y))
 
 
-def _compared(reduced: Measured, plain: Measured, gap: Interval, chosen: Measured) -> list[str]:
-    assert reduced.score is not None
-    versus = f"`{reduced.option.name}` − `{plain.option.name}` = {points(gap)} on {reduced.score.images} images"
-    if chosen is plain:
-        return [
-            f"No: plain dense is as good at that budget. Use {_told(plain)}.",
-            f"The best token reduction there is {_told(reduced)}: {versus}.",
-        ]
+def _answer(chosen: Measured, dense: Measured, search: Search) -> str:
+    """What to use, how much faster it is, and what it costs."""
+    if chosen is dense:
+        return f"No: use the model as it is. Nothing faster here is {search.target}."
+    no = "No token reduction is needed: " if chosen.option.plain else ""
+    use = "use" if no else "Use"
+    assert search.judge is not None
+    speed = f"{chosen.speed.speedup:.2f}× as fast as dense on this machine, batch {chosen.speed.batch}"
+    return f"{no}{use} `{chosen.option.name}`: {speed}, {_cost(chosen, dense, search.judge)}."
+
+
+def _cost(m: Measured, dense: Measured, judge: Judge) -> str:
+    if judge.labels is None:
+        assert m.score is not None
+        low, high = 100 * m.score.top1.low, 100 * m.score.top1.high
+        return f"the dense model's answer on {m.score.top1.mean:.1%} of the images (95 %: {low:.1f} … {high:.1f} %)"
+    return f"{points(difference(m, dense, judge))} of {judge.metric}"
+
+
+def _alone(chosen: Measured, dense: Measured, search: Search) -> list[str]:
+    """Whether so many images can tell what the choice costs."""
+    judge = search.judge
+    assert judge is not None and chosen.found is not None
+    count = len(chosen.found.indices)
+    if chosen is dense or judge.labels is None:
+        return []
+    gap = difference(chosen, dense, judge)
+    if gap.high < 0:
+        return [f"{count} images can tell: that loss is real, at least {-100 * gap.high:.1f} points."]
     if gap.low > 0:
-        return [f"Use {_told(reduced)}.", f"It beats plain dense at that budget: {versus}."]
-    return [
-        f"Not decided: plain dense is as good at that budget as far as {reduced.score.images} images tell ({versus}).",
-        f"By a hair, use {_told(reduced)}; the plain rival is {_told(plain)}.",
-    ]
+        return [f"{count} images can tell: that gain is real."]
+    half = (gap.high - gap.low) / 2
+    need = math.ceil(count * (half / 0.01) ** 2 / 100) * 100
+    more = f"; about {need:,} labelled images would tell one point" if half > 0.01 else ""
+    worst = f"a loss of {-100 * gap.low:.1f} points" if gap.low < 0 else "no loss"
+    return [f"{count} images cannot tell it from no loss at all, nor from {worst}{more}."]
 
 
-def _same_runner(fit: list[Measured], order, judge: Judge, said: set[str]) -> list[str]:  # type: ignore[no-untyped-def]
-    """Token reduction against plain dense with nothing else changed (number type, compilation)."""
-    plain, reduced = ([m for m in fit if m.option.plain is kind] for kind in (True, False))
-    if not reduced or max(reduced, key=order).option.name in said:
-        return []
-    best = max(reduced, key=order)
-    if not plain:
-        return [f"With nothing changed but tokens, only reduction gets there: {_told(best)}."]
-    rival = max(plain, key=order)
-    gap = difference(best, rival, judge)
-    return [f"With nothing changed but tokens: {_told(best)}; the best plain one is {_told(rival)} ({points(gap)})."]
+def _rival(chosen: Measured, fit: Sequence[Measured], judge: Judge) -> list[str]:
+    """The best of the other kind: plain dense beside a reduction, a reduction beside plain dense."""
+    others = [m for m in fit if m.option.plain is not chosen.option.plain]
+    kind = "token reduction" if chosen.option.plain else "without reducing tokens"
+    if not others:
+        return [] if chosen.option.plain else ["Only token reduction gets there."]
+    rival = max(others, key=lambda m: (m.rank, m.speed.speedup))
+    gap = difference(chosen, rival, judge)
+    sure = "" if gap.low > 0 or gap.high < 0 else ", which so many images cannot tell apart"
+    return [f"The best {kind}: {described(rival)}; the choice − this = {points(gap)}{sure}."]
 
 
-def _against_chance(search: Search, best: Measured | None, judge: Judge) -> list[str]:
-    """The best reduction against dropping tokens at random, at the nearest MACs."""
+def _contradiction(chosen: Measured, serious: Sequence[Measured], search: Search) -> list[str]:
+    """Rows of the table that look better than the choice, and why they are not it."""
+    assert chosen.score is not None
+    lines = []
+    for m in serious:
+        assert m.score is not None
+        seen = m.speed.speedup >= chosen.speed.speedup and m.score.top1.mean > chosen.score.top1.mean
+        if m is chosen or not (seen or _beats(m, chosen)):
+            continue
+        if not m.meets(search.target, search.measured[0]):
+            reason = f"is not within the target ({search.target})"
+        else:
+            by = 100 * ((chosen.selection or 0.0) - (m.selection or 0.0))
+            reason = f"was {by:.1f} points behind on the images that chose; these decide, the others only report"
+        lines.append(f"`{m.option.name}` is as fast and better on the reported images, but {reason}.")
+    return lines[:3]
+
+
+def _random_baseline(chosen: Measured, search: Search) -> list[str]:
+    """The choice against dropping tokens at random, at the nearest MACs."""
     controls = [m for m in search.measured if m.option.candidate.family == "random"]
-    if best is None or not controls:
+    if chosen.option.plain or not controls:
         return []
-    control = min(controls, key=lambda m: abs(m.speed.gmacs - best.speed.gmacs))
-    gap = difference(best, control, judge)
-    cost = f"{best.speed.gmacs:.2f} and {control.speed.gmacs:.2f} GMACs"
-    return [f"Against chance, at {cost}: `{best.option.name}` − `{control.option.name}` = {points(gap)}."]
+    assert search.judge is not None
+    control = min(controls, key=lambda m: abs(m.speed.gmacs - chosen.speed.gmacs))
+    gap = difference(chosen, control, search.judge)
+    cost = f"{chosen.speed.gmacs:.2f} and {control.speed.gmacs:.2f} GMACs"
+    return [f"Against the random baseline `{control.option.name}` ({cost}): {points(gap)}."]
 
 
-def _by_rank(m: Measured) -> tuple:
-    return m.rank, m.option.plain, m.speed.speedup  # a tie goes to the plain one
-
-
-def _by_speed(m: Measured) -> tuple:
-    return (m.speed.speedup,)
-
-
-def _told(m: Measured) -> str:
-    """``evit(0.7)``: 1.49× faster, −1.2 points (95 %: −2.5 … +0.1)."""
+def described(m: Measured) -> str:
+    """``evit(0.7)`` (1.49×, 0.79 GMACs, −1.2 points (95 %: −2.5 … +0.1))."""
     text = f"`{m.option.name}` ({m.speed.speedup:.2f}×, {m.speed.gmacs:.2f} GMACs"
     if m.score is not None:
         loss = m.score.delta

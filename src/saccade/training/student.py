@@ -73,7 +73,7 @@ def open_source(source: Source) -> AdaptiveViT:
     if os.path.isdir(source.name):
         if source.weights or source.pretrained or source.args:
             raise UserError(f"{source.name!r} is a model folder: leave out model.weights, model.pretrained, model.args")
-        model = load(source.name, "dense")
+        model = load(source.name, "dense", runner=None)
     else:
         model = create_model(source.name, weights=source.weights, pretrained=source.pretrained, **source.args)
     vit = model.vit
@@ -120,7 +120,7 @@ def fit_head(vit: ViT, images: ImageSet) -> list[int]:
 def open_teacher(rule: Distill) -> nn.Module:
     """A timm model of any kind, frozen, in evaluation mode."""
     if os.path.isdir(rule.teacher):
-        teacher: nn.Module = load(rule.teacher, "dense").vit
+        teacher: nn.Module = load(rule.teacher, "dense", runner=None).vit
     elif rule.teacher.split(".")[0] in timm.list_models():
         if not (rule.teacher_weights or rule.teacher_pretrained):
             raise UserError(f"the teacher {rule.teacher} would have random weights: give distill.teacher_weights")

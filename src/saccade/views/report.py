@@ -157,9 +157,19 @@ def _saved(figure: Figure, rows: Sequence[Row]) -> str:
 
 
 def _table(report: Report) -> str:
+    """All rows; blind controls stand in a table of their own, which has to be unfolded."""
     hint = "Select a heading to sort."
     if any(known(r.top1_low) for r in report.rows):
         hint += " Intervals are at 95 %."
-    table = render_table(report.rows, report.metric_name)
-    box = tag("div", table, kind="scroll", tabindex=0, role="region", aria_label="All settings")
-    return tag("p", hint, kind="hint") + box
+    blind = {i for i, r in enumerate(report.rows) if r.family == "random"}
+    blind = blind if len(blind) < len(report.rows) else set()
+    out = tag("p", hint, kind="hint") + _box(report, set(range(len(report.rows))) - blind, "All settings")
+    if not blind:
+        return out
+    name = f"{len(blind)} random baselines: what dropping tokens blindly gives"
+    return out + tag("details", tag("summary", name) + _box(report, blind, "Random baselines"))
+
+
+def _box(report: Report, places: set[int], label: str) -> str:
+    table = render_table(report.rows, report.metric_name, places)
+    return tag("div", table, kind="scroll", tabindex=0, role="region", aria_label=label)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -40,18 +40,20 @@ class Head:
     label: str = ""  # the marker's accessible name; empty: it says nothing that the setting does not
 
 
-def render_table(rows: Sequence[Row], metric: str) -> str:
-    """The whole ``<table>``."""
+def render_table(rows: Sequence[Row], metric: str, places: Collection[int] | None = None) -> str:
+    """The whole ``<table>``, or the rows at these places, which keep their numbers and the columns of all."""
 
     def head(row: Row) -> Head:
         marks = [name for name, on in (("chosen", row.chosen), ("frontier", row.on_frontier)) if on]
         return Head(row.setting, row.family, marks, row.note, row.family)
 
-    return lay_out(rows, head, _columns(rows, metric))
+    return lay_out(rows, head, _columns(rows, metric), places)
 
 
-def lay_out(rows: Sequence[T], head: Callable[[T], Head], columns: Sequence[Column[T]]) -> str:
-    """Any table of settings, one row each."""
+def lay_out(
+    rows: Sequence[T], head: Callable[[T], Head], columns: Sequence[Column[T]], places: Collection[int] | None = None
+) -> str:
+    """Any table of settings, one row each; ``places``: of those alone."""
     columns = [c for c in columns if any(known(c.value(r)) for r in rows)]
     notes = any(head(r).note for r in rows)
     top = '<th scope="col" aria-sort="none"><button>setting</button></th>'
@@ -60,7 +62,7 @@ def lay_out(rows: Sequence[T], head: Callable[[T], Head], columns: Sequence[Colu
         for c in columns
     )
     top += '<th scope="col">note</th>' if notes else ""
-    body = "".join(_row(i, r, head(r), columns, notes) for i, r in enumerate(rows))
+    body = "".join(_row(i, r, head(r), columns, notes) for i, r in enumerate(rows) if places is None or i in places)
     return f"<table><thead><tr>{top}</tr></thead>\n<tbody>\n{body}</tbody></table>"
 
 
