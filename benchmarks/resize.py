@@ -20,7 +20,7 @@ from timm.layers import resample_patch_embed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saccade
-from saccade.tokenizers import matrices
+from saccade.tokenizers import constants
 from saccade.tokenizers.embed import PRESETS, resize_kernel
 from saccade.tokenizers.matrices import pi_matrix
 
@@ -40,7 +40,7 @@ def main() -> None:
     spec = PRESETS["google"]
 
     def build() -> None:
-        matrices._cached.cache_clear()
+        constants.forget()
         for size in SIZES:
             pi_matrix(32, size, spec.kernel_mode, spec.kernel_antialias)
 

@@ -15,8 +15,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from saccade import counter
 from saccade.gates import Gates
 from saccade.model import AdaptiveViT
 from saccade.plan import Gater, Method, Plan
@@ -85,13 +85,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
-def counted_macs(run: Callable[[], object]) -> float:
+def counted_macs(run: Callable[[], object]) -> int:
     """Multiply-accumulates by torch's operator-level counter; the first call fills caches and is not counted."""
     with torch.inference_mode():
         run()
-        with FlopCounterMode(display=False) as counter:
-            run()
-    return counter.get_total_flops() / 2
+        return counter.counted_macs(run)
 
 
 def make_tokens(

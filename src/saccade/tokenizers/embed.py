@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from operator import index
 from typing import Any
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.errors import UserError
+from saccade.tokenizers.constants import full_precision
 from saccade.tokenizers.matrices import MODES, axis_matrix, one_of
 
 RHO = 0.9  # correlation of neighbouring pixels where a method needs one: about that of photos
@@ -101,10 +101,7 @@ def choose(method: str, asked: str | None, trained: ResizeSpec | None) -> Resize
 
 def _product(x: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """Multiply the trailing ``len(matrices)`` axes, one after the other; None leaves an axis as it is."""
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    # Autocast would run the products in half precision.  Off already, it is left out: an exported graph would keep it.
-    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+    with full_precision(x):
         for at, matrix in zip(range(-len(matrices), 0), matrices, strict=True):
             if matrix is not None:
                 x = F.linear(x.transpose(at, -1), matrix).transpose(at, -1)
@@ -115,7 +112,7 @@ def _apply(x: Tensor, new: Sequence[int], axis: str, rho: float, mode: str, anti
     """Resize the trailing ``len(new)`` axes of a float32 or float64 tensor."""
     # No symbols: torch.compile makes a program per size.
     sizes = [(index(old), index(size)) for old, size in zip(x.shape[-len(new) :], new, strict=True)]
-    key = mode, antialias, x.device, x.dtype
+    key = mode, antialias, x.dtype, x.device
     return _product(x, [None if old == size else axis_matrix(axis, rho, old, size, *key) for old, size in sizes])
 
 
@@ -132,7 +129,7 @@ def _filter_norm(kernel: Tensor, resized: Tensor, new: Sequence[int], spec: Resi
 
 def _token_norm(kernel: Tensor, resized: Tensor, new: Sequence[int], spec: ResizeSpec, rho: float) -> Tensor:
     """Root mean square of the tokens over patches of covariance Σ, old over new: a single number."""
-    key = spec.kernel_mode, spec.kernel_antialias, kernel.device, kernel.dtype
+    key = spec.kernel_mode, spec.kernel_antialias, kernel.dtype, kernel.device
     sizes = [(index(old), index(size)) for old, size in zip(kernel.shape[-len(new) :], new, strict=True)]
     before = _product(kernel, [axis_matrix("root", rho, old, old, *key) for old, _ in sizes])
     after = _product(resized, [axis_matrix("root", rho, old, size, *key) for old, size in sizes])

@@ -7,10 +7,7 @@ Resizing an image is linear: ``B`` [new, old] per axis says all of it, and what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from operator import index
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.errors import UserError, nearest
+from saccade.tokenizers.constants import constant
 
 MODES = ("bilinear", "bicubic")
 
@@ -35,7 +33,7 @@ def resize_matrix(old: int, new: int, mode: str, antialias: bool) -> Tensor:
 
     Built once and shared: do not write to it.  `UserError` for an unknown mode and a size below 1.
     """
-    return axis_matrix("image", 0.0, index(old), index(new), mode, antialias, torch.device("cpu"), torch.float64)
+    return axis_matrix("image", 0.0, index(old), index(new), mode, antialias, torch.float64, torch.device("cpu"))
 
 
 def pi_matrix(old: int, new: int, mode: str, antialias: bool) -> Tensor:
@@ -43,27 +41,12 @@ def pi_matrix(old: int, new: int, mode: str, antialias: bool) -> Tensor:
 
     Built once and shared: do not write to it.  Raises as `resize_matrix`.
     """
-    return axis_matrix("pi", 0.0, index(old), index(new), mode, antialias, torch.device("cpu"), torch.float64)
+    return axis_matrix("pi", 0.0, index(old), index(new), mode, antialias, torch.float64, torch.device("cpu"))
 
 
-@torch.compiler.assume_constant_result  # takes a plain function: torch.compile would trace through the cache
-def axis_matrix(*key: Any) -> Tensor:
-    """A matrix by (one of `AXES`, rho, old, new, mode, antialias, device, dtype)."""
-    return _cached(*key)
-
-
-@lru_cache(maxsize=1024)
-def _cached(*key: Any) -> Tensor:
-    # Autocast, inference mode, a default device, torch.func's levels and a tracer's fake tensors all belong to the
-    # thread that set them.  What is kept outlives them, so it must carry none of them: a new thread has none.
-    with ThreadPoolExecutor(1) as clean:
-        return clean.submit(_build, *key).result()
-
-
-def _build(
-    axis: str, rho: float, old: int, new: int, mode: str, antialias: bool, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """The matrix [new, old] of one axis ([old, new] for 'root'), one of `AXES`."""
+@constant
+def axis_matrix(axis: str, rho: float, old: int, new: int, mode: str, antialias: bool, dtype: torch.dtype) -> Tensor:
+    """The matrix [new, old] of one axis ([old, new] for 'root'), one of `AXES`; the last argument is its device."""
     one_of("resize mode", mode, MODES)
     if min(old, new) < 1:
         raise UserError(f"cannot resize {old} to {new} pixels: both must be at least 1")
@@ -71,8 +54,8 @@ def _build(
     # wrong rows on the CPU (torch 2.15).
     basis = torch.eye(old, dtype=torch.float64)[None, None]
     image = F.interpolate(basis, size=(new, old), mode=mode, align_corners=False, antialias=antialias)[0, 0]
-    # NumPy, because torch would first start an OpenMP team for the new thread, which takes milliseconds.
-    return torch.from_numpy(AXES[axis](image.numpy(), rho)).to(dtype).to(device)
+    # NumPy, because torch would first start an OpenMP team for the thread of a constant, which takes milliseconds.
+    return torch.from_numpy(AXES[axis](image.numpy(), rho)).to(dtype)
 
 
 def _pinv(matrix: np.ndarray) -> np.ndarray:

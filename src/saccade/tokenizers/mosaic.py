@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import numpy as np
 import torch
@@ -151,7 +152,11 @@ class Mosaic:
 
 def table(build: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
     """``build(geometry, *values) -> array`` as a function ``(geometry, *values, device) -> Tensor``, built once."""
-    plain = constant(lambda cells, patch, levels, *values: build(Geometry(cells, patch, levels), *values))
+
+    @constant
+    @wraps(build)
+    def plain(cells: tuple[int, int], patch: int, levels: int, *values: object) -> np.ndarray:
+        return build(Geometry(cells, patch, levels), *values)
 
     def shared(g: Geometry, *values: object) -> Tensor:
         return plain(g.cells, g.patch, g.levels, *values)  # a compiler knows tuples as constants, and no class of ours

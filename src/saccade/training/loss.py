@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
+from saccade.counter import counted_macs
 from saccade.data import Preprocess
 from saccade.model import AdaptiveViT, Output
 from saccade.training.config import Distill
@@ -27,9 +27,8 @@ class Teacher:
 
     def __init__(self, module: nn.Module, student: Preprocess) -> None:
         self.module, self.student, self.own = module, student, Preprocess.of(module)
-        with FlopCounterMode(display=False) as counter:
-            self(torch.zeros(1, 3, *student.size, device=next(module.parameters()).device))
-        self.macs = counter.get_total_flops() / 2  # per image
+        image = torch.zeros(1, 3, *student.size, device=next(module.parameters()).device)
+        self.macs = counted_macs(lambda: self(image))
         self.width: int = module.num_features  # type: ignore[assignment]
 
     def __call__(self, images: Tensor) -> Opinion:

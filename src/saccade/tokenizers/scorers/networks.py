@@ -16,8 +16,8 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.flop_counter import FlopCounterMode
 
+from saccade.counter import counted_macs
 from saccade.errors import UserError, nearest
 from saccade.folder_config import check_open
 
@@ -230,9 +230,8 @@ def _counted(*key: Any) -> int:
 def _count(name: str, stride: int | None, blocks: int | None, height: int, width: int) -> int:
     def run() -> int:
         module = skeleton(name, stride, blocks)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            module(torch.zeros(1, 3, height, width, device="meta"))
-        return counter.get_total_flops() // 2
+        with torch.no_grad():
+            return counted_macs(lambda: module(torch.zeros(1, 3, height, width, device="meta")))
 
     with ThreadPoolExecutor(1) as clean:  # a tracer's modes stay behind
         return clean.submit(run).result()
