@@ -5,9 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 2000  # characters of a message
+
 
 class UserError(Exception):
     """A mistake in what the user gave: one line that names the value, the limit and the remedy (exit code 2)."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """Text for a terminal: names from elsewhere may hold line breaks, control characters, or a whole file."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 500]} … {line[-490:]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from saccade.errors import UserError
+from saccade.errors import UserError, one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 EXTENSIONS = (
@@ -33,7 +33,7 @@ class ImageError(UserError):
         self.name, self.reason = name, reason
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        return one_line(f"{self.name}: {self.reason}")
 
 
 def pixel_limit() -> int:
