@@ -23,7 +23,7 @@ from saccade.model_folder import seen, weights_file, write
 from saccade.plan import ViT
 from saccade.setting import Setting
 from saccade.tokenizers.embed import ResizeSpec
-from saccade.weights import check, line, load_weights, read_header, read_weights, shapes, some
+from saccade.weights import check, check_tensors, line, load_weights, read_header, read_weights, shapes, some
 
 if TYPE_CHECKING:
     from saccade.runner import Runner
@@ -204,7 +204,7 @@ def _fill_all(model: AdaptiveViT, file: Path) -> None:
     state = read_weights(file)
     others = {k: v for k, v in state.items() if k.startswith(LEARNED) and k[len(LEARNED) :] not in model.learned}
     parts: dict[str, Tensor] = _state(model)
-    check(shapes(parts), shapes({k: v for k, v in state.items() if k not in others}), type(model).__name__, str(file))
+    check_tensors(parts, {k: v for k, v in state.items() if k not in others}, type(model).__name__, str(file))
     with torch.no_grad():
         for name, own in parts.items():
             own.copy_(state[name])

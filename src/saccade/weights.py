@@ -85,9 +85,34 @@ def load_weights(module: nn.Module, file: str | os.PathLike) -> None:
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], file: str) -> None:
-    """Load tensors that came from ``file``, strictly."""
-    check(shapes(module.state_dict()), shapes(state), type(module).__name__, file)
+    """Load tensors that came from ``file``, strictly, in the module's own dtype."""
+    check_tensors(module.state_dict(), state, type(module).__name__, file)
     module.load_state_dict(state, strict=True)
+
+
+def check_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str, file: str) -> None:
+    """``check``; and raises UserError for numbers of another kind, or too large for the model's own type.
+
+    Codes of quantised weights are no weights, and what is finite in fp32 may be infinite in fp16.
+    """
+    check(shapes(own), shapes(state), what, file)
+    kinds = {k: f"{state[k].dtype} for {v.dtype}" for k, v in own.items() if _kind(v) != _kind(state[k])}
+    if kinds:
+        name = min(kinds)
+        raise UserError(
+            f"{file} does not fit {what}: {len(kinds)} tensors hold another kind of number ({name}: {kinds[name]}); "
+            "if they are quantised, dequantise them first"
+        )
+    large = [k for k, v in own.items() if v.is_floating_point() and not torch.isfinite(state[k].to(v.dtype)).all()]
+    if large:
+        types = f"{state[large[0]].dtype} in the file, {own[large[0]].dtype} in the model"
+        raise UserError(f"{file} holds numbers too large for {what} ({types}) in {len(large)} tensors ({some(large)})")
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_complex() or value.dtype == torch.bool:
+        return str(value.dtype)
+    return "real" if value.is_floating_point() else "whole"
 
 
 def without_prefix(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
