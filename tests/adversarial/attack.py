@@ -118,7 +118,7 @@ def reached(heard: list[tuple[str, str]], *allowed: Path) -> list[str]:
 
 
 def damaged(data: bytes, seed: int, count: int, header: int = 64) -> Iterator[tuple[str, bytes]]:
-    """``count`` damaged copies of ``data``, each with a name; half of the edits fall into the first ``header`` bytes."""
+    """``count`` damaged copies of ``data``, each with a name; half of the edits lie in the first ``header`` bytes."""
     for number in range(count):
         rng = Random(f"{seed}/{number}")
         kind = rng.choice(KINDS)

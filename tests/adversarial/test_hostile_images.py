@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from attack import attempt, damaged
 from PIL import Image
 
+from attack import attempt, damaged
 from data_helpers import encode, picture
 from saccade.data import ImageError
 from saccade.data.decode import FORMATS, decode
@@ -32,7 +32,8 @@ def samples() -> Iterator[tuple[str, bytes]]:
     yield "jpeg-cmyk", encode(image.convert("CMYK"), "JPEG")
     yield "png", encode(image, "PNG")
     yield "png-palette", encode(palette, "PNG", transparency=0)
-    yield "png-16", encode(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), "PNG")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    yield "png-16", encode(deep, "PNG")
     yield "webp", encode(image, "WEBP", exif=exif(3))
     yield "webp-lossless", encode(image.convert("RGBA"), "WEBP", lossless=True)
     yield "gif", encode(palette, "GIF", save_all=True, append_images=[palette] * 3)
@@ -43,7 +44,7 @@ def samples() -> Iterator[tuple[str, bytes]]:
     yield "tiff-jpeg", encode(image, "TIFF", compression="jpeg")
     yield (
         "tiff-deflate-16",
-        encode(Image.fromarray(np.asarray(grey).astype(np.uint16)), "TIFF", compression="tiff_deflate"),
+        encode(deep, "TIFF", compression="tiff_deflate"),
     )
     yield "ppm", encode(image, "PPM")
     yield "pgm-text", b"P2\n3 2\n255\n0 10 20 30 40 255\n"

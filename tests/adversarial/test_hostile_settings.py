@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attack import attempt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attack import attempt
 from oracles import make_images, make_vit
 from saccade.errors import UserError
 from saccade.measure.sweep import expanded
@@ -18,45 +18,29 @@ from saccade.setting import Setting, expand
 MODEL = AdaptiveViT(make_vit(depth=3, embed_dim=24, num_heads=2, img_size=64, num_classes=5))
 IMAGES = make_images(MODEL.vit, 2)
 
+ODD_NUMBERS = """
+    0 -0 1 1.0 -1 1e-9 1e9 1e999 -1e999 0x10 1_000 0b1 nan inf 1j ٣ １６ 1e-400 True False None 08 10**9 2**9
+    1..5 5..1 0..1000000000 0.1..0.9..0.1 1..2..0 1.. ..2 1...3 0..1e9 -5..5 1..5..-1 0..1..1e-9
+    0..0.0000001..0.0000000000001 0..9999999999999999999999..1 0.30000000000000004
+"""
+ODD_WORDS = r"""
+    'a' '' 'pretrained' '/etc/passwd' '|' '1..2' '\n' '\x00' '\ud800' b'x' f'{1}' 'entropy' 'cls' '"'
+    x __import__ ... print(1) {} {1} a.b a[0] *a **a lambda:0 [x	for	x	in	y] {1:2} a:=1 not	1
+"""
 NUMBERS = st.one_of(
     st.integers(-3, 20).map(str),
     st.floats(-1.5, 1.5).map(lambda v: f"{v:.3g}"),
-    st.sampled_from(
-        ["0", "-0", "1", "1.0", "-1", "1e-9", "1e9", "1e999", "-1e999", "9" * 30, "9" * 5000, "0x10", "1_000", "0b1"]
-        + ["nan", "inf", "1j", "٣", "１６", "1e-400", "0.30000000000000004", "True", "False", "None", "2**9", "10**9"]
-        + ["1..5", "5..1", "0..1000000000", "0.1..0.9..0.1", "1..2..0", "1..", "..2", "1...3", "0..1e9", "-5..5"]
-        + ["0..0.0000001..0.0000000000001", "0..1..1e-9", "1..5..-1", "08", "0..9999999999999999999999..1"]
-    ),
-)  # fmt: skip
-WORDS = st.sampled_from(
-    ["'a'", "''", "'pretrained'", "'/etc/passwd'", "'|'", "'1..2'", '"\'"', "'\\n'", "'\\x00'", "'\\ud800'", "b'x'"]
-    + ["f'{1}'", "'" + "x" * 300 + "'", "'entropy'", "'cls'", "x", "__import__", "lambda: 0", "...", "print(1)"]
-    + ["[x for x in y]", "{}", "{1: 2}", "{1}", "a.b", "a[0]", "*a", "**a", "a := 1", "not 1", "1 if 1 else 2"]
-)  # fmt: skip
+    st.sampled_from([*ODD_NUMBERS.split(), "9" * 30, "9" * 5000]),
+)
+WORDS = st.sampled_from([*ODD_WORDS.split(" "), "'" + "x" * 300 + "'"])
 VALUES = st.recursive(
     NUMBERS | WORDS,
     lambda inner: st.lists(inner, max_size=4).map(lambda v: f"({', '.join(v)})") | inner.map(lambda v: f"[{v}]"),
     max_leaves=6,
 )
 KNOWN = sorted(registry())
-NAMES = st.sampled_from(KNOWN) | st.sampled_from(
-    [
-        "dense",
-        "DENSE",
-        "",
-        "tome ",
-        "то𝗆e",
-        "ｔome",
-        "__class__",
-        "__init__",
-        "print",
-        "None",
-        "True",
-        "a.b",
-        "tome()()",
-        "1",
-    ]
-)
+ODD_NAMES = "dense DENSE то𝗆e ｔome __class__ __init__ print None True a.b tome()() 1"
+NAMES = st.sampled_from(KNOWN) | st.sampled_from(["", "tome ", *ODD_NAMES.split()])
 
 
 @st.composite
