@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.analysis import register
 from saccade.analysis.study import Answers, Finding, Study
-from saccade.data import ImageSet, class_indices
+from saccade.data import ImageSet, head_labels
 from saccade.errors import UserError
 from saccade.measure.race import shuffled_halves
 from saccade.measure.stats import Interval, bootstrap, proportion
@@ -74,7 +74,7 @@ def judge(
 def no_labels(model: AdaptiveViT, images: ImageSet) -> str | None:
     """Why accuracy cannot be measured; None: it can."""
     try:
-        class_indices(images, model.vit.num_classes)
+        head_labels(images, model.vit)
     except UserError as error:
         return str(error)
     return None if len(images) >= LEAST else f"{len(images)} images: it needs {LEAST} or more"
@@ -102,7 +102,7 @@ def ensemble(study: Study, *, sizes: tuple[int, ...] = (2, 3), rivals: tuple[str
     said = study.answers(list(dict.fromkeys(["dense", *study.settings, *others])), "ensemble")
     if len(said.places) < LEAST:
         raise UserError(f"ensemble: {len(said.places)} images could be read: it needs {LEAST} or more")
-    truth = torch.tensor(class_indices(study.images, study.model.vit.num_classes))[said.places]
+    truth = torch.tensor(head_labels(study.images, study.model.vit).indices)[said.places]
     choose, report = (torch.tensor(half) for half in shuffled_halves(len(truth), seed, truth))
     hits = {name: p.argmax(1) == truth for name, p in said.probabilities.items()}
     found = [judge(g, hits, _mean(said, g).argmax(1) == truth, said.gmacs, choose, report) for g in groups]

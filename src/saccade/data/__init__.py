@@ -1,7 +1,7 @@
 """Image sets, preprocessing and bad input."""
 
 from saccade.data.decode import ImageError, decode, upright
-from saccade.data.labels import class_indices, class_names
+from saccade.data.labels import Labels, class_indices, class_names, head_labels
 from saccade.data.loader import CACHE_BYTES, Batch, Failures, Loader
 from saccade.data.preprocess import Preprocess
 from saccade.data.source import ImageSet, open_images, splits
@@ -12,11 +12,13 @@ __all__ = [
     "Failures",
     "ImageError",
     "ImageSet",
+    "Labels",
     "Loader",
     "Preprocess",
     "class_indices",
     "class_names",
     "decode",
+    "head_labels",
     "open_images",
     "splits",
     "upright",

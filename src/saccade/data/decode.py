@@ -46,6 +46,11 @@ def pixel_limit() -> int:
     return int(value)
 
 
+def byte_limit() -> int:
+    """Most bytes of one image file."""
+    return BYTES_PER_PIXEL * pixel_limit()
+
+
 def check_pixels(name: str, what: str, width: int, height: int, limit: int) -> None:
     """Raises ImageError if ``width`` × ``height`` pixels are over ``limit``; ``what`` names them in the message."""
     if width * height > limit:

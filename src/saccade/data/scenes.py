@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from functools import cache
 from pathlib import Path
@@ -243,18 +244,17 @@ class Rendered:
                 raise UserError(f"{count} scenes in split {split!r} is below 1: give at least 1")
         self._boxes: dict[str, Box] = {}
 
-    @property
-    def version(self) -> str:
-        """What decides the pixels beside the names."""
-        return f"scenes {VERSION} seed {self.seed}"
-
     def names(self) -> list[str]:
         return [name for split in sorted(self.counts) for name in _names(split, self.counts[split])]
 
     def size(self, name: str) -> int:
         return len(HEADER) + 3 * SIZE * SIZE
 
-    def read(self, name: str) -> bytes:
+    def digest(self, name: str, limit: int) -> bytes:
+        """Of what decides the pixels, which need not be rendered for it."""
+        return hashlib.blake2b(f"scenes {VERSION} seed {self.seed} {name}".encode(), digest_size=16).digest()
+
+    def read(self, name: str, limit: int = 2**20) -> bytes:
         """A binary PPM. Raises FileNotFoundError for a name that is not among ``names``."""
         return HEADER + self._render(name).tobytes()
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path, PurePosixPath
 from zipfile import is_zipfile
 
 from PIL import Image
 
-from saccade.data.decode import BYTES_PER_PIXEL, EXTENSIONS, ImageError, decode, pixel_limit
-from saccade.data.store import Folder, Store, Zip
+from saccade.data.decode import EXTENSIONS, ImageError, byte_limit, decode
+from saccade.data.store import Folder, Store, TooLong, Zip
 from saccade.errors import UserError
 
 HELD_OUT = ("val", "validation", "test", "dev")
+READERS = 4  # threads that read all bytes
 LAYOUTS = "name.jpg, class/name.jpg or split/class/name.jpg"
 
 
@@ -25,7 +28,7 @@ class ImageSet:
 
     ``names`` are paths below ``path``; ``labels[i]`` is the place of image i's folder in ``classes``. Both ``labels``
     and ``classes`` are None for an unlabelled set; ``split`` is None where there are no splits. ``classes`` are those
-    of all splits, so they agree between splits even if one lacks a class.
+    of all splits, so they agree between splits even if one lacks a class; sorted by name, or by number where all are.
     """
 
     path: Path
@@ -44,15 +47,7 @@ class ImageSet:
 
     def read_bytes(self, i: int) -> bytes:
         """The file of image ``i`` as it is stored. Raises ImageError if it cannot be read."""
-        name, limit = self.names[i], BYTES_PER_PIXEL * pixel_limit()
-        try:
-            size = self.store.size(name)
-            if size <= limit:
-                return self.store.read(name)
-        except Exception as error:  # zipfile alone raises six kinds
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ImageError(name, f"cannot be read ({reason})") from error
-        raise ImageError(name, f"file of {size:,} bytes, limit {limit:,} (SACCADE_MAX_PIXELS raises it)")
+        return read_bytes(self.store, self.names[i])
 
     def read(self, i: int) -> Image.Image:
         """Image ``i``, upright RGB. Raises ImageError if it cannot be read or decoded."""
@@ -65,14 +60,26 @@ class ImageSet:
         return replace(self, names=[self.names[i] for i in chosen], labels=labels)
 
     def fingerprint(self) -> str:
-        """12 hex digits of the names and file sizes, in order: equal for a folder and its zip.
+        """32 hex digits of names, classes and all bytes, in order: equal for a folder and its zip. Reads every file."""
+        whole = hashlib.blake2b(repr(self.classes).encode("utf-8", "surrogateescape"), digest_size=16)
+        with ThreadPoolExecutor(READERS) as pool:
+            digests = pool.map(self.store.digest, self.names, repeat(byte_limit()))
+            for name, digest in zip(self.names, digests, strict=True):
+                whole.update(name.encode("utf-8", "surrogateescape") + b"\0" + digest)
+        return whole.hexdigest()
 
-        A store whose pixels names and sizes do not tell adds its ``version``.
-        """
-        digest = hashlib.sha256(getattr(self.store, "version", "").encode())
-        for name in self.names:
-            digest.update(f"{name}\0{self.store.size(name)}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()[:12]
+
+def read_bytes(store: Store, name: str) -> bytes:
+    """An image file as it is stored. Raises ImageError if it cannot be read, or is too long for any allowed image."""
+    limit = byte_limit()
+    try:
+        return store.read(name, limit)
+    except TooLong as error:
+        size = "unknown size" if error.size is None else f"{error.size:,} bytes"
+        raise ImageError(name, f"file of {size}, limit {limit:,} (SACCADE_MAX_PIXELS raises it)") from error
+    except Exception as error:  # zipfile alone raises six kinds
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(name, f"cannot be read ({reason})") from error
 
 
 def splits(path: str | Path) -> list[str]:
@@ -113,7 +120,7 @@ def open_images(path: str | Path, split: str | None = None) -> ImageSet:
         split = _choose_split(path, {name.split("/")[0] for name in names}, split)
     elif split is not None:
         raise UserError(f"no splits in {path}, so no {split!r}: leave the split out")
-    classes = sorted({name.split("/")[-2] for name in names}) if depth else None
+    classes = _ordered({name.split("/")[-2] for name in names}) if depth else None
     chosen = [name for name in names if depth < 2 or name.startswith(f"{split}/")]
     place = {name: i for i, name in enumerate(classes or [])}
     labels = [place[name.split("/")[-2]] for name in chosen] if classes else None
@@ -134,11 +141,21 @@ def list_images(path: Path) -> tuple[Store, list[str]]:
         store = Folder(path)
     elif not path.exists():
         raise UserError(f"{path} does not exist: give a folder, a zip or an image")
-    elif is_zipfile(path):
+    elif path.is_file() and is_zipfile(path):  # a pipe is not even opened
         store = Zip(path)
     else:
         raise UserError(f"{path} is neither a folder, nor a whole zip, nor an image ({', '.join(EXTENSIONS)})")
     return store, sorted(name for name in store.names() if _is_image(name) and not _is_hidden(name))
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether all are whole numbers in ASCII digits."""
+    return all(name.isascii() and name.isdigit() and len(name) < 18 for name in names)
+
+
+def _ordered(classes: set[str]) -> list[str]:
+    """Numbers by number; other names by name, as torchvision's ``ImageFolder`` has them."""
+    return sorted(classes, key=lambda name: (int(name), name)) if are_numbers(classes) else sorted(classes)
 
 
 def _is_image(name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, class_indices, open_images
+from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, head_labels, open_images
 from saccade.data.corrupt import Corruption, corrupted, corruption
 from saccade.errors import UserError
 from saccade.measure.failures import NonFinite
@@ -54,8 +54,9 @@ class Judge:
     ) -> None:
         check_head(model)
         self.dense, self.images, self.batch, self.corrupt = model.at("dense").eval(), images, batch, corrupt
-        labels = class_indices(images, model.vit.num_classes) if images.labels is not None else None
-        self.labels = None if labels is None else torch.tensor(labels)
+        labels = None if images.labels is None else head_labels(images, model.vit)
+        self.labels = None if labels is None else torch.tensor(labels.indices)
+        self.notes = [labels.how] if labels is not None and labels.how else []  # what was assumed, in words
         self.metric = "agreement with dense" if labels is None else "top-1"
         self.failures: dict[str, str] = {}
         self._loaders: dict[tuple[int, int], Loader] = {}
@@ -302,7 +303,10 @@ def evaluate(
     views = {"dense": judge.dense, **{name: model.at(name).eval() for name in named}}  # all checked before any is run
     found: dict[str, Predictions] = {}
     left_out: dict[str, str] = {}
-    advance = (progress or Progress()).start("evaluating", len(chosen) * len(views))
+    progress = progress or Progress()
+    for line in judge.notes:
+        progress.say(line)
+    advance = progress.start("evaluating", len(chosen) * len(views))
     store = None if cache is None else Cache.of(cache, judge)
     for name, view in views.items():
         advance(0, what=name)

@@ -157,7 +157,10 @@ def calibrate(
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
     judge = Judge(model, images, batch=batch)
     places = spread(len(images), limit)
-    advance = (progress or Progress()).start("calibrating", (STEPS + 4) * len(places))
+    progress = progress or Progress()
+    for line in judge.notes:
+        progress.say(line)
+    advance = progress.start("calibrating", (STEPS + 4) * len(places))
     store = None if cache is None else Cache.of(cache, judge)
     advance(0, what="calibrating: the dense model")
     dense = judge.predict(judge.dense, places, advance)

@@ -70,6 +70,8 @@ def search(
     check_head(model)
     images = data if isinstance(data, ImageSet) else open_images(data, split)
     judge = Judge(model, images)
+    for line in judge.notes:
+        progress.say(line)
     places = spread(len(images), limit)
     if len(places) < LEAST_IMAGES:
         raise UserError(

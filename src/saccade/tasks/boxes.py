@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, overload
 
@@ -42,6 +43,14 @@ class BoxSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def fingerprint(self) -> str:
+        """32 hex digits of the objects and their classes, in order."""
+        whole = blake2b(repr((self.classes, self.most)).encode(), digest_size=16)
+        if not _rendered(self.objects):  # those are decided by the images
+            for one in self.objects:
+                whole.update(repr((one.boxes.tolist(), one.labels.tolist(), one.crowd.tolist())).encode())
+        return whole.hexdigest()
 
     def subset(self, places: Sequence[int]) -> BoxSet:
         """Some of the images, in that order."""
@@ -141,6 +150,10 @@ class _Chosen(_Lazy):
 
     def at(self, i: int) -> Objects:
         return self.of[self.places[i]]
+
+
+def _rendered(objects: Sequence[Objects]) -> bool:
+    return isinstance(objects, _SceneObjects) or (isinstance(objects, _Chosen) and _rendered(objects.of))
 
 
 # Views

@@ -12,16 +12,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
 from saccade.data import ImageError
+from saccade.data.source import read_bytes
+from saccade.data.store import TooLong
 from saccade.errors import UserError
 from saccade.tasks.panoptic import PanopticSet
-from saccade.tasks.pixels import VOID, decode_ids, open_pixels, read_bytes
+from saccade.tasks.pixels import VOID, decode_ids, open_pixels
 
 JSON = "panoptic.json"
+LARGEST = 2**30  # bytes of it: COCO's own has 0.3 GB
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def open_panoptic(path: str | Path, split: str | None, classes: Iterable[str], v
         return pixels
     order = {name: k for k, name in enumerate(pixels.classes)}
     try:
-        told: dict[str, Any] = json.loads(store.read(f"{top}{JSON}"))
+        told: dict[str, Any] = json.loads(store.read(f"{top}{JSON}", LARGEST))
         category = {c["id"]: order.get(c["name"], VOID) for c in told["categories"]}
         segments = {
             PurePosixPath(one["file_name"]).name: {
@@ -69,7 +73,7 @@ def open_panoptic(path: str | Path, split: str | None, classes: Iterable[str], v
             }
             for one in told["annotations"]
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, TooLong, BadZipFile) as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{top}{JSON} in {path} is not in COCO's panoptic format ({what})") from None
     if not set(category.values()) - {VOID}:

@@ -53,6 +53,10 @@ class Detect(Task):
         self.decoded: Decoded | None = None
         self.weights = Weights(**{name: getattr(config.detect, name) for name in Weights.__dataclass_fields__})
 
+    def identity(self) -> dict[str, Any]:
+        found = super().identity() | {"classes": self.boxes.classes, "boxes": self.boxes.fingerprint()}
+        return found if self.checked is None else found | {"held boxes": self.checked.fingerprint()}
+
     def model(self) -> Detector:
         model = open_source(self.config.model)
         self.side = max(model.input_size())

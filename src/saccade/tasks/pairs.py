@@ -6,15 +6,16 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path, PurePosixPath
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
+from zipfile import is_zipfile
 
 from timm.data import ImageNetInfo
 
 from saccade.data import ImageSet
 from saccade.data.decode import EXTENSIONS
-from saccade.data.store import Folder, Store, Zip
+from saccade.data.store import Store, TooLong, open_store
 from saccade.errors import UserError
 
 IMAGE_COLUMNS = ("image", "path", "image_path", "file", "filename", "file_name", "filepath")
@@ -34,6 +35,10 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def fingerprint(self) -> str:
+        """32 hex digits of the texts, in order."""
+        return blake2b(repr(self.texts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     def subset(self, places: Sequence[int]) -> Pairs:
         """Some of the pairs, in that order."""
@@ -77,7 +82,9 @@ def has_texts(path: str | Path) -> bool:
     path = Path(path)
     if path.suffix.lower() in TABLES:
         return True
-    return (path.is_dir() or is_zipfile(path)) and any(n.lower().endswith(".txt") for n in open_store(path).names())
+    return (path.is_dir() or (path.is_file() and is_zipfile(path))) and any(
+        n.lower().endswith(".txt") for n in open_store(path).names()
+    )
 
 
 def captioned(images: ImageSet, templates: Sequence[str] = PHOTO) -> Pairs:
@@ -125,24 +132,14 @@ def open_listed(names: Sequence[str], where: str | Path, by: str | Path) -> Imag
     return ImageSet(Path(where), None, list(names), None, None, store)
 
 
-def open_store(path: Path) -> Store:
-    """A folder or zip. Raises UserError for anything else."""
-    if path.is_dir():
-        return Folder(path)
-    if path.exists() and is_zipfile(path):
-        try:
-            store = Zip(path)
-            store.names()
-            return store
-        except BadZipFile as error:
-            raise UserError(f"{path} is not a readable zip ({error})") from None
-    raise UserError(f"{path} is neither a folder nor a zip")
-
-
 def _lines(store: Store, name: str) -> tuple[str, ...]:
-    if store.size(name) > LARGEST:
-        raise UserError(f"text {name!r} has {store.size(name):,} bytes, limit {LARGEST:,}: a text a line, no book")
-    lines = store.read(name).decode("utf-8", "replace").splitlines()
+    try:
+        data = store.read(name, LARGEST)
+    except TooLong as error:
+        raise UserError(f"text {name!r} has {error}, limit {LARGEST:,}: a text a line, no book") from None
+    except Exception as error:  # zipfile alone raises six kinds
+        raise UserError(f"text {name!r} cannot be read ({error}): mend it or take it away") from None
+    lines = data.decode("utf-8", "replace").splitlines()
     return tuple(line.strip() for line in lines if line.strip())
 
 

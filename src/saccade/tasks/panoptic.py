@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from saccade.data.source import read_bytes
 from saccade.errors import UserError, nearest
 from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval
@@ -29,7 +30,7 @@ from saccade.progress import Progress
 from saccade.results import Scores
 from saccade.tables import Column, Table
 from saccade.tasks.miou import interval, looks
-from saccade.tasks.pixels import VOID, PixelSet, decode_ids, read_bytes
+from saccade.tasks.pixels import VOID, PixelSet, decode_ids
 from saccade.tasks.segment import How, Segmenter
 
 LEAST = 64  # pixels: smaller parts of a thing's map are said to be nothing

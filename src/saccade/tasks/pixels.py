@@ -17,11 +17,10 @@ import numpy as np
 from PIL import Image
 
 from saccade.data import ImageError, ImageSet
-from saccade.data.decode import BYTES_PER_PIXEL, EXTENSIONS, check_pixels, pixel_limit
-from saccade.data.source import HELD_OUT
-from saccade.data.store import Store
+from saccade.data.decode import EXTENSIONS, check_pixels, pixel_limit
+from saccade.data.source import HELD_OUT, read_bytes
+from saccade.data.store import Store, open_store
 from saccade.errors import UserError
-from saccade.tasks.pairs import open_store
 from saccade.tasks.segment import VOID
 
 IMAGES = "images"
@@ -65,6 +64,11 @@ class PixelSet:
             raise ImageError(name, f"holds {odd}: neither one of {len(self.classes)} classes nor void={self.void}")
         return found.astype(np.uint8)
 
+    def fingerprint(self) -> str:
+        """32 hex digits of the labels' names and bytes, of the classes and of void; reads every file of labels."""
+        labels = replace(self.images, names=self.labels, classes=[*self.classes, str(self.void)], labels=None)
+        return labels.fingerprint()
+
     def subset(self, places: Iterable[int]) -> PixelSet:
         """The pairs at ``places``, in that order."""
         chosen = list(places)
@@ -92,8 +96,6 @@ def open_pixels(
         UserError: nothing there, no such split, not one pair.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a folder or a zip")
     store = open_store(path)
     known, names = _splits(store, kind.folder)
     if known and split is None:
@@ -129,18 +131,6 @@ def _splits(store: Store, folder: str) -> tuple[list[str], list[str]]:
 
 def _hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def read_bytes(store: Store, name: str) -> bytes:
-    """A file of labels as it is stored. Raises ImageError."""
-    limit = BYTES_PER_PIXEL * pixel_limit()
-    try:
-        size = store.size(name)
-        if size <= limit:
-            return store.read(name)
-    except Exception as error:  # zipfile alone raises six kinds
-        raise ImageError(name, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    raise ImageError(name, f"file of {size:,} bytes, limit {limit:,} (SACCADE_MAX_PIXELS raises it)")
 
 
 def decode_ids(data: bytes, name: str, modes: tuple[str, ...] = MODES) -> np.ndarray:

@@ -48,6 +48,10 @@ class Pairing(Task):
         self.loaders = None if self.held is None else Loaders(self.held)
         self.decoded: Decoded | None = None
 
+    def identity(self) -> dict[str, Any]:
+        found = super().identity() | {"texts": self.pairs.fingerprint()}
+        return found if self.checked is None else found | {"held texts": self.checked.fingerprint()}
+
     def model(self) -> TextImage:
         model, rule, name = open_source(self.config.model), self.config.pairs, self.config.model.name
         self.side = max(model.input_size())

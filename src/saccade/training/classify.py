@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess
+from saccade.backbone import class_names_of
+from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, head_labels
 from saccade.data.cache import Decoded
+from saccade.data.labels import places_of, some
 from saccade.errors import UserError
 from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval, proportion
@@ -40,8 +42,10 @@ class Classify(Task):
 
     def model(self) -> AdaptiveViT:
         model = open_source(self.config.model)
-        self.side, self.labels = max(model.input_size()), fit_head(model.vit, self.images)
-        self.truth = None if self.held is None else torch.tensor(fit_head(model.vit, self.held))
+        fitted = fit_head(model.vit, self.images)
+        self.notes += [fitted.how] if fitted.how else []
+        self.side, self.labels = max(model.input_size()), fitted.indices
+        self.truth = None if self.held is None else torch.tensor(head_labels(self.held, model.vit).indices)
         self.classes = model.vit.num_classes
         return model
 
@@ -54,15 +58,34 @@ class Classify(Task):
         if rule.teacher in ("", "self"):
             return
         module = open_teacher(rule).to(student.device)
-        if module.num_classes != self.classes:
-            raise UserError(
-                f"the teacher has {module.num_classes} classes and the student {self.classes}: train it first"
-            )
+        count: int = module.num_classes  # type: ignore[assignment]
+        order = self._order(class_names_of(module), count, class_names_of(student.vit))
         if rule.init:
+            if order not in (None, list(range(count))):
+                raise UserError(
+                    "distill.init: the teacher's classes are not the student's, in the same order: leave it out"
+                )
             start_from(student.vit, module)
-        self.teacher = Teacher(module, Preprocess.of(student.vit))
+        self.teacher = Teacher(module, Preprocess.of(student.vit), order)
         if rule.features and self.teacher.width != student.vit.embed_dim:
             self.project = nn.Linear(student.vit.embed_dim, self.teacher.width)
+
+    def _order(self, theirs: Sequence[str] | None, count: int, own: Sequence[str] | None) -> list[int] | None:
+        """Where the student's classes are among the teacher's, by name; None where either has no names."""
+        if theirs is None or own is None:
+            if count != self.classes:
+                raise UserError(f"the teacher has {count} classes and the student {self.classes}: train it first")
+            self.notes.append(
+                f"the {count} classes of teacher and student are taken to be the same: not both have names"
+            )
+            return None
+        order = places_of(own, theirs)
+        if order is None:
+            raise UserError(
+                f"the teacher has {count} classes and the student {self.classes}, and not all of the student's "
+                f"({some(own)}) are among the teacher's ({some(theirs)}): train it first"
+            )
+        return order
 
     def examples(self, seen: Preprocess) -> Labelled:
         view = self.config.augment.view(seen.size, seen.interpolation, seen.mean)

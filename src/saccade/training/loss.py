@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,9 @@ class Opinion:
 class Teacher:
     """A frozen timm model that looks at the student's very views, at its own input size and normalisation."""
 
-    def __init__(self, module: nn.Module, student: Preprocess) -> None:
+    def __init__(self, module: nn.Module, student: Preprocess, order: Sequence[int] | None = None) -> None:
+        """``order`` says where each of the student's classes is among the module's; None: they are the same."""
+        self.order = None if order is None else list(order)
         self.module, self.student, self.own = module, student, Preprocess.of(module)
         image = torch.zeros(1, 3, *student.size, device=next(module.parameters()).device)
         self.macs = counted_macs(lambda: self(image))
@@ -43,7 +46,8 @@ class Teacher:
                 seen = (seen * old[1] + old[0] - new[0]) / new[1]
             features = self.module.forward_features(seen)  # type: ignore[operator]
             pooled = self.module.forward_head(features, pre_logits=True)  # type: ignore[operator]
-            return Opinion(self.module.forward_head(features), pooled)  # type: ignore[operator]
+            logits = self.module.forward_head(features)  # type: ignore[operator]
+            return Opinion(logits if self.order is None else logits[:, self.order], pooled)
 
 
 def sized(images: Tensor, size: tuple[int, int]) -> Tensor:

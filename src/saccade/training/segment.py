@@ -59,6 +59,10 @@ class Segment(Task):
             self.pixels, self.checked = (self.pixels.subset(p) for p in divided(self.pixels.images, data))
         self.images, self.held = self.pixels.images, None if self.checked is None else self.checked.images
 
+    def identity(self) -> dict[str, Any]:
+        found = super().identity() | {"labels": self.pixels.fingerprint()}
+        return found if self.checked is None else found | {"held labels": self.checked.fingerprint()}
+
     def model(self) -> Segmenter:
         source, rule = self.config.model, self.config.segment
         plain = open_source(source)

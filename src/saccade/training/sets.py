@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from saccade.data import ImageSet, open_images, splits
 from saccade.data.cache import Decoded, estimated_bytes
+from saccade.data.labels import some
 from saccade.data.source import HELD_OUT
 from saccade.errors import UserError
 from saccade.progress import Progress
@@ -61,6 +63,39 @@ def divided(images: ImageSet, data: Data) -> tuple[list[int], list[int]]:
             f"{len(images)} images in {Path(data.path)} are too few for data.holdout={data.holdout:g}: set it to 0"
         )
     return [i for i, held in enumerate(out) if not held], [i for i, held in enumerate(out) if held]
+
+
+def check_data(now: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> None:
+    """Raises UserError, naming what changed, unless a run goes on with the data it began with (``Task.identity``)."""
+    before = facts.get("data")
+    if before is None:
+        raise UserError(
+            f"{str(folder)!r} was begun by an earlier version, which did not note what it was trained on: "
+            "give another --out"
+        )
+    if before == now:
+        return
+    raise UserError(
+        f"{str(folder)!r} was trained on other data: {_changed(before, now)}; bring it back, or give another --out"
+    )
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    was, are = before.get("classes") or [], now.get("classes") or []
+    gone, come = ([n for n in a if n not in b] for a, b in ((was, are), (are, was)))
+    if gone or come:
+        return " and ".join(
+            [*([f"class {some(gone)} is gone"] if gone else []), *([f"{some(come)} is new"] if come else [])]
+        )
+    if was != are:
+        return f"its classes were in the order {some(was)}, now {some(are)}"
+    for name, value in now.items():
+        if before.get(name) != value:
+            counts = [d.get("count") if isinstance(d, dict) else None for d in (before.get(name), value)]
+            if None not in counts and counts[0] != counts[1]:
+                return f"{name}: {counts[0]} then, {counts[1]} now"
+            return f"{name}: the content of some is not what it was"
+    return "some of it is gone"
 
 
 def decode_once(data: Data, images: ImageSet, side: int, folder: Path, progress: Progress) -> Decoded | None:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from saccade.assets import folder
-from saccade.backbone import resize_of, set_class_names, set_resize
+from saccade.backbone import class_names_of, resize_of, set_class_names, set_resize
 from saccade.checkpoint import create_model, load
-from saccade.data import ImageSet, class_indices
+from saccade.data import ImageSet, Labels, head_labels
+from saccade.data.labels import evident, some
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.plan import ViT
@@ -99,22 +100,34 @@ def resized(vit: ViT, size: int | tuple[int, int]) -> ViT:
     return vit
 
 
-def fit_head(vit: ViT, images: ImageSet) -> list[int]:
-    """The class of each image for the model's head, which is renewed (with zeros) where it has other classes."""
+def fit_head(vit: ViT, images: ImageSet) -> Labels:
+    """The class of each image for the model's head, which is renewed (with zeros) unless it knows all of the folders.
+
+    Afterwards the model carries the names of its classes. Raises UserError for an unlabelled set.
+    """
     classes = images.classes
     if images.labels is None or classes is None:
         raise UserError(f"no labels in {images.path}: training needs images laid out as class/name.jpg")
+    names, count = class_names_of(vit), vit.num_classes
     try:
-        return class_indices(images, vit.num_classes)
+        found = head_labels(images, vit)
     except UserError:
-        pass
+        found = None
+    if found is not None and evident(classes, names):
+        if names is None and len(classes) == count:
+            set_class_names(vit, classes)
+        fewer = f"the head keeps its {count} classes; the images are of {len(classes)} of them"
+        return Labels(
+            found.indices, "; ".join([*([fewer] if len(classes) < count else []), *filter(None, [found.how])])
+        )
     vit.reset_classifier(len(classes))
     for head in (vit.head, getattr(vit, "head_dist", None)):
         if isinstance(head, nn.Linear):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
     set_class_names(vit, classes)
-    return images.labels
+    place = f" in place of that of {count}" if count else ""
+    return Labels(images.labels, f"a new head for {len(classes)} classes ({some(classes)}){place}")
 
 
 def open_teacher(rule: Distill) -> nn.Module:

@@ -66,10 +66,10 @@ class Summary:
 
     def card(self, step: int, found: Sequence[Checked]) -> dict[str, Any]:
         """What the saved model says of itself."""
-        images = self.task.images
+        images, names = self.task.images, self.learner.student.views[0].class_names
         return {
             "settings": list(self.config.sampling.settings),
-            "classes": images.classes,
+            "classes": images.classes if names is None else list(names),
             "trained": {
                 "images": f"{Path(images.path).name}, {len(images)} of {images.split or 'all'}",
                 "step": step,

@@ -68,11 +68,21 @@ class Task(ABC):
     images: ImageSet  #         trained on
     held: ImageSet | None  #    only looked at to check
     teacher: Teacher | None = None
+    notes: list[str]  #         what was chosen or assumed, a line each
     project: nn.Module  #       learned for training alone: it brings features to a teacher's width
 
     def __init__(self, config: Config) -> None:
         """Open the data; subclasses set ``images`` and ``held``. Raises UserError for anything amiss."""
         self.config, self.project = config, nn.Identity()
+        self.notes: list[str] = []
+
+    def identity(self) -> dict[str, Any]:
+        """What tells the data of a run from any other: classes, and images by their content. Plain values, for JSON."""
+        found: dict[str, Any] = {"classes": self.images.classes}
+        for name, images in (("images", self.images), ("held", self.held)):
+            if images is not None:
+                found[name] = {"count": len(images), "content": images.fingerprint()}
+        return found
 
     @abstractmethod
     def model(self) -> AdaptiveViT:

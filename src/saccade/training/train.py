@@ -24,6 +24,7 @@ from saccade.training.config import Config, read_config
 from saccade.training.devices import Stopping, open_fabric
 from saccade.training.feed import Feed
 from saccade.training.learner import Learner
+from saccade.training.sets import check_data
 from saccade.training.state import newest, publish, read_state, sweep, write_state
 from saccade.training.student import Student
 from saccade.training.summary import Summary, equality
@@ -124,6 +125,9 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
 
     # Images, model, teacher: all batches and draws are functions of (seed, step).
     task = open_task(config)
+    data = task.identity() if first else {}
+    if first and last is not None:
+        check_data(data, facts, folder)
     student = Student(task.model(), settings).to(fabric.device)
     if first:
         sweep(checkpoints)
@@ -147,6 +151,8 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
         Table(folder / "checks.csv", start, first),
         Meter(world),
     )
+    if first and start == 0:
+        summary.note(task.notes, progress)
     board = Board(folder / "tensorboard" if run.tensorboard and first else None)
     if config.distill.init and start == 0 and first:
         summary.note(equality(learner, next(iter(feed.run(0, 1)))), progress)
@@ -154,7 +160,7 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
     def keep(step: int) -> None:
         """Write a checkpoint of all that must be remembered after ``step`` steps."""
         if first:
-            now, known = learner.tensors(), {"step": step, "config": described, **summary.facts()}
+            now, known = learner.tensors(), {"step": step, "config": described, "data": data, **summary.facts()}
             publish(checkpoints, "last", step, lambda part: write_state(part, now, known))
             if run.keep_every and step % run.keep_every == 0:
                 publish(checkpoints, f"kept-{step}", step, lambda part: write_state(part, now, known))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from saccade.data import ImageSet, Loader, Preprocess, class_indices, open_images
+from saccade.data import ImageSet, Loader, Preprocess, head_labels, open_images
 from saccade.files import check_folder, replacing
 from saccade.gates import Gates
 from saccade.measure.accuracy import spread
@@ -76,7 +76,7 @@ def usage(
     if out is not None:
         check_folder(Path(out).parent)  # before the work
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
-    known = None if images.labels is None else torch.tensor(class_indices(images, model.vit.num_classes))
+    known = None if images.labels is None else torch.tensor(head_labels(images, model.vit).indices)
     chosen = spread(len(images), limit)
     advance = (progress or Progress()).start("looking", len(chosen))
     shares, costs, losses, names = [], [], [], []
