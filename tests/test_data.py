@@ -106,16 +106,6 @@ def test_a_loop_of_links_ends(tmp_path: Path) -> None:
     assert open_images(tmp_path).names == ["a/1.png"]
 
 
-def test_the_held_out_split_is_chosen(tmp_path: Path) -> None:
-    names = {"train": "train/a/1.png", "dev": "dev/a/1.png", "test": "test/a/1.png", "validation": "validation/a/1.png"}
-    order = ["validation", "test", "dev"]
-    while order:
-        for images in layouts(tmp_path / order[0], {names[split]: PNG for split in ["train", *order]}):
-            assert images.split == order[0]
-            assert images.names == [names[order[0]]]
-        order.pop(0)
-
-
 def test_classes_agree_between_splits(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"train/a/1.png": PNG, "train/b/1.png": PNG, "val/b/1.png": PNG})
     train, val = open_images(root, "train"), open_images(root)

@@ -149,6 +149,8 @@ def analyze(
     calls = Setting.parse(what).calls
     model = open_model(model, weights, pretrained, device).deploy(None)
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
+    for line in images.notes:
+        progress.say(line)
     given = [settings] if isinstance(settings, str) else settings
     names = [name for text in given for name in expanded(model, text)] or usual(model)
     names = list(dict.fromkeys(str(Setting.parse(name)) for name in names))
@@ -187,7 +189,8 @@ class _Page:
     def __init__(self, folder: Path | None, study: Study, command: str, left_out: dict[str, str]) -> None:
         self.folder, self.study, self.command, self.left_out = folder, study, command, left_out
         self.found = Findings()
-        facts = study.images.fingerprint(), Preprocess.of(study.model.vit), study.places, study.batch, study.settings
+        content, names = study.images.subset(study.places).fingerprint(), study.model.class_names
+        facts = content, names, Preprocess.of(study.model.vit), study.places, study.batch, study.settings
         self.cache = None if folder is None else Cache(folder / "cache", study.model, *facts).folder
 
     def add(self, call: Call) -> None:

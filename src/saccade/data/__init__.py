@@ -2,7 +2,7 @@
 
 from saccade.data.decode import ImageError, decode, upright
 from saccade.data.labels import Labels, class_indices, class_names, head_labels
-from saccade.data.loader import CACHE_BYTES, Batch, Failures, Loader
+from saccade.data.loader import CACHE_BYTES, Batch, Failures, Loader, Loaders
 from saccade.data.preprocess import Preprocess
 from saccade.data.source import ImageSet, open_images, splits
 
@@ -14,6 +14,7 @@ __all__ = [
     "ImageSet",
     "Labels",
     "Loader",
+    "Loaders",
     "Preprocess",
     "class_indices",
     "class_names",

@@ -14,7 +14,8 @@ from saccade.data.preprocess import Preprocess
 from saccade.data.source import ImageSet
 from saccade.errors import UserError
 
-CACHE_BYTES = 2 * 2**30
+CACHE_BYTES = 2 * 2**30  # of decoded images that one job keeps, at all input sizes together
+SIZES = 8  # input sizes that find room in it, each as much
 NAMED = 3
 
 
@@ -45,21 +46,43 @@ class Failures:
         return f"{len(self)} of {self.total} images could not be read: {named}{more}"
 
 
+class Room:
+    """Bytes that may still be kept, here and in the larger room that this one lies ``within``."""
+
+    def __init__(self, size: int, within: Room | None = None) -> None:
+        self.left, self.within = size, within
+
+    def take(self, size: int) -> bool:
+        """Whether there is room for so many bytes, which then are taken."""
+        if size > self.left or (self.within is not None and not self.within.take(size)):
+            return False
+        self.left -= size
+        return True
+
+
 class Loader:
     """An image set, preprocessed for one model. ``failures`` are those of the latest pass.
 
-    With ``cache_bytes`` above 0, crops are kept as uint8 until that many bytes are full (h·w·3 each), so that a later
-    pass over the same images neither reads nor decodes them. Normalising comes after, so both ways are bit-equal.
+    Crops are kept as uint8 (h·w·3 bytes each) while there is ``room``, so that a later pass over the same images
+    neither reads nor decodes them. Normalising comes after, so both ways are bit-equal. ``cache_bytes`` is a room of
+    its own, of so many bytes.
     """
 
-    def __init__(self, images: ImageSet, preprocess: Preprocess, *, workers: int = 2, cache_bytes: int = 0):
+    def __init__(
+        self,
+        images: ImageSet,
+        preprocess: Preprocess,
+        *,
+        workers: int = 2,
+        cache_bytes: int = 0,
+        room: Room | None = None,
+    ):
         self.images = images
         self.preprocess = preprocess
         self.workers = workers
         self.failures = Failures()
         self._cache: dict[int, torch.Tensor] = {}
-        height, width = preprocess.size
-        self._cache_room = cache_bytes // (3 * height * width)
+        self._room = Room(cache_bytes) if room is None else room
 
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
         """One pass over ``indices`` (default: all), in their order.
@@ -81,7 +104,7 @@ class Loader:
             except ImageError as error:
                 self.failures.items.append((error.name, error.reason))
                 continue
-            if len(self._cache) < self._cache_room:
+            if i not in self._cache and self._room.take(crop.nbytes):
                 self._cache[i] = crop
             kept.append(i)
             crops.append(crop)
@@ -114,3 +137,18 @@ class Loader:
 
     def _batch(self, crops: list[torch.Tensor], indices: list[int]) -> Batch:
         return Batch(self.preprocess.normalise(torch.stack(crops)), indices)
+
+
+class Loaders:
+    """An image set as several models or input sizes want it, which keep ``CACHE_BYTES`` of decoded images in all."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images, self._room = images, Room(CACHE_BYTES)
+        self._made: dict[Preprocess, Loader] = {}
+
+    def of(self, preprocess: Preprocess) -> Loader:
+        """The loader of a preprocessing, always the same one."""
+        if preprocess not in self._made:
+            room = Room(CACHE_BYTES // SIZES, self._room)
+            self._made[preprocess] = Loader(self.images, preprocess, room=room)
+        return self._made[preprocess]

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from saccade.data.shapes import SHAPES, Distance, Field
-from saccade.data.source import ImageSet, _choose_split
+from saccade.data.source import ImageSet
+from saccade.data.splits import choose_split
 from saccade.errors import UserError, nearest
 
 VERSION = 1  # to be raised with every change of the pixels, so that caches of predictions do not outlive it
@@ -279,7 +280,7 @@ def scenes(split: str | None = None, *, seed: int = 0, counts: dict[str, int] | 
     Raises UserError for an unknown split, a count below 1 or a seed below 0.
     """
     store = Rendered(seed, counts)
-    split = _choose_split(Path(NAME), set(store.counts), split)
+    split = choose_split(Path(NAME), set(store.counts), split)
     names = list(_names(split, store.counts[split]))
     labels = [CLASSES.index(name.split("/")[1]) for name in names]
     return ImageSet(Path(NAME), split, names, labels, list(CLASSES), store)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -14,11 +15,12 @@ from zipfile import is_zipfile
 from PIL import Image
 
 from saccade.data.decode import EXTENSIONS, ImageError, byte_limit, decode
+from saccade.data.splits import choose_split, kind_of
 from saccade.data.store import Folder, Store, TooLong, Zip
 from saccade.errors import UserError
 
-HELD_OUT = ("val", "validation", "test", "dev")
 READERS = 4  # threads that read all bytes
+SHOWN = 6  # kinds of files in a message
 LAYOUTS = "name.jpg, class/name.jpg or split/class/name.jpg"
 
 
@@ -29,6 +31,8 @@ class ImageSet:
     ``names`` are paths below ``path``; ``labels[i]`` is the place of image i's folder in ``classes``. Both ``labels``
     and ``classes`` are None for an unlabelled set; ``split`` is None where there are no splits. ``classes`` are those
     of all splits, so they agree between splits even if one lacks a class; sorted by name, or by number where all are.
+    ``passed_over`` counts the files that are no images by extension, and hidden ones; ``notes`` says in a line each
+    what a user may not expect.
     """
 
     path: Path
@@ -37,6 +41,8 @@ class ImageSet:
     labels: list[int] | None
     classes: list[str] | None
     store: Store = field(repr=False, compare=False)
+    passed_over: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
+    notes: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def labelled(self) -> bool:
@@ -87,7 +93,7 @@ def splits(path: str | Path) -> list[str]:
 
     Raises UserError as ``open_images`` does for a path that cannot be listed.
     """
-    _, names = list_images(Path(path))
+    _, names, _ = list_images(Path(path))
     return sorted({name.split("/")[0] for name in names if name.count("/") == 2})
 
 
@@ -95,17 +101,19 @@ def open_images(path: str | Path, split: str | None = None) -> ImageSet:
     """The images at ``path``: a folder or zip laid out as ``LAYOUTS`` say, or one image file.
 
     How deep the images lie tells the layout. Hidden files, ``__MACOSX`` and files that are no images by extension are
-    passed over. Where there are splits and none is asked for, the first held-out one is taken: val, validation, test
-    or dev. Nothing is decoded here. Where nothing of that name lies in the working folder, ``scenes`` is the built-in
-    image set (``saccade.data.scenes``).
+    passed over and counted. Where there are splits and none is asked for, the held-out one is taken, one to check on
+    before one to test on (``saccade.data.splits``). Nothing is decoded here. Where nothing of that name lies in the
+    working folder, ``scenes`` is the built-in image set (``saccade.data.scenes``).
 
     Raises UserError for a missing path, no images, images at different depths, or a split that is not there.
     """
     path = Path(path)
-    store, names = list_images(path)
+    store, names, others = list_images(path)
+    passed_over = Counter("hidden" if hidden(name) else _extension(name) for name in others)
     depths = {name.count("/"): name for name in names}
     if not depths:
-        raise UserError(f"no images in {path}: looked for {', '.join(EXTENSIONS)} as {LAYOUTS}")
+        instead = f" (there are {_counts(passed_over)})" if passed_over else ""
+        raise UserError(f"no images in {path}{instead}: looked for {', '.join(EXTENSIONS)} as {LAYOUTS}")
     if len(depths) > 1:
         shallow, deep = depths[min(depths)], depths[max(depths)]
         raise UserError(
@@ -116,26 +124,43 @@ def open_images(path: str | Path, split: str | None = None) -> ImageSet:
         raise UserError(
             f"images too deep in {path} ({names[0]}): lay them out as {LAYOUTS}, or give a folder further in"
         )
+    notes = []
     if depth == 2:
-        split = _choose_split(path, {name.split("/")[0] for name in names}, split)
+        known, asked = {name.split("/")[0] for name in names}, split
+        split = choose_split(path, known, split)
+        if split != asked and len(known) > 1:
+            notes.append(f"{path}: split {split!r} of {', '.join(sorted(known))}")
     elif split is not None:
         raise UserError(f"no splits in {path}, so no {split!r}: leave the split out")
     classes = _ordered({name.split("/")[-2] for name in names}) if depth else None
+    if depth == 1 and len({kind_of(name) for name in classes or ()} - {None}) > 1 and all(map(kind_of, classes or ())):
+        raise UserError(
+            f"folders {', '.join(classes or ())} in {path} are splits, with images right in them: give one of these "
+            "folders, or lay the images out as split/class/name.jpg"
+        )
+    if passed_over:
+        notes.append(f"{path}: passed over {_counts(passed_over)}")
+    there = {name.split("/")[-2] for name in others if name.count("/") == depth > 0 and not hidden(name)}
+    if empty := _ordered(there - {*(classes or ())}):
+        notes.append(f"{path}: no class {', '.join(empty)}, as there is no image in it")
     chosen = [name for name in names if depth < 2 or name.startswith(f"{split}/")]
     place = {name: i for i, name in enumerate(classes or [])}
     labels = [place[name.split("/")[-2]] for name in chosen] if classes else None
-    return ImageSet(path, split, chosen, labels, classes, store)
+    return ImageSet(path, split, chosen, labels, classes, store, passed_over, tuple(notes))
 
 
-def list_images(path: Path) -> tuple[Store, list[str]]:
-    """Where the images at a path lie, and the names of all of them, sorted, however deep. Raises UserError."""
+def list_images(path: Path) -> tuple[Store, list[str], list[str]]:
+    """Where files lie, the names of all that are images by extension, sorted, however deep, and those of the others.
+
+    Raises UserError.
+    """
     if path == Path("scenes") and not os.path.lexists(path):
         from saccade.data.scenes import Rendered  # that file imports this one
 
         rendered = Rendered()
-        return rendered, rendered.names()
-    if path.is_file() and _is_image(path.name):
-        return Folder(path.parent), [path.name]
+        return rendered, rendered.names(), []
+    if path.is_file() and is_image(path.name):
+        return Folder(path.parent), [path.name], []
     store: Store
     if path.is_dir():
         store = Folder(path)
@@ -145,7 +170,11 @@ def list_images(path: Path) -> tuple[Store, list[str]]:
         store = Zip(path)
     else:
         raise UserError(f"{path} is neither a folder, nor a whole zip, nor an image ({', '.join(EXTENSIONS)})")
-    return store, sorted(name for name in store.names() if _is_image(name) and not _is_hidden(name))
+    names: list[str] = []
+    others: list[str] = []
+    for name in store.names():
+        (names if is_image(name) and not hidden(name) else others).append(name)
+    return store, sorted(names), others
 
 
 def are_numbers(names: Iterable[str]) -> bool:
@@ -158,20 +187,20 @@ def _ordered(classes: set[str]) -> list[str]:
     return sorted(classes, key=lambda name: (int(name), name)) if are_numbers(classes) else sorted(classes)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in EXTENSIONS
 
 
-def _is_hidden(name: str) -> bool:
+def _extension(name: str) -> str:
+    return PurePosixPath(name).suffix.lower() or "without extension"
+
+
+def _counts(passed_over: Counter[str]) -> str:
+    """Like "12 .heic, 3 .txt", the most first."""
+    listed = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
+    more = sum(count for _, count in listed[SHOWN:])
+    return ", ".join([*(f"{count} {kind}" for kind, count in listed[:SHOWN]), *([f"{more} others"] if more else [])])
+
+
+def hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def _choose_split(path: Path, splits: set[str], split: str | None) -> str:
-    known = ", ".join(sorted(splits))
-    if split is None:
-        split = next((name for name in HELD_OUT if name in splits), None)
-        if split is None:
-            raise UserError(f"no held-out split ({', '.join(HELD_OUT)}) in {path}: name one of {known}")
-    elif split not in splits:
-        raise UserError(f"no split {split!r} in {path}: name one of {known}")
-    return split

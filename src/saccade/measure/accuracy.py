@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, head_labels, open_images
+from saccade.data import ImageSet, Loaders, Preprocess, head_labels, open_images
 from saccade.data.corrupt import Corruption, corrupted, corruption
 from saccade.errors import UserError
 from saccade.measure.failures import NonFinite
@@ -56,10 +56,10 @@ class Judge:
         self.dense, self.images, self.batch, self.corrupt = model.at("dense").eval(), images, batch, corrupt
         labels = None if images.labels is None else head_labels(images, model.vit)
         self.labels = None if labels is None else torch.tensor(labels.indices)
-        self.notes = [labels.how] if labels is not None and labels.how else []  # what was assumed, in words
+        self.notes = [*images.notes, *([labels.how] if labels is not None and labels.how else [])]  # for the user
         self.metric = "agreement with dense" if labels is None else "top-1"
         self.failures: dict[str, str] = {}
-        self._loaders: dict[tuple[int, int], Loader] = {}
+        self._loaders = Loaders(images)
         self._reference: dict[int, Tensor] = {}  # place -> the dense model's log-probabilities [K]
         self._asked: set[int] = set()  # places that the dense model was asked about; some cannot be read
 
@@ -149,10 +149,7 @@ class Judge:
             self.predict(self.dense, unseen)
 
     def _batches(self, size: tuple[int, int], indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        if size not in self._loaders:
-            room = CACHE_BYTES // 8  # several input sizes stay decoded
-            self._loaders[size] = Loader(self.images, self.preprocess(size), cache_bytes=room)
-        loader = self._loaders[size]
+        loader = self._loaders.of(self.preprocess(size))
         try:
             for batch in loader.batches(self.batch, indices):
                 yield batch.images, torch.tensor(batch.indices)

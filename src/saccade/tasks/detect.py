@@ -14,18 +14,18 @@ from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import InterpolationMode, hflip, pil_to_tensor, resized_crop, vflip
 
 from saccade.checkpoint import load
-from saccade.data import Preprocess
+from saccade.data import Loaders, Preprocess
 from saccade.data.cache import Decoded
-from saccade.data.source import HELD_OUT
+from saccade.data.splits import CHECK, TEST, kind_of
 from saccade.errors import UserError
 from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval
 from saccade.model import AdaptiveViT
 from saccade.progress import Progress
 from saccade.tasks.boxes import BoxSet, Objects, open_boxes, pad, seen
-from saccade.tasks.detector import Detector, Heads, draw, look
+from saccade.tasks.detector import Detector, Heads, draw, look, squashed
 from saccade.tasks.matching import Weights, terms
-from saccade.tasks.precision import Squashed, find, score, truths
+from saccade.tasks.precision import find, score, truths
 from saccade.tasks.text import Learned, TextTower, open_tower
 from saccade.training.augment import Augment
 from saccade.training.config import Config
@@ -49,7 +49,7 @@ class Detect(Task):
         self.boxes, self.checked = open_both(config)
         self.images = self.boxes.images
         self.held = None if self.checked is None else self.checked.images
-        self.loaders = None if self.held is None else Squashed(self.held)
+        self.loaders = None if self.held is None else Loaders(self.held)
         self.decoded: Decoded | None = None
         self.weights = Weights(**{name: getattr(config.detect, name) for name in Weights.__dataclass_fields__})
 
@@ -86,7 +86,7 @@ class Detect(Task):
 
     def measure(self, view: AdaptiveViT, tick: Tick) -> tuple[Interval, float]:
         assert self.checked is not None and self.loaders is not None and isinstance(view, Detector)
-        loader, names, top = self.loaders.of(view), self.checked.classes, self.config.detect.top
+        loader, names, top = self.loaders.of(squashed(view)), self.checked.classes, self.config.detect.top
         places = spread(len(self.checked), self.config.data.check_limit)
         found, read, gmacs = find(view, loader, names, places, self.config.run.batch, top, tick)
         there = truths([self.checked.objects[i] for i in read])
@@ -101,7 +101,7 @@ def open_both(config: Config) -> tuple[BoxSet, BoxSet | None]:
     """Images to train on, and those to check on (None where ``data.holdout`` is 0 and none are given)."""
     rule, data = config.detect, config.data
     if rule.annotations is None:
-        if data.split in HELD_OUT:
+        if kind_of(data.split) in (CHECK, TEST):
             raise UserError(f"data.split={data.split!r} is a held-out split and never trained on: give another")
         if data.path != "scenes":
             raise UserError("no boxes to learn: give detect.annotations=COCO.json, or data.path=scenes")

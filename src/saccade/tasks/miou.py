@@ -239,7 +239,10 @@ def evaluate_segmentation(
         else open_pixels(os.fspath(data), split, model.classes, model.void if void is None else void)
     )
     if pixels.classes != model.classes:
-        raise UserError(f"{len(pixels.classes)} classes in {pixels.images.path}, {len(model.classes)} in the model")
+        at = next((i for i, (a, b) in enumerate(zip(pixels.classes, model.classes, strict=False)) if a != b), None)
+        first = "" if at is None else f"; class {at} is {pixels.classes[at]!r} and {model.classes[at]!r}"
+        counts = f"{len(pixels.classes)} classes in {pixels.images.path}, {len(model.classes)} in the model"
+        raise UserError(f"{counts}{first}: give the model's, in its order")
     chosen = spread(len(pixels), limit)
     named = [s for s in map(str, settings) if s not in ("", "dense")]
     views = {name: model.at(name).eval() for name in ("dense", *named)}  # all checked before any is run

@@ -14,7 +14,8 @@ from zipfile import is_zipfile
 from timm.data import ImageNetInfo
 
 from saccade.data import ImageSet
-from saccade.data.decode import EXTENSIONS
+from saccade.data.labels import is_run, some
+from saccade.data.source import are_numbers, hidden, is_image
 from saccade.data.store import Store, TooLong, open_store
 from saccade.errors import UserError
 
@@ -58,12 +59,12 @@ def open_pairs(path: str | Path, images: str | Path | None = None) -> Pairs:
     if path.suffix.lower() in TABLES:
         return _tabled(path, Path(images) if images is not None else path.parent)
     store = open_store(path)
-    names = sorted(n for n in store.names() if not any(p.startswith((".", "__MACOSX")) for p in n.split("/")))
+    names = sorted(n for n in store.names() if not hidden(n))
     there = set(names)
     texts: dict[str, tuple[str, ...]] = {}
     alone = []
     for name in names:
-        if PurePosixPath(name).suffix.lower() in EXTENSIONS:
+        if is_image(name):
             beside = str(PurePosixPath(name).with_suffix(".txt"))
             if said := _lines(store, beside) if beside in there else ():
                 texts[name] = said
@@ -107,8 +108,15 @@ def prompts(name: str, templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def readable(classes: Sequence[str]) -> list[str]:
-    """Names of classes in words: ImageNet synsets in English, other names with their underscores as spaces."""
+    """Names of classes in words: ImageNet synsets in English, other names with their underscores as spaces.
+
+    Raises UserError for numbers, which are no words; ImageNet's class indices (0344) are.
+    """
     known = ImageNetInfo("imagenet-1k")
+    if are_numbers(classes):
+        if max(map(int, classes)) >= known.num_classes() or (len(classes) < known.num_classes() and is_run(classes)):
+            raise UserError(f"classes {some(classes)} are numbers, and no text tells what they show: name the folders")
+        classes = [known.index_to_label_name(int(name)) for name in classes]
     if all(name in known.label_names() for name in classes):
         return [known.label_name_to_description(name).split(",")[0] for name in classes]
     return [" ".join(name.replace("_", " ").replace("-", " ").split()) or name for name in classes]

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from saccade.data import ImageError, ImageSet
-from saccade.data.decode import EXTENSIONS, check_pixels, pixel_limit
-from saccade.data.source import HELD_OUT, read_bytes
+from saccade.data.decode import check_pixels, pixel_limit
+from saccade.data.source import hidden, is_image, read_bytes
+from saccade.data.splits import choose_split
 from saccade.data.store import Store, open_store
 from saccade.errors import UserError
 from saccade.tasks.segment import VOID
@@ -98,14 +99,10 @@ def open_pixels(
     path = Path(path)
     store = open_store(path)
     known, names = _splits(store, kind.folder)
-    if known and split is None:
-        split = next((name for name in HELD_OUT if name in known), None)
-        if split is None:
-            raise UserError(f"no held-out split ({', '.join(HELD_OUT)}) in {path}: name one of {', '.join(known)}")
-    if split is not None and split not in known:
-        raise UserError(
-            f"no split {split!r} in {path}: {'name one of ' + ', '.join(known) if known else 'it has none'}"
-        )
+    if known:
+        split = choose_split(path, known, split)
+    elif split is not None:
+        raise UserError(f"no split {split!r} in {path}: it has none")
     top = "" if split is None else f"{split}/"
     images = {PurePosixPath(n).stem: n for n in names if n.startswith(f"{top}{IMAGES}/")}
     labels = {PurePosixPath(n).stem: n for n in names if n.startswith(f"{top}{kind.folder}/")}
@@ -125,12 +122,8 @@ def pixel_splits(path: str | Path) -> list[str]:
 
 def _splits(store: Store, folder: str) -> tuple[list[str], list[str]]:
     """Splits, and the names of all files that may be images or labels."""
-    names = [n for n in store.names() if PurePosixPath(n).suffix.lower() in EXTENSIONS and not _hidden(n)]
+    names = [n for n in store.names() if is_image(n) and not hidden(n)]
     return sorted({n.split("/")[0] for n in names if n.count("/") == 2 and n.split("/")[1] in (IMAGES, folder)}), names
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def decode_ids(data: bytes, name: str, modes: tuple[str, ...] = MODES) -> np.ndarray:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from saccade.data import CACHE_BYTES, ImageSet, Loader
+from saccade.data import Loader, Loaders
 from saccade.errors import UserError
 from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval
-from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_task
 from saccade.progress import Progress
 from saccade.results import Scores
@@ -89,12 +88,12 @@ def evaluate_detection(
     model = open_task(model, Detector, "detector", "detect", device)
     boxes = boxes if isinstance(boxes, BoxSet) else open_boxes(os.fspath(boxes))
     views = {str(view.setting): view for view in (model, *map(model.at, settings))}
-    places, loaders = spread(len(boxes), limit), Squashed(boxes.images)
+    places, loaders = spread(len(boxes), limit), Loaders(boxes.images)
     bar, rows = (progress or Progress()).start("detecting", len(places) * len(views)), []
     failures: dict[str, str] = {}
     for name, view in views.items():
         bar(0, what=name)
-        loader = loaders.of(view)
+        loader = loaders.of(squashed(view))
         found, seen, gmacs = find(view.eval(), loader, boxes.classes, places, batch, top, bar)
         failures.update(loader.failures.items)
         rows.append(score(name, found, truths([boxes.objects[i] for i in seen]), gmacs))
@@ -139,21 +138,6 @@ def find(
             macs.append(out.trace.macs().cpu())
             step(len(images.indices))
     return found, seen, torch.cat(macs).mean().item() / 1e9
-
-
-class Squashed:
-    """Whole images as a detector sees them, decoded once for each size."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-        self._made: dict[tuple[int, int], Loader] = {}
-
-    def of(self, view: AdaptiveViT) -> Loader:
-        """Images as a view wants them."""
-        size = view.input_size()
-        if size not in self._made:
-            self._made[size] = Loader(self.images, squashed(view), cache_bytes=CACHE_BYTES // 8)
-        return self._made[size]
 
 
 def truths(objects: Sequence[Objects]) -> list[Found]:

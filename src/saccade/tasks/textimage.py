@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from saccade.checkpoint import load
-from saccade.data import Preprocess
+from saccade.data import Loaders, Preprocess
 from saccade.data.cache import Decoded
 from saccade.errors import UserError
 from saccade.measure.accuracy import spread
@@ -22,7 +22,7 @@ from saccade.progress import Progress
 from saccade.tasks.pairs import Pairs, captioned, open_pairs
 from saccade.tasks.space import Space, TextImage
 from saccade.tasks.text import open_tower
-from saccade.tasks.zeroshot import Loaders, belonging, embed, ranks
+from saccade.tasks.zeroshot import belonging, embed, ranks
 from saccade.training.classify import Labelled
 from saccade.training.config import Config
 from saccade.training.sets import decode_once, divided, open_sets
@@ -81,7 +81,9 @@ class Pairing(Task):
     def measure(self, view: AdaptiveViT, tick: Tick) -> tuple[Interval, float]:
         assert self.checked is not None and self.loaders is not None and isinstance(view, TextImage)
         places = spread(len(self.checked), self.config.data.check_limit)
-        seen = embed(view, self.loaders.of(view), places, self.config.run.batch, tick)
+        seen = embed(
+            view, self.loaders.of(Preprocess.of(view.vit, view.input_size())), places, self.config.run.batch, tick
+        )
         texts, own = belonging([self.checked.texts[i] for i in seen.places.tolist()])
         with torch.no_grad():
             words = view.words(texts).cpu()

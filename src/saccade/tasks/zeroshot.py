@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, open_images
+from saccade.data import ImageSet, Loader, Loaders, Preprocess, open_images
 from saccade.errors import UserError
 from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval, proportion
-from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_task
 from saccade.progress import Progress
 from saccade.results import Scores
@@ -148,6 +147,9 @@ def zero_shot(
     named = readable(images.classes) if names is None else list(names)
     if len(named) != len(images.classes):
         raise UserError(f"{len(named)} names for {len(images.classes)} classes in {images.path}")
+    progress = progress or Progress()
+    for line in images.notes:
+        progress.say(line)
     labels, places = torch.tensor(images.labels), spread(len(images), limit)
     with torch.no_grad():
         classes = model.eval().classes([prompts(name, templates) for name in named]).cpu()
@@ -229,21 +231,6 @@ def embed(model: TextImage, loader: Loader, places: Sequence[int], batch: int, s
     return Seen(torch.tensor(kept), torch.cat(parts), torch.cat(macs).mean().item() / 1e9)
 
 
-class Loaders:
-    """The images of a set, decoded once for each input size."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-        self._made: dict[tuple[int, int], Loader] = {}
-
-    def of(self, model: AdaptiveViT) -> Loader:
-        """Images as a model wants them."""
-        size = model.input_size()
-        if size not in self._made:
-            self._made[size] = Loader(self.images, Preprocess.of(model.vit, size), cache_bytes=CACHE_BYTES // 8)
-        return self._made[size]
-
-
 def _under(
     model: TextImage,
     settings: Sequence[str],
@@ -258,7 +245,7 @@ def _under(
     failures: dict[str, str] = {}
     for name, view in views.items():
         bar(0, what=name)
-        loader = loaders.of(view)
+        loader = loaders.of(Preprocess.of(view.vit, view.input_size()))
         found.append((view, embed(view.eval(), loader, places, batch, bar)))
         failures.update(loader.failures.items)
     bar.finish()

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from saccade.backbone import class_names_of
-from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, head_labels
+from saccade.data import ImageSet, Loaders, Preprocess, head_labels
 from saccade.data.cache import Decoded
 from saccade.data.labels import places_of, some
 from saccade.errors import UserError
@@ -36,9 +36,10 @@ class Classify(Task):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.images, self.held = open_sets(config.data)
+        self.notes += dict.fromkeys([*self.images.notes, *(self.held.notes if self.held else ())])
         self.decoded: Decoded | None = None
         self.places = spread(len(self.held), config.data.check_limit) if self.held is not None else []
-        self._loaders: dict[tuple[int, int], Loader] = {}
+        self._loaders = None if self.held is None else Loaders(self.held)
 
     def model(self) -> AdaptiveViT:
         model = open_source(self.config.model)
@@ -101,25 +102,18 @@ class Classify(Task):
         return Opinion(out.logits.detach(), pooled(model, out).detach())
 
     def measure(self, view: AdaptiveViT, tick: Tick) -> tuple[Interval, float]:
-        assert self.truth is not None
+        assert self.truth is not None and self._loaders is not None
         weight = view.vit.patch_embed.proj.weight
         hits, macs = [], []
-        for batch in self._loader(view).batches(self.config.run.batch, self.places):
+        for batch in self._loaders.of(Preprocess.of(view.vit, view.input_size())).batches(
+            self.config.run.batch, self.places
+        ):
             with torch.no_grad():  # not inference mode, whose tensors must not meet training's
                 out = view(batch.images.to(weight.device, weight.dtype))
             hits.append(out.logits.argmax(-1).cpu() == self.truth[batch.indices])
             macs.append(out.trace.macs().cpu())
             tick(len(batch.indices))
         return proportion(torch.cat(hits)), torch.cat(macs).mean().item() / 1e9
-
-    def _loader(self, view: AdaptiveViT) -> Loader:
-        """Held-out images, decoded once for each input size."""
-        assert self.held is not None
-        size = view.input_size()
-        if size not in self._loaders:
-            room = CACHE_BYTES // 8
-            self._loaders[size] = Loader(self.held, Preprocess.of(view.vit, size), cache_bytes=room)
-        return self._loaders[size]
 
 
 class Labelled(Examples):

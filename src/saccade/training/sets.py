@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,18 @@ from typing import Any
 from saccade.data import ImageSet, open_images, splits
 from saccade.data.cache import Decoded, estimated_bytes
 from saccade.data.labels import some
-from saccade.data.source import HELD_OUT
+from saccade.data.splits import CHECK, TEST, divide, held_out, kind_of
 from saccade.errors import UserError
 from saccade.progress import Progress
 from saccade.training.config import Data
 
 ROOM = 8 / 7  # the usual 256 for 224: crops are rarely enlarged
 
-CHECKING = tuple(name for name in HELD_OUT if name != "test")  # "test" is for the last word, after training
-
 
 def open_sets(data: Data) -> tuple[ImageSet, ImageSet | None]:
     """Training images, and held-out ones of which none is trained on; None where ``holdout`` is 0.
 
-    The held-out ones are the validation split, or else a share of the training images, chosen by their names alone.
+    The held-out ones are the validation split, or else a share of the training images, chosen by names, of every class.
 
     Raises:
         UserError: no path, no such split, or a held-out one to train on.
@@ -43,26 +40,26 @@ def check_split(data: Data) -> None:
     """Raises UserError where there is no path, or a held-out split is to be trained on."""
     if not data.path:
         raise UserError("no images to train on: give data.path=FOLDER_OR_ZIP")
-    if data.split in HELD_OUT:
+    if kind_of(data.split) in (CHECK, TEST):
         raise UserError(f"data.split={data.split!r} is a held-out split and never trained on: give another")
 
 
 def checking(known: Sequence[str]) -> str | None:
-    """The split to check on, of those there are."""
-    return next((name for name in CHECKING if name in known), None)
+    """The split to check on, of those there are: one to test on is for the last word, after training."""
+    return held_out(known, CHECK)
 
 
 def divided(images: ImageSet, data: Data) -> tuple[list[int], list[int]]:
-    """Places of the images to train on, and of the share ``data.holdout`` to check on, chosen by their names alone.
+    """Places of the images to train on, and of the share ``data.holdout`` to check on: see ``splits.divide``.
 
     Raises UserError where either would be none.
     """
-    out = [_place(name) < data.holdout for name in images.names]
-    if all(out) or not any(out):
+    train, held = divide(images.names, data.holdout, images.labels)
+    if not train or not held:
         raise UserError(
             f"{len(images)} images in {Path(data.path)} are too few for data.holdout={data.holdout:g}: set it to 0"
         )
-    return [i for i, held in enumerate(out) if not held], [i for i, held in enumerate(out) if held]
+    return train, held
 
 
 def check_data(now: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> None:
@@ -104,9 +101,3 @@ def decode_once(data: Data, images: ImageSet, side: int, folder: Path, progress:
     if estimated_bytes(images, side) > data.cache_gb * 1e9:
         return None
     return Decoded.make(images, side, folder, workers=max(1, data.workers), progress=progress)
-
-
-def _place(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone, so that adding images moves none of the others."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
