@@ -84,7 +84,7 @@ def _files(path: str) -> Iterator[Input]:
         return
     many = os.path.isdir(path) or (os.path.isfile(path) and is_zipfile(path))
     if many:
-        store, names = list_images(Path(path))
+        store, names, _ = list_images(Path(path))
         if not names:
             raise UserError(f"no images in {path}")
         images = ImageSet(Path(path), None, names, None, None, store)

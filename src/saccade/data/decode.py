@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import warnings
 from pathlib import Path
@@ -11,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from saccade.data.store import TooLong, read_regular
+from saccade.data.work import Stream, TooMuchWork, check_work, sparing_exif
 from saccade.errors import UserError, one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -21,8 +22,9 @@ EXTENSIONS = (
 MAX_PIXELS = 64_000_000
 BYTES_PER_PIXEL = 8
 
-# Pillow warns on stderr from half its own limit on; `check_pixels` says what matters here.
+# Pillow warns on stderr from half its own limit on, and of every odd tag of a TIFF; what matters is said here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(UserError):
@@ -69,12 +71,7 @@ def decode(data: bytes | Path, name: str, *, max_pixels: int | None = None) -> I
     Raises ImageError for a file that is truncated, corrupt, too large or of another format.
     """
     limit = pixel_limit() if max_pixels is None else max_pixels
-    # Pillow's plugins answer broken bytes with nearly every exception there is.
-    try:
-        image = _open(data if isinstance(data, bytes) else data.read_bytes())
-    except Exception as error:
-        raise ImageError(name, _reason(error)) from error
-    check_pixels(name, "is", *image.size, limit)
+    image = open_image(data if isinstance(data, bytes) else _read(data, name), name, FORMATS, limit)
     return upright(image, name)
 
 
@@ -83,16 +80,47 @@ def upright(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
         with contextlib.suppress(Exception):  # broken EXIF leaves the pixels good and the orientation unknown
-            ImageOps.exif_transpose(image, in_place=True)
+            if sparing_exif(image):
+                ImageOps.exif_transpose(image, in_place=True)
         return _to_rgb(image)
     except Exception as error:
         raise ImageError(name, _reason(error)) from error
 
 
-def _open(data: bytes) -> Image.Image:
-    if not data:
-        raise ValueError("empty file")
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+def open_image(data: bytes, name: str, formats: tuple[str, ...], limit: int) -> Image.Image:
+    """An image file of one of Pillow's ``formats``, of which the header is read and no pixel yet.
+
+    Raises ImageError for a file that is broken, has more pixels than ``limit``, or would be too much work to decode.
+    """
+    # Pillow's plugins answer broken bytes with nearly every exception there is.
+    try:
+        if not data:
+            raise ValueError("empty file")
+        image = Image.open(Stream(data), formats=formats)
+    except Exception as error:
+        raise ImageError(name, _reason(error, formats)) from error
+    check_pixels(name, "is", *image.size, limit)
+    try:
+        check_work(image, data, limit)
+    except TooMuchWork as error:
+        raise ImageError(name, _reason(error)) from error
+    return image
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return read_regular(path, byte_limit())
+    except (OSError, ValueError, TooLong) as error:
+        raise ImageError(name, unreadable(error)) from error
+
+
+def unreadable(error: Exception) -> str:
+    """Why a file cannot be read, in one line."""
+    if isinstance(error, TooLong):
+        size = "unknown size" if error.size is None else f"{error.size:,} bytes"
+        return f"file of {size}, limit {byte_limit():,} (SACCADE_MAX_PIXELS raises it)"
+    said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return f"cannot be read ({said})"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -109,9 +137,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, formats: tuple[str, ...] = FORMATS) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"not a readable image (formats: {', '.join(FORMATS)})"
+        return f"not a readable image (formats: {', '.join(formats)})"
     if isinstance(error, Image.DecompressionBombError):
         return f"over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, the most Pillow opens: scale it down first"
     return " ".join(str(error).split()) or type(error).__name__

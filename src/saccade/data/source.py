@@ -14,9 +14,9 @@ from zipfile import is_zipfile
 
 from PIL import Image
 
-from saccade.data.decode import EXTENSIONS, ImageError, byte_limit, decode
+from saccade.data.decode import EXTENSIONS, ImageError, byte_limit, decode, unreadable
 from saccade.data.splits import choose_split, kind_of
-from saccade.data.store import Folder, Store, TooLong, Zip
+from saccade.data.store import Folder, Store, Zip
 from saccade.errors import UserError
 
 READERS = 4  # threads that read all bytes
@@ -80,12 +80,8 @@ def read_bytes(store: Store, name: str) -> bytes:
     limit = byte_limit()
     try:
         return store.read(name, limit)
-    except TooLong as error:
-        size = "unknown size" if error.size is None else f"{error.size:,} bytes"
-        raise ImageError(name, f"file of {size}, limit {limit:,} (SACCADE_MAX_PIXELS raises it)") from error
     except Exception as error:  # zipfile alone raises six kinds
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(name, f"cannot be read ({reason})") from error
+        raise ImageError(name, unreadable(error)) from error
 
 
 def splits(path: str | Path) -> list[str]:

@@ -29,6 +29,10 @@ class TooLong(Exception):
         self.size = size
 
 
+class NoFile(ValueError):
+    """A pipe, a socket or a device where a file should be."""
+
+
 class Store(Protocol):
     """Files by their ``/``-separated name below one path. Picklable; reads are safe from any thread or process."""
 
@@ -219,7 +223,7 @@ def open_store(path: Path) -> Store:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """A file's bytes. Raises TooLong for more than ``limit``, ValueError for what is no file (a pipe), OSError."""
+    """A file's bytes. Raises TooLong for more than ``limit``, NoFile, OSError."""
     _check_regular(path.stat().st_mode)  # opening a device may do something
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
         found = os.fstat(file.fileno())
@@ -236,7 +240,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 def _check_regular(mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{KINDS.get(stat.S_IFMT(mode), 'a device')}, not a file")
+        raise NoFile(f"{KINDS.get(stat.S_IFMT(mode), 'a device')}, not a file")
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from saccade.data import ImageSet
 from saccade.data.scenes import CLASSES, NAME, SIZE, Rendered, scenes
+from saccade.data.store import NoFile, TooLong, read_regular
 from saccade.errors import UserError
 from saccade.tasks.pairs import open_listed
 
+LARGEST = 2 * 2**30  # bytes of a COCO file: COCO's own has 0.5 GB
 LEAST = 1e-4  # of the image's side: a thinner box is none
 
 
@@ -79,7 +81,7 @@ def read_coco(file: str | Path, images: str | Path | None = None) -> BoxSet:
     file = Path(file)
     where = Path(images) if images is not None else file.parent
     try:
-        read = json.loads(file.read_text(encoding="utf-8"))
+        read = json.loads(read_regular(file, LARGEST).decode())
         categories = sorted((c["id"], str(c["name"])) for c in read["categories"])
         place = {number: i for i, (number, _) in enumerate(categories)}
         sizes = {i["id"]: (str(i["file_name"]), float(i["width"]), float(i["height"])) for i in read["images"]}
@@ -88,8 +90,8 @@ def read_coco(file: str | Path, images: str | Path | None = None) -> BoxSet:
             (_, width, height), (x, y, w, h) = sizes[a["image_id"]], map(float, a["bbox"])
             box = [x / width, y / height, (x + w) / width, (y + h) / height]
             rows[a["image_id"]].append([*box, place[a["category_id"]], float(a.get("iscrowd", 0))])
-    except OSError as error:
-        raise UserError(f"cannot read {str(file)!r}: {error.strerror or error}") from None
+    except (OSError, NoFile, TooLong) as error:
+        raise UserError(f"cannot read {str(file)!r}: {getattr(error, 'strerror', None) or error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise UserError(

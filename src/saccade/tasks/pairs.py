@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ from timm.data import ImageNetInfo
 from saccade.data import ImageSet
 from saccade.data.labels import is_run, some
 from saccade.data.source import are_numbers, hidden, is_image
-from saccade.data.store import Store, TooLong, open_store
+from saccade.data.store import NoFile, Store, TooLong, open_store, read_regular
 from saccade.errors import UserError
 
 IMAGE_COLUMNS = ("image", "path", "image_path", "file", "filename", "file_name", "filepath")
 TEXT_COLUMNS = ("text", "caption", "captions", "texts", "title", "sentence")
 TABLES = (".csv", ".tsv", ".jsonl")
+LARGEST_TABLE = 2 * 2**30  # bytes of a table
 LARGEST = 64 * 2**10  # bytes of one text file
 PHOTO = ("a photo of a {}.",)
 
@@ -165,7 +167,8 @@ def _tabled(table: Path, where: Path) -> Pairs:
 def _rows(table: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and texts of each row."""
     try:
-        with open(table, encoding="utf-8-sig", newline="") as file:
+        text = read_regular(table, LARGEST_TABLE).decode("utf-8-sig")
+        with io.StringIO(text, newline="") as file:
             if table.suffix.lower() == ".jsonl":
                 rows: Any = (json.loads(line) for line in file if line.strip())
             else:
@@ -178,8 +181,8 @@ def _rows(table: Path) -> Iterator[tuple[str, list[str]]]:
                 if not isinstance(name, str) or not all(isinstance(text, str) for text in listed):
                     raise ValueError(f"row {number} has no name and text")
                 yield name, [text.strip() for text in listed if text.strip()]
-    except OSError as error:
-        raise UserError(f"cannot read {str(table)!r}: {error.strerror or error}") from None
+    except (OSError, NoFile, TooLong) as error:
+        raise UserError(f"cannot read {str(table)!r}: {getattr(error, 'strerror', None) or error}") from None
     except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"{str(table)!r} is no table of images and texts: {str(error)[:120]}") from None
 

@@ -7,7 +7,6 @@ with void 0, values 1 … 150 are classes 0 … 149. Inside the library void is 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from saccade.data import ImageError, ImageSet
-from saccade.data.decode import check_pixels, pixel_limit
+from saccade.data.decode import open_image, pixel_limit
 from saccade.data.source import hidden, is_image, read_bytes
 from saccade.data.splits import choose_split
 from saccade.data.store import Store, open_store
@@ -131,11 +130,7 @@ def decode_ids(data: bytes, name: str, modes: tuple[str, ...] = MODES) -> np.nda
 
     Raises ImageError for a file that is damaged, too large or in another of Pillow's modes (colours).
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception as error:  # Pillow's plugins answer broken bytes with nearly every exception there is
-        raise ImageError(name, f"not readable labels of {', '.join(FORMATS)}: {_line(error)}") from error
-    check_pixels(name, "is", *image.size, pixel_limit())
+    image = open_image(data, name, FORMATS, pixel_limit())
     if image.mode not in modes:
         raise ImageError(name, f"labels in mode {image.mode}: store them as {', '.join(modes)}")
     try:
