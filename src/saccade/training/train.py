@@ -151,11 +151,11 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
         Table(folder / "checks.csv", start, first),
         Meter(world),
     )
-    if first and start == 0:
-        summary.note(task.notes, progress)
     board = Board(folder / "tensorboard" if run.tensorboard and first else None)
     if config.distill.init and start == 0 and first:
         summary.note(equality(learner, next(iter(feed.run(0, 1)))), progress)
+    if first and start == 0:
+        summary.note(task.notes, progress)
 
     def keep(step: int) -> None:
         """Write a checkpoint of all that must be remembered after ``step`` steps."""
