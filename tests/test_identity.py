@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import saccade
 from data_helpers import encode, picture, write_folder, write_zip
 from saccade.data import open_images
+from saccade.data.cache import Decoded
 from saccade.data.corrupt import corruption
 from saccade.errors import UserError
+from saccade.files import part_beside
 from saccade.measure.accuracy import Judge, evaluate
 from saccade.measure.cache import Cache
 from saccade.model import AdaptiveViT
@@ -115,6 +119,26 @@ def test_labels_of_other_tasks_count_by_content(tmp_path: Path) -> None:
     moved = read_coco(tmp_path / "texts/c.json")
     assert moved.fingerprint() != boxes.fingerprint()
     assert moved.subset([0]).fingerprint() != boxes.subset([0]).fingerprint()
+
+
+# What is decoded once
+
+
+def test_decoded_images_are_of_these_pixels_and_leave_nothing_behind(tmp_path: Path) -> None:
+    data, cache = photos(tmp_path / "s"), tmp_path / "c"
+    before = Decoded.make(open_images(data), 16, cache)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    alive, orphan = part_beside(before.file), part_beside(before.file)
+    orphan = orphan.with_name(orphan.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+    for part in (alive, orphan):
+        part.write_bytes(bytes(100))
+    (data / "a/1.ppm").write_bytes(ppm(99))
+    after = Decoded.make(open_images(data), 16, cache)
+    assert not np.array_equal(after.array(1), before.array(1))
+    assert np.array_equal(after.array(2), before.array(2))
+    assert not orphan.exists(), "of a process that is dead"
+    assert alive.exists(), "of one that may still write"
 
 
 # What is measured again

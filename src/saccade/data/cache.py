@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from saccade.data.decode import ImageError, pixel_limit
 from saccade.data.source import ImageSet
 from saccade.errors import UserError
-from saccade.files import replacing
+from saccade.files import replacing, sweep
 from saccade.progress import Progress
 
 MAGIC = b"saccade decoded 1"
@@ -63,8 +64,10 @@ class Decoded:
         """
         if side < 1:
             raise UserError(f"side {side} is below 1 pixel: give the shorter side of the decoded images, such as 256")
+        sweep(Path(folder))  # before room is needed: what a killed process left may be as large
         fingerprint = images.fingerprint()
-        expected = {"fingerprint": fingerprint, "count": len(images), "side": side, "pixel_limit": pixel_limit()}
+        facts = {"side": side, "pixel_limit": pixel_limit(), "pillow": PIL.__version__}
+        expected = {"fingerprint": fingerprint, "count": len(images), **facts}
         file = Path(folder) / f"{images.split or 'images'}-{len(images)}-{fingerprint}-{side}px.decoded"
         try:
             found = cls(file, expected)
