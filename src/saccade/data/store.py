@@ -216,7 +216,7 @@ def open_store(path: Path) -> Store:
     if path.is_dir():
         return Folder(path)
     if not os.path.lexists(path):
-        raise UserError(f"{path} does not exist: give a folder or a zip")
+        raise UserError(f"{path} does not exist, and is neither a folder nor a zip: give one")
     if path.is_file() and is_zipfile(path):  # a pipe is not even opened
         return Zip(path)
     raise UserError(f"{path} is neither a folder nor a whole zip")
