@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import Annotated, Any
 
 import typer
 
@@ -13,12 +16,38 @@ Misuse: Any = typer.BadParameter.__bases__[0]  # the parser's class for all usag
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Adaptive compute for Vision Transformers: measure which setting is worth it, and deploy it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        from saccade import __version__
+
+        def of(package: str) -> str:
+            try:
+                return version(package)
+            except PackageNotFoundError:
+                return "not installed"
+
+        print(f"saccade {__version__}, torch {of('torch')}, timm {of('timm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Adaptive compute for Vision Transformers: measure which setting is worth it, and deploy it.
+
+    Example: saccade tune vit_tiny_patch16_224 photos/ --pretrained --target 1.5x
+    """
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,19 +71,40 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
     given = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without these characters gets others, no traceback
+            stream.reconfigure(errors="replace")
     try:
         code = app(spread_values(given or ["--help"]), prog_name="saccade", standalone_mode=False)
+        sys.stdout.flush()  # what cannot be written is said here
     except UserError as error:
         print(f"saccade: {error}", file=sys.stderr)
         sys.exit(2)
     except Misuse as error:
         print(f"saccade: {error.format_message()} (see saccade --help)", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who read has read enough, as in `saccade list | head`
+        _give_up_output()
+        sys.exit(1)  # as the parser has it, which meets most of these itself
+    except OSError as error:  # a full disk, a name that is too long: no mistake of the program
+        what = f" ({error.filename})" if error.filename else ""
+        print(f"saccade: {error.strerror or error}{what}", file=sys.stderr)
+        _give_up_output()
+        sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
         print("saccade: interrupted; nothing was kept to take up", file=sys.stderr)
     sys.exit(code or 0)
+
+
+def _give_up_output() -> None:
+    """Write what is still to be written, or, where that is what failed, drop it, so that the end says nothing more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def spread_values(arguments: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,19 +19,52 @@ if TYPE_CHECKING:
     from saccade.results import Result
 
 INTERRUPTED = 130  # exit code
+MODEL, IMAGES, MACHINE = "Model", "Images", "Machine and output"  # panels of --help
+
+
+def complete_setting(given: str) -> list[str]:
+    """Names that a setting may go on with, for the shell: read from the files that register them, nothing is run."""
+    before, bar, last = given.rpartition("|")
+    package = Path(__file__).parents[1]
+    texts = (
+        file.read_text(encoding="utf-8")
+        for part in ("methods", "tokenizers")
+        for file in package.glob(f"{part}/**/*.py")
+    )
+    names = sorted(name for text in texts for name in re.findall(r'@register\(\s*"(\w+)"', text))
+    return [f"{before}{bar}{' ' if bar else ''}{name}" for name in names if name.startswith(last.strip())]
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm model name, or a folder saved by Saccade.")]
 Data = Annotated[
     str, typer.Argument(metavar="DATA", help="Images: class/name, split/class/name, a zip, or unlabelled.")
 ]
 Settings = Annotated[
-    list[str], typer.Option("--setting", "-s", help="Like 'tome(r=13)' or 'grid(20) | evit(0.7)'; repeatable.")
+    list[str],
+    typer.Option(
+        "--setting",
+        "-s",
+        help="Like 'tome(r=13)' or 'grid(20) | evit(0.7)'; repeatable.",
+        rich_help_panel=MODEL,
+        autocompletion=complete_setting,
+    ),
 ]
-Weights = Annotated[str | None, typer.Option(help="A safetensors file with timm's keys.")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="timm's own weights, from the hub.")]
-Split = Annotated[str | None, typer.Option(help="Split of a folder of splits; the held-out one by default.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto: a GPU where there is one.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")]
+Weights = Annotated[str | None, typer.Option(help="A safetensors file with timm's keys.", rich_help_panel=MODEL)]
+Pretrained = Annotated[
+    bool, typer.Option("--pretrained", help="timm's own weights, from the hub.", rich_help_panel=MODEL)
+]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Split of a folder of splits; the held-out one by default.", rich_help_panel=IMAGES),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print JSON and nothing else on standard output.", rich_help_panel=MACHINE),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, …; auto: a GPU where there is one.", rich_help_panel=MACHINE)
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.", rich_help_panel=MACHINE)]
 
 
 def open_model(
