@@ -202,6 +202,22 @@ def test_sources(place, tmp_path):
         saccade.Predictor(model, batch=0)
 
 
+@pytest.mark.parametrize("runner", ["bf16", "fp32 compiled"])
+def test_a_folder_runs_as_it_recommends(place, tmp_path, monkeypatch, runner):
+    expected = saccade.predict(place / "model", place / "photos")
+    saccade.load(place / "model").deploy(runner).save(tmp_path / "model")
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)  # what is compiled is another test's
+    predictor = saccade.Predictor(tmp_path / "model", batch=2)
+    assert str(predictor.model.runner) == runner
+    for found, other in zip(predictor(place / "photos"), expected, strict=True):
+        assert found.probabilities == pytest.approx([dict(zip(other.indices, other.probabilities, strict=True))[i]
+                                                     for i in found.indices], abs=0.02)  # fmt: skip
+        assert found.macs == other.macs and np.allclose(found.embedding, other.embedding, atol=0.1)
+        assert (found.known is None) is ("compiled" in runner)  # then it is looked for when it is asked for
+    rows, _ = saccade.eval(tmp_path / "model", place / "photos.zip", ["evit(0.5)"])  # what measures says how it runs
+    assert rows[0].agreement.mean == 1.0
+
+
 def test_names_in_words():
     vit = small().vit
     assert Classes.of(vit).words == ("0", "1", "2")

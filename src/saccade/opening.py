@@ -44,14 +44,15 @@ def open_model(
     if weights is not None and pretrained:
         raise UserError("give one of --weights and --pretrained (in Python: weights=, pretrained=)")
     if isinstance(source, nn.Module):
-        return _module(source, weights, pretrained, device)
+        model = _module(source, weights, pretrained, device)
+        return model if deployed or model.runner is None else model.deploy(None)
     name = os.fspath(source)
     if not isinstance(name, str):
         raise UserError(f"a model is a timm name, a folder or a module, not {name!r:.60}")
     if os.path.isdir(name):
         if weights is not None or pretrained:
             raise UserError(f"{name!r} is a model folder and has its weights: leave out --weights and --pretrained")
-        model = load(name)
+        model = load(name) if deployed else load(name, runner=None)
     elif os.sep in name or name.endswith(CONFIG) or isinstance(source, Path):
         raise UserError(f"there is no model folder {name!r}")
     else:

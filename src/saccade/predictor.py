@@ -67,7 +67,7 @@ class Predictor:
         self.model: AdaptiveViT = (opened if setting is None else opened.at(setting)).eval()
         self.preprocess = Preprocess.of(self.model.vit, self.model.input_size())
         self.classes = Classes.of(self.model.vit)
-        runner = getattr(self.model, "runner", None)
+        runner = self.model.runner
         self.batch = batch or (runner and runner.batch) or BATCH
         self.top = top
 
@@ -141,7 +141,7 @@ class Predictor:
         """uint8 [B, 3, h, w] -> of each image the logits [K], and what ran where that is known without more work."""
         out = self.model(self._images(crops))
         logits = out.logits.float().cpu()
-        runner = getattr(self.model, "runner", None)
+        runner = self.model.runner
         known = [None] * len(crops) if runner is not None and runner.compiled else self._details(out)
         return [*zip(logits, known, strict=True)]
 
