@@ -5,8 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One process for each core, each with one thread: the models of the tests are small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+# A second environment, with the oldest release of every dependency; pip takes a wheel rather than build one.
+FLOOR := .venv-floor
+FLOOR_TESTS := $(addprefix tests/test_,floors.py contract.py backbones.py macs.py counter.py compile.py export.py)
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all test-floor lint format clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -22,6 +25,15 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST) -m ""
 
+$(FLOOR)/.ready: pyproject.toml floors.txt
+	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --prefer-binary --constraint floors.txt \
+		--editable '.[tasks]' pytest pytest-xdist hypothesis
+	touch $@
+
+test-floor: $(FLOOR)/.ready
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest --numprocesses auto $(FLOOR_TESTS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,4 +44,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
