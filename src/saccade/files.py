@@ -17,8 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from saccade.errors import UserError
 
+SIGNATURE = "saccade"
 NAME_MAX, PATH_MAX = 255, 4095  # bytes, on every system that we know of
 STALE = 24 * 3600  # seconds without a write, after which what an unknown process was writing is abandoned
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
@@ -191,6 +195,27 @@ def _abandoned(entry: os.DirEntry[str], host: str | None, process: str | None) -
 def _stem(target: Path) -> str:
     """Of a name, as much as leaves room for what is added."""
     return target.name[:40]
+
+
+def write_picture(path: str | os.PathLike, picture: Image.Image) -> None:
+    """Write a PNG in place of nothing, or of one that we wrote. Raises UserError."""
+    signed = PngInfo()
+    signed.add_text("Software", SIGNATURE)
+    with replacing(path, is_our_picture) as part:
+        picture.save(part, "PNG", pnginfo=signed)
+
+
+def is_our_picture(path: Path) -> bool:
+    """Whether a file is a PNG that ``write_picture`` wrote."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    return head.startswith(b"\x89PNG") and b"tEXtSoftware\0" + SIGNATURE.encode() in head
+
+
+def check_picture(path: str | os.PathLike) -> None:
+    """Raises UserError where ``write_picture`` would: before the work."""
+    check_folder(Path(path).parent)
+    check_target(path, is_our_picture)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

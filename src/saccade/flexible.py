@@ -26,8 +26,10 @@ from saccade.bigvision import read_npz
 from saccade.checkpoint import create_model, save
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
+from saccade.model_folder import check_ours
 from saccade.opening import Source, open_dense
 from saccade.plan import ViT
+from saccade.run_folder import check_apart
 from saccade.setting import Call, Setting
 from saccade.tokenizers.embed import PRESETS, choose, resize_kernel, resize_positions
 from saccade.tokenizers.grid import Grid
@@ -140,6 +142,9 @@ def convert(
     Raises:
         UserError: a source or file that does not fit, another patch size than was said, sizes that do not divide.
     """
+    if out is not None:
+        check_apart(out, [source, weights])
+        check_ours(Path(out))
     model = open_dense(source, weights, pretrained)
     own, (old, new) = model.backbone, _patches(patch)
     if old is not None and old != own.patch_size:

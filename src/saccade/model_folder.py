@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saccade.errors import UserError
-from saccade.files import discard, part_beside, reported, shortened, sweep, to_disk
+from saccade.files import check_folder, discard, part_beside, reported, shortened, sweep, to_disk
 from saccade.folder_config import CONFIG, Seal, read_bytes
 from saccade.locks import owning
 from saccade.weights import digest
@@ -79,6 +79,12 @@ def replace(target: Path, state: dict[str, Tensor], config: dict[str, Any]) -> N
     sweep(target, owned=True)
     for left in target.glob(f".{WEIGHTS}.*"):  # of a process that was killed before this
         discard(left)
+
+
+def check_place(folder: str | os.PathLike) -> None:
+    """Raises UserError where no model could be saved: before the work is done."""
+    check_folder(folder)
+    check_ours(Path(folder))
 
 
 def check_ours(folder: Path) -> None:

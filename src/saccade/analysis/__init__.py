@@ -32,6 +32,7 @@ from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_model
 from saccade.progress import Progress
 from saccade.results import Result
+from saccade.run_folder import ANALYZE, owned
 from saccade.setting import Call, Setting
 from saccade.tables import Column, Table
 from saccade.views.analysis import AnalysisReport, render_analysis
@@ -105,6 +106,7 @@ class Findings(Result, dict[str, Found]):
         return Table("Findings", ["analysis", Column("finding", 0, prose=True)], cells)
 
 
+@owned(ANALYZE)
 def analyze(
     model: Source,
     data: str | os.PathLike | ImageSet,

@@ -86,13 +86,17 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # who read has read enough, as in `saccade list | head`
         _give_up_output()
         sys.exit(1)  # as the parser has it, which meets most of these itself
-    except OSError as error:  # a full disk, a name that is too long: no mistake of the program
-        what = f" ({error.filename})" if error.filename else ""
-        print(f"saccade: {error.strerror or error}{what}", file=sys.stderr)
-        _give_up_output()
-        sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except Exception as error:  # a full disk, a name that is too long: no mistake of the program
+        from saccade.files import shortened, system_reason
+
+        if (reason := system_reason(error)) is None:
+            raise
+        place = getattr(error, "filename", None)
+        print(f"saccade: {f'{shortened(place)}: ' if place else ''}{reason}", file=sys.stderr)
+        _give_up_output()
+        sys.exit(2)
     if code == INTERRUPTED:
         print("saccade: interrupted; nothing was kept to take up", file=sys.stderr)
     sys.exit(code or 0)

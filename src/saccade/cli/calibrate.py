@@ -44,14 +44,15 @@ def command(
 
     Example: saccade calibrate runs/dynamic/model photos/ -s "dynamicvit(0.7)" --gmacs 0.8 --out calibrated
     """
-    import os
 
-    from saccade.files import check_folder
     from saccade.measure.calibrate import calibrate
+    from saccade.model_folder import check_place
     from saccade.progress import Progress
+    from saccade.run_folder import check_apart
 
     if out is not None:
-        check_folder(os.path.dirname(os.path.abspath(out)))
+        check_place(out)
+        check_apart(out, [model, data, weights])
     vit = open_model(model, weights, pretrained, device, threads)
     folder = None if cache is None else Path(cache)
     with Progress(shown=True) as progress:

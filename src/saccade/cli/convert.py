@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -30,10 +29,12 @@ def command(
 
     Example: saccade convert vit_small_patch14_dinov2 --patch 14:16 --out dino16 --pretrained
     """
-    from saccade.files import check_folder
     from saccade.flexible import convert
+    from saccade.model_folder import check_place
+    from saccade.run_folder import check_apart
 
-    check_folder(os.path.dirname(os.path.abspath(out)))
+    check_place(out)
+    check_apart(out, [source, weights])
     model = open_model(source, weights, pretrained, device="cpu")
     made = convert(model, patch, out, size=size, resize=resize)
     (oh, ow), (h, w) = model.backbone.patch_size, made.backbone.patch_size

@@ -73,19 +73,18 @@ def _draw(
     model: Detector, photo: str, settings: list[str], ask: list[str] | None, least: float, out: str, json: bool
 ) -> None:
     from saccade.data import decode
-    from saccade.files import check_folder, replacing
+    from saccade.files import check_picture, write_picture
     from saccade.tasks.detector import draw, look
 
     if len(settings) > 1:
         raise UserError(f"a photo is drawn under one setting and {len(settings)} were given; run it once for each")
     if not Path(photo).is_file():
         raise UserError(f"there is no photo {photo!r}")
-    check_folder(Path(out).parent)
+    check_picture(out)
     image, view = decode(Path(photo), photo), model.at(settings[0]).eval() if settings else model
     names = ask or view.heads.names
     found = look(view, image, names, least)
-    with replacing(out) as part:
-        draw(image, found, names).save(part, "PNG")
+    write_picture(out, draw(image, found, names))
     each = [(names[i], s) for i, s in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)]
     if json:
         rows = zip(each, found["boxes"].tolist(), strict=True)

@@ -89,17 +89,16 @@ def command(
 
 def _draw(model: Segmenter, photo: str, settings: list[str], out: str, json: bool) -> None:
     from saccade.data import decode
-    from saccade.files import check_folder, replacing
+    from saccade.files import check_picture, write_picture
     from saccade.tasks.miou import paint
 
     if len(settings) > 1:
         raise UserError(f"a photo is drawn under one setting and {len(settings)} were given; run it once for each")
     if not Path(photo).is_file():
         raise UserError(f"there is no photo {photo!r}")
-    check_folder(Path(out).parent)
+    check_picture(out)
     picture = paint(model.at(settings[0]).eval() if settings else model, decode(Path(photo), photo))
-    with replacing(out) as part:
-        picture.save(part, "PNG")
+    write_picture(out, picture)
     if json:
         print_json({"out": out, "size": list(picture.size)})
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -28,11 +27,13 @@ def command(
     Example: saccade stem vit_tiny_patch16_224 photos/ --out stemmed --pretrained
     """
     from saccade.checkpoint import save
-    from saccade.files import check_folder
+    from saccade.model_folder import check_place
     from saccade.progress import Progress
+    from saccade.run_folder import check_apart
     from saccade.stem import fit_stem, read_images, token_error
 
-    check_folder(os.path.dirname(os.path.abspath(out)))
+    check_place(out)
+    check_apart(out, [source, data, weights])
     model = open_model(source, weights, pretrained, device="cpu")
     images = read_images(model, data, limit)
     held = max(1, len(images) // 5)

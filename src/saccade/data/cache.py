@@ -78,9 +78,11 @@ class Decoded:
         try:
             with replacing(file) as part, part.open("wb") as stream:
                 _write(stream, images, side, expected, max(1, workers), progress or Progress())
-        except OSError as error:
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
             need = f"about {estimated_bytes(images, side) / 2**20:,.0f} MiB are needed"
-            reason = error.strerror or error
+            reason = error.__cause__.strerror or error.__cause__
             raise UserError(f"cannot write decoded images to {folder} ({reason}; {need}): free some space") from error
         return cls(file, expected)
 

@@ -29,6 +29,7 @@ from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_model
 from saccade.progress import Progress
 from saccade.results import Result
+from saccade.run_folder import TUNE, owned
 from saccade.tables import Table
 from saccade.views.look import token_map
 from saccade.views.report import Report, Row, Sample, render_report
@@ -91,6 +92,7 @@ def interval(mean: float | None, low: float | None, high: float | None) -> str:
     return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+@owned(TUNE)
 def tune(
     model: Source,
     data: str | os.PathLike | ImageSet | None,

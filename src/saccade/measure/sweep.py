@@ -20,6 +20,7 @@ from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_model
 from saccade.plan import Entry, registry
 from saccade.progress import Progress
+from saccade.run_folder import EVAL, owned
 from saccade.runner import FP32, Runner
 from saccade.setting import Call, Setting, expand
 from saccade.tables import Table
@@ -72,6 +73,7 @@ class Evaluation(Evaluated):
         return Table(f"{rows[0].images} images", ["setting", *shown], cells, caption)
 
 
+@owned(EVAL)
 def evaluate(
     model: Source,
     data: str | os.PathLike | ImageSet,

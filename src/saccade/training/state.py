@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,25 +15,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saccade.errors import UserError
+from saccade.files import discard, part_beside, reported, to_disk
+from saccade.weights import digest
 
 TENSORS, FACTS = "state.safetensors", "state.json"
+SEAL = "sha256"  # in the facts: of the tensors' file
 
 
-def publish(folder: Path, kind: str, step: int, fill: Callable[[Path], None]) -> Path:
+def publish(folder: Path, kind: str, step: int, fill: Callable[[Path], None], *, keep: int = 1) -> Path:
     """Make ``folder/kind-step`` by having ``fill`` write into a hidden folder that is renamed when it is complete.
 
-    Then, and only then, older ones of the kind go, each under a hidden name first.
+    Then, and only then, older ones of the kind go, but for the ``keep`` latest, each under a hidden name first. Raises
+    UserError for a disk that is full and the like; what was there is there still.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    part, target = folder / f".{secrets.token_hex(6)}.part", folder / f"{kind}-{step:08d}"
-    fill(part)
-    if target.exists():
-        _discard(target)
-    os.replace(part, target)
-    for old in _of_kind(folder, kind):
-        if old != target:
-            _discard(old)
-    return target
+    with reported("write a checkpoint in", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / f"{kind}-{step:08d}"
+        part = part_beside(target).with_suffix("")
+        try:
+            fill(part)
+            to_disk(part)
+            if target.exists():
+                _discard(target)
+            os.replace(part, target)
+            to_disk(folder)
+        finally:
+            discard(part)
+        for old in _of_kind(folder, kind)[:-keep]:
+            if old != target:
+                _discard(old)
+        return target
 
 
 def newest(folder: Path, kind: str) -> Path | None:
@@ -44,29 +53,53 @@ def newest(folder: Path, kind: str) -> Path | None:
     return found[-1] if found else None
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half done."""
-    for part in folder.glob(".*.part") if folder.is_dir() else ():
-        shutil.rmtree(part, ignore_errors=True)
+def read_last(folder: Path, say: Callable[[str], object]) -> tuple[Path | None, dict[str, Tensor], dict[str, Any]]:
+    """The latest checkpoint that can be read, its tensors and facts; a damaged one is passed over, and said.
+
+    Raises UserError where there are some and all are damaged.
+    """
+    wrong: UserError | None = None
+    for path in reversed(_of_kind(folder, "last")):
+        try:
+            tensors, facts = read_state(path)
+        except UserError as error:
+            wrong = wrong or error
+            continue
+        if wrong is not None:
+            say(f"{wrong}: going on from {path.name}, the one before it")
+            for damaged in _of_kind(folder, "last"):
+                if damaged > path:
+                    _discard(damaged)
+        return path, tensors, facts
+    if wrong is not None:
+        raise wrong
+    return None, {}, {}
 
 
 def write_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Fill a folder with tensors and facts."""
+    """Fill a folder with tensors and facts, which know the tensors' checksum."""
     folder.mkdir()
     apart = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     save_file(apart, folder / TENSORS)  # settings of one method share what they learn, and safetensors refuses that
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    sealed = {**facts, SEAL: digest(folder / TENSORS)}
+    (folder / FACTS).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
     for name in (TENSORS, FACTS):  # on the disk before the rename is
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
+        to_disk(folder / name)
 
 
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What ``write_state`` wrote. Raises UserError where it is damaged."""
     try:
-        return load_file(folder / TENSORS), json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
-        line = " ".join(str(error).split())
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        step = facts["step"] if isinstance(facts, dict) else None
+        if type(step) is not int or step < 0 or not isinstance(facts.get("config", {}), dict):
+            raise ValueError(f"{FACTS} names no step, or no config")
+        seal = facts.pop(SEAL, None)
+        if seal is not None and digest(folder / TENSORS) != seal:  # checkpoints of before have none
+            raise ValueError(f"the checksum of {TENSORS} is another than {FACTS} says")
+        return load_file(folder / TENSORS), facts
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        line = " ".join(str(error).split())[:200]
         raise UserError(
             f"checkpoint {str(folder)!r} cannot be read ({line}): remove it to go on from another"
         ) from None
@@ -78,6 +111,6 @@ def _of_kind(folder: Path, kind: str) -> list[Path]:
 
 
 def _discard(path: Path) -> None:
-    gone = path.with_name(f".{secrets.token_hex(6)}.part")
+    gone = part_beside(path).with_suffix("")
     os.replace(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    discard(gone)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saccade import tables
-from saccade.checkpoint import load, save
+from saccade.checkpoint import check_savable, load, save
 from saccade.errors import UserError
-from saccade.files import check_folder, write_json
+from saccade.files import write_json
 from saccade.model import AdaptiveViT
 from saccade.opening import Source
 from saccade.progress import Progress
 from saccade.results import Result
+from saccade.run_folder import TRAIN, taking
 from saccade.training.arguments import with_arguments
 from saccade.training.augment import isolated
 from saccade.training.check import as_row, check
@@ -25,7 +27,7 @@ from saccade.training.devices import Stopping, open_fabric
 from saccade.training.feed import Feed
 from saccade.training.learner import Learner
 from saccade.training.sets import check_data
-from saccade.training.state import newest, publish, read_state, sweep, write_state
+from saccade.training.state import newest, publish, read_last, write_state
 from saccade.training.student import Student
 from saccade.training.summary import Summary, equality
 from saccade.training.task import open_task
@@ -106,19 +108,28 @@ def train(
 
 
 def _train(config: Config, folder: Path, resume: bool, command: str, progress: Progress, stopping: Stopping) -> Trained:
-    run, settings = config.run, config.sampling.settings
+    run = config.run
     fabric = open_fabric(run)
-    rank, world, first = fabric.global_rank, fabric.world_size, fabric.global_rank == 0
+    world, first = fabric.world_size, fabric.global_rank == 0
     if run.batch % (world * run.accumulate):
         raise UserError(f"run.batch={run.batch} is no multiple of {world} processes × {run.accumulate} parts")
 
+    inputs = [config.model.name, config.model.weights, config.data.path]
+    with taking(folder, TRAIN, inputs) if first else nullcontext():
+        return _run(config, folder, resume, command, progress, stopping, fabric)
+
+
+def _run(
+    config: Config, folder: Path, resume: bool, command: str, progress: Progress, stopping: Stopping, fabric: Any
+) -> Trained:
+    run, settings = config.run, config.sampling.settings
+    rank, world, first = fabric.global_rank, fabric.world_size, fabric.global_rank == 0
+
     # The folder, and what an earlier run left in it.
-    check_folder(folder)
     checkpoints = folder / "checkpoints"
-    last = newest(checkpoints, "last")
-    if last is not None and not resume:
+    if newest(checkpoints, "last") is not None and not resume:
         raise UserError(f"{str(folder)!r} holds a run: go on with --resume, or give another --out")
-    tensors, facts = read_state(last) if last is not None else ({}, {})
+    last, tensors, facts = read_last(checkpoints, progress.say)
     described = config.model_dump(mode="json")
     _same(described, facts.get("config", described), folder)
     start = facts.get("step", 0)
@@ -129,8 +140,8 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
     if first and last is not None:
         check_data(data, facts, folder)
     student = Student(task.model(), settings).to(fabric.device)
+    check_savable(student.views[0])
     if first:
-        sweep(checkpoints)
         write_json(folder / "config.json", described)
     usable = task.ready(folder / "cache", progress) if first else 0
     fabric.barrier()
@@ -161,7 +172,7 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
         """Write a checkpoint of all that must be remembered after ``step`` steps."""
         if first:
             now, known = learner.tensors(), {"step": step, "config": described, "data": data, **summary.facts()}
-            publish(checkpoints, "last", step, lambda part: write_state(part, now, known))
+            publish(checkpoints, "last", step, lambda part: write_state(part, now, known), keep=2)
             if run.keep_every and step % run.keep_every == 0:
                 publish(checkpoints, f"kept-{step}", step, lambda part: write_state(part, now, known))
 

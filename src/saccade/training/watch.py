@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import UserError
-from saccade.files import write_text
+from saccade.files import reported, write_text
 from saccade.training.feed import Feed
 
 Row = dict[str, Any]
@@ -38,7 +38,7 @@ class Table:
         if not self.writing:
             return
         if all(name in self.columns for name in row):
-            with open(self.path, "a", encoding="utf-8", newline="") as file:
+            with reported("write", self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
                 file.write(self._text([row], header=False))
         else:
             self.columns = list(dict.fromkeys([*self.columns, *row]))

@@ -14,10 +14,11 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from saccade.data import Preprocess, decode
-from saccade.files import check_folder, replacing
+from saccade.files import check_picture, write_picture
 from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_model
 from saccade.results import Result
+from saccade.run_folder import check_apart
 from saccade.trace import BlockTrace
 from saccade.views.tokenmap import draw_blocks, draw_tokens
 
@@ -74,7 +75,8 @@ def view(
     model = open_model(model, weights, pretrained, device)
     chosen = model if setting is None else model.at(setting).eval()
     if out is not None:
-        check_folder(Path(out).parent)  # before the work
+        check_picture(out)  # before the work
+        check_apart(out, [image])
     photo, first, owners, grid = _look(chosen, image)
     counts = [len(owner[owner >= 0].unique()) for owner in owners]
     titles = [
@@ -83,8 +85,7 @@ def view(
     ]
     picture = draw_blocks(photo, [first, *owners], grid, titles)
     if out is not None:
-        with replacing(out) as part:
-            picture.save(part, "PNG")
+        write_picture(out, picture)
     return View(picture, counts)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from saccade.data import ImageSet, Loader, Preprocess, head_labels, open_images
-from saccade.files import check_folder, replacing
+from saccade.files import check_picture, write_picture
 from saccade.gates import Gates
 from saccade.measure.accuracy import spread
 from saccade.model import AdaptiveViT
@@ -74,7 +73,7 @@ def usage(
     """
     view, dense = (model if setting is None else model.at(setting)).eval(), model.at("dense").eval()
     if out is not None:
-        check_folder(Path(out).parent)  # before the work
+        check_picture(out)  # before the work
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
     known = None if images.labels is None else torch.tensor(head_labels(images, model.vit).indices)
     chosen = spread(len(images), limit)
@@ -98,8 +97,7 @@ def usage(
         advance(len(own))
     found = Usage(torch.cat(shares).cpu(), torch.cat(costs), torch.cat(losses), names)
     if out is not None:
-        with replacing(out) as part:
-            draw_usage(found, str(view.setting)).save(part, "PNG")
+        write_picture(out, draw_usage(found, str(view.setting)))
     return found
 
 
