@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import saccade.views
+from saccade.errors import UserError
 from saccade.files import write_text
 from saccade.views import Report, Row, Sample, draw_blocks, draw_tokens, render_report, token_colours
 from saccade.views.labels import place_labels
@@ -339,7 +340,7 @@ def test_a_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     write_text(path, "old")
     with monkeypatch.context() as broken:
         broken.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
-        with pytest.raises(OSError, match="disk"):
+        with pytest.raises(UserError, match="disk"):
             write_text(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["report.html"]
     with open(path) as reader:  # who has the old file open keeps it whole

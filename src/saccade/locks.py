@@ -34,7 +34,7 @@ def owning(folder: str | os.PathLike, *, wait: float = 0.0) -> Iterator[Path]:
     """
     path = Path(folder)
     check_folder(path)
-    made = not path.is_dir()
+    made = [place for place in (path, *path.parents) if not place.exists()]  # the innermost first
     with reported("write in", folder):
         path.mkdir(parents=True, exist_ok=True)
         handle = _locked(path, time.monotonic() + wait)
@@ -44,9 +44,9 @@ def owning(folder: str | os.PathLike, *, wait: float = 0.0) -> Iterator[Path]:
         with suppress(OSError):
             os.unlink(path / LOCK)  # while it is locked: see _locked
         os.close(handle)
-        if made:
-            with suppress(OSError):
-                path.rmdir()
+        with suppress(OSError):  # one that is not empty ends it
+            for place in made:
+                place.rmdir()
 
 
 def _locked(folder: Path, until: float) -> int:
