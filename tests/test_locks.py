@@ -202,7 +202,7 @@ def dead() -> int:
 
 def test_what_a_dead_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
     mine = part_beside(tmp_path / "x.json")
-    theirs = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{dead()}-"))
+    theirs = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{dead()}."))
     old, fresh = tmp_path / ".x.0123abcd.part.json", tmp_path / ".0123456789ab.part"
     for path in (mine, theirs, old, tmp_path / "x.part", tmp_path / ".keep"):
         path.write_text("half")
@@ -217,7 +217,7 @@ def test_what_a_dead_process_left_goes_and_what_a_living_one_writes_stays(tmp_pa
 
 def test_writing_a_file_sweeps_what_was_left_of_it(tmp_path):
     part = part_beside(tmp_path / "x.json")
-    part.with_name(part.name.replace(f"-{os.getpid()}-", f"-{dead()}-")).write_text("half")
+    part.with_name(part.name.replace(f".{os.getpid()}.", f".{dead()}.")).write_text("half")
     write_text(tmp_path / "x.json", "whole")
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 

@@ -26,7 +26,7 @@ SIGNATURE = "saccade"
 NAME_MAX, PATH_MAX = 255, 4095  # bytes, on every system that we know of
 STALE = 24 * 3600  # seconds without a write, after which what an unknown process was writing is abandoned
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-_PART = re.compile(r"\..*?\.(?:([0-9a-f]{6})-(\d+)-)?[0-9a-f]{8,}\.part(\..*)?|\.[0-9a-f]{12,}\.part(\..*)?")
+_PART = re.compile(r"\..*?\.(?:([0-9a-f]{6})\.(\d+)\.)?[0-9a-f]{8,}\.part(\..*)?|\.[0-9a-f]{12,}\.part(\..*)?")
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space, or give another place",
     errno.EDQUOT: "the quota is used up: free some space, or give another place",
@@ -147,7 +147,7 @@ def to_disk(path: Path) -> None:
 
 def part_beside(target: Path) -> Path:
     """A hidden name beside ``target`` for what is not finished. It tells who writes it, so that others can clean up."""
-    token = f"{_HOST}-{os.getpid()}-{secrets.token_hex(4)}"
+    token = f"{_HOST}.{os.getpid()}.{secrets.token_hex(4)}"
     return target.with_name(f".{_stem(target)}.{token}.part{target.suffix[:20]}")
 
 

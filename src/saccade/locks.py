@@ -36,7 +36,6 @@ def owning(folder: str | os.PathLike, *, wait: float = 0.0) -> Iterator[Path]:
     check_folder(path)
     made = [place for place in (path, *path.parents) if not place.exists()]  # the innermost first
     with reported("write in", folder):
-        path.mkdir(parents=True, exist_ok=True)
         handle = _locked(path, time.monotonic() + wait)
     try:
         yield path
@@ -52,7 +51,11 @@ def owning(folder: str | os.PathLike, *, wait: float = 0.0) -> Iterator[Path]:
 def _locked(folder: Path, until: float) -> int:
     """A handle of the lock file, locked; it says which process has it."""
     while True:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # whoever made the folder has just removed it
+            continue
         try:
             if fcntl is not None:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -31,7 +31,7 @@ def publish(folder: Path, kind: str, step: int, fill: Callable[[Path], None], *,
     with reported("write a checkpoint in", folder):
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{kind}-{step:08d}"
-        part = part_beside(target).with_suffix("")
+        part = part_beside(folder / "state")
         try:
             fill(part)
             to_disk(part)
@@ -111,6 +111,6 @@ def _of_kind(folder: Path, kind: str) -> list[Path]:
 
 
 def _discard(path: Path) -> None:
-    gone = part_beside(path).with_suffix("")
+    gone = part_beside(path.with_name("state"))
     os.replace(path, gone)
     discard(gone)
