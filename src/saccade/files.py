@@ -219,9 +219,9 @@ def check_picture(path: str | os.PathLike) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text; a reader sees the old file or the whole new one."""
+    """Write UTF-8 text; a reader sees the old file or the whole new one. Names that are not UTF-8 are escaped."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", newline="\n")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -6,21 +6,24 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 import saccade
 from saccade.files import replacing
 from saccade.measure.accuracy import Judge, Predictions
 from saccade.model import AdaptiveViT
 
+SEAL = "sha256"  # of what a file holds, in its header
 NEAR = 1e-3  # nats: how far the same model's answers may lie apart in two processes
 
 
@@ -47,8 +50,9 @@ class Cache:
         if (stored := _read(file)) is not None:
             return stored
         found = compute()
+        tensors = {f.name: getattr(found, f.name).contiguous() for f in fields(found)}
         with replacing(file) as part:
-            safetensors.torch.save_file({f.name: getattr(found, f.name).contiguous() for f in fields(found)}, part)
+            safetensors.torch.save_file(tensors, part, metadata={SEAL: _sum(tensors)})
         return found
 
     def check(self, name: str, now: Predictions) -> None:
@@ -71,11 +75,21 @@ def _read(file: Path) -> Predictions | None:
     if not file.is_file():
         return None
     try:
-        tensors = safetensors.torch.load_file(file)
-        found = [tensors[f.name] for f in fields(Predictions)]
-    except (SafetensorError, KeyError, OSError):
+        with safetensors.safe_open(file, "pt") as opened:
+            tensors = {f.name: opened.get_tensor(f.name) for f in fields(Predictions)}
+            seal = (opened.metadata() or {}).get(SEAL)
+    except (SafetensorError, ValueError, KeyError, OSError):
         return None
-    return Predictions(*found) if len({len(t) for t in found}) == 1 else None
+    return Predictions(**tensors) if seal == _sum(tensors) else None
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    """Of values, types and shapes: a flipped bit is another accuracy, and shows in nothing else."""
+    seal = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        seal.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
+        seal.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return seal.hexdigest()
 
 
 def _circumstances(model: AdaptiveViT) -> tuple:

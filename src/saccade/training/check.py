@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from saccade.progress import Progress
@@ -32,6 +33,14 @@ def as_row(checked: Checked, column: str) -> dict[str, Any]:
     return {column if name == "top1" else name: value for name, value in vars(checked).items()}
 
 
-def from_row(row: dict[str, Any], column: str) -> Checked:
-    """The inverse of ``as_row``."""
-    return Checked(**{"top1" if name == column else name: value for name, value in row.items()})
+def from_rows(rows: Sequence[dict[str, Any]], column: str) -> list[Checked]:
+    """The inverse of ``as_row``; rows that are of no check, in a table that was damaged, are left out."""
+    named = [{"top1" if name == column else name: value for name, value in row.items()} for row in rows]
+    return [Checked(**row) for row in named if row.keys() == KINDS.keys() and all(map(_fits, row.values(), row))]
+
+
+KINDS = {f.name: str if f.name == "setting" else (int, float) for f in fields(Checked)}
+
+
+def _fits(value: object, name: str) -> bool:
+    return isinstance(value, KINDS[name])  # type: ignore[arg-type]

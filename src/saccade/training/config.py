@@ -246,10 +246,12 @@ def _text(source: str) -> tuple[str, str]:
     known = shipped()
     if source in known:
         return known[source], source
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"there is no config {source!r}{nearest(source, known)}; or give the path of a TOML file")
-    return path.read_text(encoding="utf-8"), source
+    try:
+        if Path(source).is_file():
+            return Path(source).read_text(encoding="utf-8"), source
+    except (OSError, ValueError) as error:  # too long a name, no permission, not UTF-8
+        raise UserError(f"cannot read the config {source!r}: {getattr(error, 'strerror', None) or error}") from None
+    raise UserError(f"there is no config {source!r}{nearest(source, known)}; or give the path of a TOML file")
 
 
 def _parse(text: str, name: str) -> dict[str, Any]:

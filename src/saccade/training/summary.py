@@ -15,7 +15,7 @@ import saccade
 from saccade.data import Failures, ImageError
 from saccade.files import write_text
 from saccade.progress import Progress
-from saccade.training.check import as_row, from_row
+from saccade.training.check import as_row, from_rows
 from saccade.training.config import Config
 from saccade.training.feed import Views
 from saccade.training.learner import Learner
@@ -82,13 +82,13 @@ class Summary:
     def of_best(self, best: Path, rows: Sequence[Row]) -> tuple[int, list[Checked]]:
         """The step of the best checkpoint, and its checks."""
         step = int(best.name.rpartition("-")[2])
-        return step, [from_row(row, self.task.column) for row in rows if row["step"] == step]
+        return step, from_rows([row for row in rows if row["step"] == step], self.task.column)
 
     def write(self, metrics: Sequence[Row], checks: Sequence[Row], failures: Failures, *, running: bool) -> None:
         """Write ``report.html``."""
         if not self.first:
             return
-        rows = [from_row(row, self.task.column) for row in checks]
+        rows = from_rows(checks, self.task.column)
         report = TrainingReport(
             title=f"Training {self.config.model.name}",
             command=self.command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
@@ -56,14 +57,22 @@ class Table:
         return text.getvalue()
 
 
+SURPLUS = "\0"  # no column is called this: what a row has beyond the header
+
+
 def read_table(path: Path) -> list[Row]:
-    """Rows of a table, numbers as numbers; a last line that a killed process tore is left out."""
+    """Rows of a table, numbers as numbers; what a killed process tore or a disk damaged is left out."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
-    rows = [{k: _value(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(io.StringIO(whole))]
-    return [row for row in rows if isinstance(row.get("step"), (int, float))]
+    found: list[Row] = []
+    with contextlib.suppress(csv.Error):  # what comes after a field that never ends is lost
+        for row in csv.DictReader(io.StringIO(whole), restkey=SURPLUS):
+            kept = {k: _value(v) for k, v in row.items() if k and v not in ("", None)} if SURPLUS not in row else {}
+            if isinstance(kept.get("step"), (int, float)) and math.isfinite(kept["step"]):
+                found.append(kept)
+    return found
 
 
 def _value(text: str) -> Any:
