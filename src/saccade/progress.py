@@ -8,12 +8,15 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+from saccade.errors import one_line
 
 EVERY = 10.0  # seconds between two plain lines
 
@@ -74,8 +77,10 @@ class Progress:
         return ", ".join(parts)
 
     def _report(self) -> None:
-        while not self._stop.wait(self._every):
-            print(self.line(), file=self._stream or sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # nothing reads what is printed any more
+            while not self._stop.wait(self._every):
+                if self._current is not None:
+                    print(one_line(self.line()), file=self._stream or sys.stderr, flush=True)
 
 
 class Bar:

@@ -168,14 +168,13 @@ class Zip(_Hashed):
 
     def names(self) -> list[str]:
         """Raises UserError for an archive that is damaged, or whose names are not what a folder's could be."""
-        try:
-            infos = self._zip().filelist
-        except Exception as error:  # damaged ones raise nearly anything
-            raise UserError(f"{self.path} is not a readable zip ({_line(error)}): pack or download it again") from error
+        infos = self._zip().filelist
         if len(infos) > MAX_ENTRIES:
             raise UserError(f"over {MAX_ENTRIES:,} files in {self.path}: pack fewer")
-        names = [info.filename for info in infos if not info.is_dir()]
+        names = [info.filename for info in infos if not info.filename.endswith("/")]
         for name in names:
+            if not name:
+                raise UserError(f"{self.path} holds a file without a name: pack it again")
             if "\\" in name:
                 raise UserError(f"{self.path} holds {name!r}, with backslashes between folders: pack it again with /")
             if name.startswith("/") or ".." in PurePosixPath(name).parts:
@@ -207,7 +206,11 @@ class Zip(_Hashed):
     def _zip(self) -> ZipFile:
         # A handle that came through a fork shares its file offset with the parent's.
         if getattr(self._handles, "process", None) != os.getpid():
-            self._handles.zip, self._handles.process = ZipFile(self.path), os.getpid()
+            try:
+                self._handles.zip, self._handles.process = ZipFile(self.path), os.getpid()
+            except Exception as error:  # damaged ones raise nearly anything
+                what = f"{self.path} is not a readable zip ({_line(error)}): pack or download it again"
+                raise UserError(what) from error
         return self._handles.zip
 
 

@@ -92,7 +92,7 @@ def read_coco(file: str | Path, images: str | Path | None = None) -> BoxSet:
             rows[a["image_id"]].append([*box, place[a["category_id"]], float(a.get("iscrowd", 0))])
     except (OSError, NoFile, TooLong) as error:
         raise UserError(f"cannot read {str(file)!r}: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise UserError(
             f"{str(file)!r} is no COCO file of boxes ({reason}): it needs images (id, file_name, width, height), "
