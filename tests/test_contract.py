@@ -219,9 +219,9 @@ def test_every_cell_is_owned_once_and_the_prefix_is_untouched(vit, images, reduc
     tokens, trace = AdaptiveViT(vit, text).encode(images)
     assert tokens.key is tokens.cls_attn is tokens.received is tokens.mask is None, "these are of one block only"
     cells = tokens.grid[0] * tokens.grid[1]
-    everything = torch.full((len(images),), cells)
     assert tokens.x.isfinite().all()
     for before, reduction, after in reductions:
+        everything = torch.full((len(after.x),), cells)  # a ragged batch is reduced in groups of equal counts
         prefix = before.num_prefix
         assert after.num_prefix == prefix == 1 and torch.equal(after.x[:, :prefix], before.x[:, :prefix])
         assert ((after.owner < 0) >= (before.owner < 0)).all(), "nothing comes back"

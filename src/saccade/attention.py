@@ -94,14 +94,14 @@ def _attend(
     if queries is None:
         q, k, v = attn.qkv(x).reshape(B, K, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
     else:
-        weight, offset = attn.qkv.weight, attn.qkv.bias
-        q = F.linear(x[:, :queries], weight[: H * d], None if offset is None else offset[: H * d])
-        q = q.reshape(B, queries, H, d).transpose(1, 2)
-        kv = F.linear(x, weight[H * d :], None if offset is None else offset[H * d :])
-        k, v = kv.reshape(B, K, 2, H, d).permute(2, 0, 3, 1, 4).unbind(0)
+        sides, qkv = [H * d, 2 * H * d], attn.qkv
+        weight, offset = qkv.weight.split(sides), (None, None) if qkv.bias is None else qkv.bias.split(sides)
+        q = F.linear(x[:, :queries], weight[0], offset[0])
+        q = q.view(B, H, 1, d) if queries == 1 else q.view(B, queries, H, d).transpose(1, 2)
+        k, v = F.linear(x, weight[1], offset[1]).reshape(B, K, 2, H, d).permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
 
-    mask = None if bias is None else bias.to(q.dtype)[:, None, None, :]
+    mask = None if bias is None else (bias if bias.dtype == q.dtype else bias.to(q.dtype)).view(B, 1, 1, K)
     drop = attn.attn_drop.p if attn.training else 0.0
     fused = attn.fused_attn and "received" not in read and alive is None and kernel_for(q, K) == "fused"
     cls_attn = received = None
@@ -121,9 +121,9 @@ def _attend(
         if "received" in read:
             received = _received(shares.float(), asking)
     if heads is not None:
-        on = heads[:, :, None, None].to(y.dtype)
+        on = (heads if heads.dtype == y.dtype else heads.to(y.dtype)).view(B, H, 1, 1)
         y = y * on + v[:, :, :queries] * (1 - on) if own else y * on
-    y = attn.norm(y.transpose(1, 2).flatten(2))
+    y = attn.norm(y.reshape(B, 1, H * d) if queries == 1 else y.transpose(1, 2).flatten(2))
     y = attn.proj_drop(attn.proj(y if gate is None else y * gate))
     kernel = ("fused" if fused else "unfused") + ("" if bias is None else "+bias")
     value = torch.linalg.vector_norm(v.float(), dim=(1, 3)) if "value" in read else None
@@ -257,7 +257,8 @@ def class_attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     """
     B, H, d = q.shape
     blocks = torch.diag_embed(q.transpose(1, 2), dim1=1, dim2=2).reshape(B, H, H * d)
-    scores = (blocks @ k.transpose(1, 2).flatten(2).transpose(1, 2)).float()  # [B, H, K]
+    scores = blocks @ k.transpose(1, 2).flatten(2).mT  # [B, H, K]
+    scores = scores if scores.dtype == torch.float32 else scores.float()
     if bias is not None:
         scores = scores + bias.unsqueeze(1)
     return scores.softmax(dim=-1).mean(1)

@@ -20,7 +20,9 @@ def choose(logits: Tensor, noise: float, tau: float = 1.0, threshold: float = 0.
             draw by ``sigmoid(logits / noise)``, for training that ends as evaluation goes on.
         tau: the gradient is y (1 - y) / tau of ``y = sigmoid(logits / tau)``, noise included.
     """
-    logits = logits.float()
+    logits = logits if logits.dtype == torch.float32 else logits.float()
+    if not noise and not (torch.is_grad_enabled() and logits.requires_grad):
+        return (logits > logit(threshold)).float()
     if noise:
         drawn = logits + noise * torch.rand_like(logits).clamp(1e-7, 1 - 1e-7).logit()  # the difference of two Gumbels
         hard = drawn > 0

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from saccade.attention import masked_softmax
 from saccade.errors import UserError
 from saccade.plan import Backbone, Reducer
 from saccade.reduction import Reduction
+from saccade.tokenizers.constants import constant
 from saccade.tokens import Tokens
 
 SCORES = {"class": "cls_attn", "received": "received"}
@@ -60,10 +61,13 @@ class KeepAttended(Reducer):
     def forward(self, tokens: Tokens) -> Reduction:
         score: Tensor = getattr(tokens, self.reading)
         seen = score if tokens.valid is None else score.masked_fill(~tokens.valid, -1.0)
-        order = seen.detach().argsort(dim=1, descending=True, stable=True)
+        order = seen.argsort(dim=1, descending=True, stable=True)
         kept = share_of(self.keep, tokens.num_patches)
-        keep, rest = order[:, :kept].sort(dim=1).values, order[:, kept:]
-        return Reduction(keep, rest=rest, rest_weight=score.gather(1, rest)) if self.fuse else Reduction(keep)
+        keep = order[:, :kept].sort(dim=1).values
+        if not self.fuse:
+            return Reduction(keep)
+        rest = order[:, kept:]
+        return Reduction(keep, rest=rest, rest_weight=score.gather(1, rest))
 
 
 class BipartiteMerge(Reducer):
@@ -84,18 +88,24 @@ class BipartiteMerge(Reducer):
         return (n // 2) * (n - n // 2) * self.width
 
     def forward(self, tokens: Tokens) -> Reduction:
-        n, prefix, feature = tokens.num_patches, tokens.num_prefix, feature_of(tokens, self.metric)
+        n, prefix, feature = tokens.num_patches, tokens.num_prefix, units(feature_of(tokens, self.metric))
         # A are the even places of the whole sequence, prefix included, as in the paper; then the new order is [A | B],
         # so that the next block pairs other tokens.
         first_a, first_b = prefix % 2, 1 - prefix % 2
         valid = None if tokens.valid is None else (tokens.valid[:, first_a::2], tokens.valid[:, first_b::2])
-        similar = cosines(feature[:, first_a::2], feature[:, first_b::2], valid)
-        merged, unmerged, partner = best_proposals(similar, n - self.count(n))
-        unmerged = unmerged.sort(dim=1).values
-        every_b = torch.arange(first_b, n, 2, device=merged.device).expand(merged.shape[0], -1)
-        keep = torch.cat([2 * unmerged + first_a, every_b], dim=1)
-        src, dst = 2 * merged + first_a, unmerged.shape[1] + partner
-        return Reduction(keep, src=src, dst=dst, proportional=self.proportional)
+        similar = products(feature[:, first_a::2], feature[:, first_b::2], valid)
+        best, partner = similar.max(dim=-1)
+        order, r = best.argsort(dim=1, descending=True, stable=True), n - self.count(n)
+        merged, unmerged = (2 * order + first_a if first_a else 2 * order).split([r, order.shape[1] - r], dim=1)
+        into = partner.gather(1, order[:, :r])
+        every_b = _every_second(first_b, n, merged.device).expand(merged.shape[0], -1)
+        keep = torch.cat([unmerged.sort(dim=1).values, every_b], dim=1)
+        return Reduction(keep, merged, into + unmerged.shape[1], proportional=self.proportional)
+
+
+@constant
+def _every_second(first: int, n: int) -> np.ndarray:
+    return np.arange(first, n, 2)
 
 
 def feature_of(tokens: Tokens, metric: str) -> Tensor:
@@ -106,15 +116,29 @@ def feature_of(tokens: Tokens, metric: str) -> Tensor:
     return tokens.key
 
 
-@torch.no_grad()
 def cosines(a: Tensor, b: Tensor, valid: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Cosine similarities, fp32: a [B, |A|, d], b [B, |B|, d] -> [B, |A|, |B|]. No gradient flows through choices.
+    """Cosine similarities, fp32: a [B, |A|, d], b [B, |B|, d] -> [B, |A|, |B|]; see ``products``.
 
-    A zero feature is similar to nothing (0). Padding (where ``valid`` [B, |A|], [B, |B|] is False) is most similar to
-    padding (2) and least to tokens (-2): it is merged away first, and with tokens only where nothing else is left.
+    A zero feature is similar to nothing (0).
     """
-    a, b = (F.normalize(x.float(), dim=-1, eps=1e-6) for x in (a, b))
-    similar = a @ b.transpose(1, 2)
+    return products(units(a), units(b), valid)
+
+
+@torch.no_grad()
+def units(x: Tensor) -> Tensor:
+    """Features [..., d] brought to length 1 in fp32; a zero stays zero. No gradient flows through choices."""
+    x = x if x.dtype == torch.float32 else x.float()
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)
+
+
+@torch.no_grad()
+def products(a: Tensor, b: Tensor, valid: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Similarities of features that ``units`` gave: a [B, |A|, d], b [B, |B|, d] -> [B, |A|, |B|].
+
+    Padding (where ``valid`` [B, |A|], [B, |B|] is False) is most similar to padding (2) and least to tokens (-2): it is
+    merged away first, and with tokens only where nothing else is left.
+    """
+    similar = a @ b.mT
     if valid is None:
         return similar
     of_a, of_b = valid[0].unsqueeze(2), valid[1].unsqueeze(1)
@@ -134,8 +158,8 @@ def best_proposals(similar: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     best, partner = similar.max(dim=-1)  # [B, |A|]
     order = best.argsort(dim=1, descending=True, stable=True)
-    merged = order[:, :r]
-    return merged, order[:, r:], partner.gather(1, merged)
+    merged, others = order.split([r, order.shape[1] - r], dim=1)
+    return merged, others, partner.gather(1, merged)
 
 
 def best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

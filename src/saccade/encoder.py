@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from saccade.attention import Attended, attend, timm_is_as_fast
 from saccade.gates import Gates, residual
 from saccade.heads import worth
 from saccade.hooks import layer_in, plain_block, plain_linear, require_plain, through, untouched, watched
+from saccade.lazy import changed, unread
 from saccade.plan import Plan, TimmBlock, ViT
 from saccade.ragged import Rows, gathered, packed, padded, scattered
 from saccade.tokens import READINGS, Tokens
@@ -50,7 +50,7 @@ def _run(vit: ViT, plan: Plan, whole: bool, sparse: bool, tokens: Tokens) -> tup
             step = partial(block_in_parts, plan, i, block, run, sparse)
         tokens, ran = step(tokens)
         wanted = None if ran.wanted is None else ran.wanted + deciding
-        trace.append(replace(ran, overhead=ran.overhead + deciding, wanted=wanted))
+        trace.append(changed(ran, overhead=ran.overhead + deciding, wanted=wanted))
     return padded(tokens), tuple(trace)
 
 
@@ -83,8 +83,8 @@ def _parts(
     skip = sparse and not read and not shown and gates is not None and worth(block.attn, gates)
     among = None
     if real and pack and alone and gates is not None and gates.whole_rows:
-        tokens, among = gathered(tokens, gates.patch, gates.places)  # type: ignore[arg-type]
-        gates = replace(gates, patch=None)
+        tokens, among = gathered(tokens, gates)
+        gates = changed(gates, patch=None)
     tokens, attended, kernel = run(attention_branch, block, tokens, gates or Gates(), read, real, skip, pack)
     tokens, deciding = plan.reduce(i, "attn", tokens, sparse)
     tokens = tokens.without(READINGS)
@@ -108,7 +108,7 @@ def _parts(
         planned=(before, tokens.length),
         overhead=overheads,
         kernel=kernel if (real and pack) or not sparse else f"{kernel}, masked",
-        owner=tokens.owner,
+        owner=unread(tokens),
         wanted=None if sparse else _wanted(cost, start, middle, gates, overheads),
         gates=None if sparse else gates,
         kept=_kept_share(start),
@@ -125,20 +125,20 @@ def execution(
     if gates is None or not sparse:
         return gates, sparse, sparse and not (shown and gates is not None)
     if shown:
-        return gates, gates.patch is None, False
+        return gates, not gates.some_rows, False
     if torch.compiler.is_compiling():  # a graph has the same shapes for all images
         return gates, alone and gates.static, alone and gates.static
     measure = partial(_both, block)
     if (some := rows_that_run(tokens, gates)) == 1:
-        gates = replace(gates, patch=None, places=None)
-    pack = gates.patch is None or pays(some, tokens, gates, measure)
+        gates = changed(gates, patch=None, places=None)
+    pack = not gates.some_rows or pays(some, tokens, gates, measure)
     if (on := images_that_run(gates)) == 1:
-        gates = replace(gates, attn=None, mlp=None)
-    branches = replace(gates, patch=None, places=None)
+        gates = changed(gates, attn=None, mlp=None)
+    branches = changed(gates, patch=None, places=None)
     skip = branches.all_run or pays(on, tokens, branches, measure)
-    if gates.patch is None and branches.all_run and gates.head is None:
+    if not gates.some_rows and branches.all_run and gates.head is None:
         return None, True, True
-    return gates, (pack and gates.patch is not None) or skip, pack
+    return gates, (pack and gates.some_rows) or skip, pack
 
 
 def _both(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> Tokens:
@@ -146,7 +146,7 @@ def _both(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> Token
     if not sparse or not gates.whole_rows:
         tokens = attention_branch(block, tokens, gates, frozenset(), sparse)[0]
         return mlp_branch(block, tokens, gates, sparse)[0]
-    part, index = gathered(tokens, gates.patch, gates.places)  # type: ignore[arg-type]
+    part, index = gathered(tokens, gates)
     part = attention_branch(block, part, Gates(), frozenset(), sparse)[0]
     return scattered(mlp_branch(block, part, Gates(), sparse)[0], tokens, index)
 
@@ -156,7 +156,7 @@ def _wanted(cost: BlockCost, start: Tokens, middle: Tokens, gates: Gates | None,
     if gates is None and start.alive is None and middle.alive is None:
         return None
     gates = gates or Gates()
-    attending, updated = _counted(replace(start, mask=gates.patch)), _counted(middle)  # its mask went where tokens went
+    attending, updated = _counted(changed(start, mask=gates.patch)), _counted(middle)  # its mask went where tokens went
     attention = cost.attention(attending, attending, None if gates.head is None else gates.head.mean(1), gates.own)
     attention = attention if gates.attn is None else attention * gates.attn
     return attention + updated * cost.mlp * (1.0 if gates.mlp is None else gates.mlp) + overhead
@@ -209,7 +209,7 @@ def attention_branch(
         seen.append(attend(block.attn, block.norm1(x), bias, **how))
         return block.drop_path1(block.ls1(seen[0].x))
 
-    tokens = replace(tokens, mask=gates.patch)
+    tokens = changed(tokens, mask=gates.patch)
     alive = _keys(tokens)
     asking = tokens.asking() if "received" in read else None
     x, count = residual(
@@ -219,7 +219,7 @@ def attention_branch(
     if tokens.rows is not None:
         readings = {name: tokens.rows.unpack(value) for name, value in readings.items()}
     readings = {name: value[:, tokens.num_prefix :] for name, value in readings.items()}
-    return replace(tokens, x=x, **readings), count, seen[0].kernel if seen else "none"
+    return changed(tokens, x=x, **readings), count, seen[0].kernel if seen else "none"
 
 
 def _keys(tokens: Tokens) -> Tensor | None:
@@ -239,7 +239,7 @@ def mlp_branch(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool, pac
         return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
     x, count = residual(tokens, branch, on=gates.mlp, sparse=sparse, pack=pack)
-    return replace(tokens, x=x, mask=None), count
+    return changed(tokens, x=x, mask=None), count
 
 
 def whole_block(block: TimmBlock, run: Callable, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
@@ -252,9 +252,9 @@ def whole_block(block: TimmBlock, run: Callable, tokens: Tokens) -> tuple[Tokens
         planned=(tokens.length, tokens.length),
         overhead=0,
         kernel="fused" if block.attn.fused_attn else "unfused",
-        owner=tokens.owner,
+        owner=unread(tokens),
     )
-    return replace(tokens, x=run(block, tokens.x)), ran
+    return changed(tokens, x=run(block, tokens.x)), ran
 
 
 def prefix_is_enough(block: TimmBlock) -> bool:
@@ -279,11 +279,11 @@ def last_block(block: TimmBlock, left: int, tokens: Tokens) -> tuple[Tokens, Blo
         planned=(before, prefix + left),
         overhead=0,
         kernel=attended.kernel,
-        owner=tokens.owner,
+        owner=unread(tokens),
         wanted=None if live is None else cost.attention(prefix, live) + prefix * cost.mlp,  # type: ignore[arg-type]
         kept=_kept_share(tokens),
     )
-    return replace(tokens, x=x), ran
+    return changed(tokens, x=x), ran
 
 
 def block_cost(block: TimmBlock) -> BlockCost:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.lazy import lazy, unread
 from saccade.ragged import Rows
 from saccade.tokens import Tokens
 
@@ -20,6 +21,19 @@ Branch = Callable[[Tensor, Tensor | None, Tensor | None, Rows | None], Tensor]
 Ran = tuple[Tensor, int | Tensor]
 
 
+@dataclass(frozen=True)
+class Places:
+    """The mask [B, n] of some places [B, k], made where somebody wants to multiply with it."""
+
+    places: Tensor
+    n: int
+
+    def made(self) -> Tensor:
+        mask = torch.zeros(len(self.places), self.n, device=self.places.device, dtype=torch.float32)
+        return mask.scatter(1, self.places, 1.0)
+
+
+@lazy("patch")
 @dataclass(frozen=True)
 class Gates:
     """0/1 decisions for one block, float (straight-through in training); None: everything runs."""
@@ -34,7 +48,12 @@ class Gates:
     @property
     def whole_rows(self) -> bool:
         """Whether a token that takes part does so in both branches: then one gather serves the whole block."""
-        return self.patch is not None and self.all_run
+        return self.some_rows and self.all_run
+
+    @property
+    def some_rows(self) -> bool:
+        """Whether patches are gated."""
+        return unread(self, "patch") is not None
 
     @property
     def all_run(self) -> bool:

@@ -7,7 +7,7 @@ too. So they are asked about the images that have equally many, without padding,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.gates import Gates
+from saccade.lazy import changed
 from saccade.ragged import padded
 from saccade.reduction import rows
 from saccade.tokens import Tokens
@@ -72,7 +73,7 @@ def joined(parts: list[Tokens], found: list[Group]) -> Tokens:
     valid = side_by_side([_longer(v.float(), most, 0.0) for v in there]) > 0
     left = None if first.left is None else side_by_side([p.left for p in parts])  # type: ignore[misc]
     before = None if first.before is None else joined([p.before for p in parts], found)  # type: ignore[misc]
-    return replace(
+    return changed(
         first,
         x=side_by_side([_longer(p.x, first.num_prefix + most, 0.0) for p in parts]),
         owner=side_by_side([p.owner for p in parts]),
@@ -109,7 +110,7 @@ def _of_images(tokens: Tokens, images: Tensor) -> Tokens:
     some = {name: None if value is None else value.index_select(0, images) for name, value in some.items()}
     before = None if tokens.before is None else _of_images(tokens.before, images)
     notes = {name: value.index_select(0, images) for name, value in tokens.notes.items()}
-    return replace(tokens, **some, before=before, notes=notes)
+    return changed(tokens, **some, before=before, notes=notes)
 
 
 def _compact(tokens: Tokens, order: Tensor) -> Tokens:
@@ -123,7 +124,7 @@ def _compact(tokens: Tokens, order: Tensor) -> Tokens:
     for name in OF_TOKENS:
         value: Tensor | None = getattr(tokens, name)
         kept[name] = None if value is None else rows(value, order) if value.ndim == 3 else value.gather(1, order)
-    return replace(tokens, x=x, owner=owner, valid=None, **kept)
+    return changed(tokens, x=x, owner=owner, valid=None, **kept)
 
 
 def _longer(values: Tensor, length: int, fill: float) -> Tensor:

@@ -7,7 +7,6 @@ a patch embedding at another size), the module's hooks run around the restatemen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from timm.layers import Attention
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import BackwardHook
 
 from saccade.errors import UserError
+from saccade.lazy import changed
 from saccade.tokens import Tokens
 
 Result = TypeVar("Result")
@@ -136,12 +136,12 @@ def through(module: nn.Module, run: Callable[[Tokens], tuple[Tokens, Result]], t
     kept: list[tuple[Tokens, Result]] = []
 
     def forward(x: Tensor) -> Tensor:
-        kept.append(run(replace(tokens, x=_like(x, tokens.x, module))))
+        kept.append(run(changed(tokens, x=_like(x, tokens.x, module))))
         return kept[-1][0].x
 
     x = around(module, forward, tokens.x)
     after, result = kept[-1]
-    return (after if x is after.x else replace(after, x=_like(x, after.x, module))), result
+    return (after if x is after.x else changed(after, x=_like(x, after.x, module))), result
 
 
 def _like(x: Tensor, known: Tensor, module: nn.Module) -> Tensor:

@@ -13,6 +13,7 @@ from saccade.encoder import encode
 from saccade.errors import UserError, nearest
 from saccade.fresh import outside
 from saccade.hooks import any_hooked, around
+from saccade.lazy import unread
 from saccade.output import Output
 from saccade.plan import Backbone, Method, Plan, Tokenizer, ViT, registry
 from saccade.setting import Call, Setting
@@ -139,7 +140,7 @@ class AdaptiveViT(TimmNames):
         tokens, blocks = encode(self.vit, start, self.plan, whole=whole, sparse=skip)
         embed = self.tokenizer.macs(self.vit, start)
         head = head_macs(self.vit, tokens.x.shape[1])
-        return tokens, Trace(blocks, embed, head, images.shape[0], start.owner, start.grid, tokens.notes)
+        return tokens, Trace(blocks, embed, head, images.shape[0], unread(start), start.grid, tokens.notes)
 
     def head(self, tokens: Tokens) -> Tensor:
         """Final norm, pooling and classifier: tokens -> logits [B, K].

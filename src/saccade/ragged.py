@@ -6,12 +6,20 @@ Norms, projections and the MLP work row by row and do not care; attention runs i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from saccade.lazy import changed
+from saccade.tokenizers.constants import constant
 from saccade.tokens import Tokens
+
+if TYPE_CHECKING:
+    from saccade.gates import Gates
 
 WORTH = 0.95  # share of live rows above which padding is the simpler way to the same time
 
@@ -63,38 +71,50 @@ def packed(tokens: Tokens) -> Tokens:
     rows = Rows.of(tokens.of_all(tokens.valid, 1.0) > 0)
     if len(rows.index) > WORTH * tokens.x.shape[0] * tokens.x.shape[1]:
         return tokens
-    return replace(tokens, x=rows.pack(tokens.x), rows=rows)
+    return changed(tokens, x=rows.pack(tokens.x), rows=rows)
 
 
 def padded(tokens: Tokens) -> Tokens:
     """The same tokens as a rectangle, x [B, P+N, D]; padding holds zeros."""
-    return tokens if tokens.rows is None else replace(tokens, x=tokens.rows.unpack(tokens.x), rows=None)
+    return tokens if tokens.rows is None else changed(tokens, x=tokens.rows.unpack(tokens.x), rows=None)
 
 
-def gathered(tokens: Tokens, part: Tensor, places: Tensor | None = None) -> tuple[Tokens, Tensor]:
+def gathered(tokens: Tokens, gates: Gates) -> tuple[Tokens, Tensor]:
     """Only the prefix and the patch tokens that take part, and where they stand among all rows [B * (P+N)].
 
-    part: [B, N] 0/1; places [B, k] the same by index, where every image has as many. Then they are a rectangle and
-    nothing waits for the device; otherwise they are packed.
+    Where the gates know places [B, k], as many in every image, the tokens are a rectangle and nothing waits for the
+    device; otherwise they are packed.
     """
+    places = gates.places
     if places is None:
-        present = part > 0 if tokens.valid is None else (part > 0) & tokens.valid
+        assert gates.patch is not None
+        present = gates.patch > 0 if tokens.valid is None else (gates.patch > 0) & tokens.valid
         rows = Rows.of(tokens.of_all(present.float(), 1.0) > 0)
-        return replace(tokens, x=rows.pack(tokens.x), rows=rows), rows.index
-    images, length, width = tokens.x.shape
-    prefix = torch.arange(tokens.num_prefix, device=places.device).expand(images, -1)
-    first = length * torch.arange(images, device=places.device).unsqueeze(1)
-    index = (first + torch.cat([prefix, places + tokens.num_prefix], dim=1)).flatten()
+        return changed(tokens, x=rows.pack(tokens.x), rows=rows), rows.index
+    (images, length, width), prefix = tokens.x.shape, tokens.num_prefix
+    if torch.compiler.is_compiling():
+        first = torch.arange(prefix, device=places.device).expand(images, -1)
+    else:
+        first = _first(images, prefix, places.device)
+    index = torch.cat([first, places + prefix], dim=1)
+    if images != 1 or torch.compiler.is_compiling():
+        index = index + length * torch.arange(images, device=places.device).unsqueeze(1)
     own = {"size": tokens.size, "valid": tokens.valid, "alive": tokens.alive}
     own = {name: value if value is None else value.gather(1, places) for name, value in own.items()}
-    x = tokens.x.flatten(0, 1).index_select(0, index).view(images, -1 if images else 0, width)
-    return replace(tokens, x=x, **own), index  # type: ignore[arg-type]
+    return changed(tokens, x=F.embedding(index, tokens.x.reshape(-1, width)), **own), index.flatten()
+
+
+@constant
+def _first(images: int, prefix: int) -> np.ndarray:
+    """Places of the prefix tokens, [B, P]."""
+    return np.tile(np.arange(prefix), (images, 1))
 
 
 def scattered(tokens: Tokens, all_of_them: Tokens, index: Tensor) -> Tokens:
     """What ``gathered`` took, back among all of them; those that rested stay bit by bit."""
-    x = all_of_them.x.flatten(0, 1).index_copy(0, index, tokens.x.flatten(0, -2).to(all_of_them.x.dtype))
-    return replace(all_of_them, x=x.view(all_of_them.x.shape))
+    whole, x = all_of_them.x, tokens.x.flatten(0, -2)
+    x = x if x.dtype == whole.dtype else x.to(whole.dtype)
+    return changed(all_of_them, x=whole.flatten(0, 1).index_copy(0, index, x).view(whole.shape))
 
 
 def _loops(x: Tensor) -> bool:

@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from saccade.lazy import changed, unread
+from saccade.provenance import Moved, follow
+from saccade.tokenizers.constants import constant
 from saccade.tokens import READINGS, Tokens
 
 
@@ -56,7 +61,7 @@ def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | None) -> Token
         return reduced
     newly_dropped = (reduced.owner < 0) & (tokens.owner >= 0)
     left = torch.where(newly_dropped.unsqueeze(-1), tokens.cells(tokens.patches), tokens.left)
-    return replace(reduced, left=left)
+    return changed(reduced, left=left)
 
 
 def hide(tokens: Tokens, r: Reduction) -> Tokens:
@@ -69,63 +74,60 @@ def hide(tokens: Tokens, r: Reduction) -> Tokens:
     if r.src is not None and r.dst is not None:
         every = torch.arange(tokens.num_patches, device=r.keep.device).expand(len(r.keep), -1)
         in_place = Reduction(every, r.src, r.keep.gather(1, r.dst), r.moved, r.weight, proportional=r.proportional)
-        tokens = _move(replace(tokens, alive=None), in_place)
-    return replace(tokens, alive=r.gate if alive is None else alive * r.gate)
+        tokens = _move(changed(tokens, alive=None), in_place)
+    return changed(tokens, alive=r.gate if alive is None else alive * r.gate)
 
 
 def _noted(tokens: Tokens, r: Reduction) -> Tokens:
-    return tokens if r.notes is None else replace(tokens, notes={**tokens.notes, **r.notes})
+    return tokens if r.notes is None else changed(tokens, notes={**tokens.notes, **r.notes})
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each image: x [B, L, C], index [B, K] -> [B, K, C]."""
-    return x.reshape(-1, x.shape[-1]).index_select(0, _flat(index, x.shape[1])).reshape(*index.shape, x.shape[-1])
+    images, length, width = x.shape
+    if torch.compiler.is_compiling():
+        index = index + length * torch.arange(images, device=index.device).unsqueeze(1)
+    elif images != 1:
+        index = index + length * _counting(images, index.device)
+    return F.embedding(index, x.reshape(-1, width))  # copies whole rows; a gather by element takes five times as long
 
 
-def _flat(index: Tensor, length: int) -> Tensor:
-    """Indices [B, K] into rows of images of ``length`` rows -> indices [B*K] into the flattened batch."""
-    first = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * length
-    return (index + first).reshape(-1)
+@constant
+def _counting(images: int) -> np.ndarray:
+    """0, 1, … [images, 1]."""
+    return np.arange(images)[:, None]
 
 
 def _move(tokens: Tokens, r: Reduction) -> Tokens:
-    images, prefix = tokens.x.shape[0], tokens.num_prefix
-    untouched = torch.arange(prefix, device=r.keep.device).expand(images, prefix)
-    x = rows(tokens.x, torch.cat([untouched, r.keep + prefix], dim=1))
-    key = None if tokens.key is None else rows(tokens.key, r.keep)
+    prefix, n = tokens.num_prefix, tokens.num_patches
+    first, patches = tokens.x.split([prefix, n], dim=1)
+    size, key, valid = tokens.size, tokens.key, tokens.valid
     value = None if tokens.value is None else tokens.value.gather(1, r.keep)  # of a merged token: of the one that stays
-    size, valid, mask, alive = tokens.size, tokens.valid, tokens.mask, tokens.alive
-    merging = replace(r, rest=None)
-    slot = torch.full((images, tokens.num_patches), -1, dtype=torch.int64, device=x.device)
-    places = torch.arange(r.keep.shape[1], device=x.device).expand_as(r.keep)
-    slot = slot.scatter(1, r.keep, places if r.valid is None else places.masked_fill(~r.valid, -1))
+    merging = r if r.rest is None else replace(r, rest=None)
 
-    if r.src is not None and r.dst is not None:
-        if size is None:
-            size = x.new_ones(images, tokens.num_patches, dtype=torch.float32)
-        weight = size if r.weight is None else r.weight
-        total = _sums(weight, merging)
-        share = weight.gather(1, r.src) / total.gather(1, r.dst)
-        share = share if r.moved is None else share * r.moved
-        x = _join(x, r.dst + prefix, rows(tokens.x, r.src + prefix), share)
-        x = x if r.norm is None else _stretch(x, r.dst, r.norm, prefix)
-        if key is not None and tokens.key is not None:
-            key = _join(key, r.dst, rows(tokens.key, r.src), share)
-        into = r.dst if r.moved is None else torch.where(r.moved > 0, r.dst, slot.gather(1, r.src))
-        slot = slot.scatter(1, r.src, into)
-        size = total if weight is size else _sums(size, merging)
-    elif size is not None:
-        size = size.gather(1, r.keep)
+    if r.src is None or r.dst is None:
+        x, key = rows(patches, r.keep), None if key is None else rows(key, r.keep)
+        size = None if size is None else size.gather(1, r.keep)
+    elif r.weight is None and r.moved is None:
+        x, total = _means(patches, size, merging)
+        key = None if key is None else _means(key, size, merging)[0]
+        size = total
+    else:
+        x, key, size = _pulled(tokens, patches, merging)
+    x = x if r.norm is None or r.dst is None else _stretch(x, r.dst, r.norm)
     if valid is not None:
         valid = valid.gather(1, r.keep)
     if r.valid is not None:
         valid = r.valid if valid is None else valid & r.valid
     # a merged token takes part where any of its parts does (a clamp would stop the gradient at 1, which most are)
-    mask, alive = (None if a is None else torch.where((n := _sums(a, merging)) > 1, 1.0, n) for a in (mask, alive))
-
+    mask, alive = (
+        None if a is None else torch.where((some := _sums(a, merging)) > 1, 1.0, some)
+        for a in (tokens.mask, tokens.alive)
+    )
+    parts = [first, x]
     if r.rest is not None and r.rest_weight is not None:
         weight = r.rest_weight.unsqueeze(-1)  # [B, Q, 1]
-        x = torch.cat([x, (weight * rows(tokens.x, r.rest + prefix)).sum(1, keepdim=True).to(x.dtype)], dim=1)
+        parts.append((weight * rows(patches, r.rest)).sum(1, keepdim=True).to(x.dtype))
         if key is not None and tokens.key is not None:
             total = weight.sum(1, keepdim=True).clamp(min=1e-12)  # nobody may have looked at any of them
             mean = (weight * rows(tokens.key, r.rest)).sum(1, keepdim=True) / total
@@ -136,12 +138,55 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         size, valid, mask, alive = (
             None if a is None else torch.cat([a, torch.ones_like(a[:, :1])], dim=1) for a in (size, valid, mask, alive)
         )
-        slot = slot.scatter(1, r.rest, r.keep.shape[1])
 
     scores = {name: _sums(getattr(tokens, name), r) for name in ("cls_attn", "received")}
     state = {"size": size, "valid": valid, "mask": mask, "alive": alive, "key": key, "value": value, **scores}
     proportional = tokens.proportional and r.proportional
-    return replace(tokens, x=x, owner=_forward(tokens.owner, slot), proportional=proportional, **state)
+    owner = Moved(unread(tokens), r, n)
+    return changed(tokens, x=torch.cat(parts, dim=1), owner=owner, proportional=proportional, **state)
+
+
+def _means(x: Tensor, size: Tensor | None, r: Reduction) -> tuple[Tensor, Tensor]:
+    """Merged tokens are the means of their parts by size: x [B, N, C] -> [B, M, C], and the new sizes [B, M] fp32.
+
+    Features times size and size itself travel as one tensor, in fp32: one gather, one sum, one division.
+    """
+    assert r.src is not None and r.dst is not None
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    if size is None:
+        carried = torch.cat([wide, wide.new_ones(*wide.shape[:2], 1)], dim=2)
+    else:
+        weight = (size if size.dtype == wide.dtype else size.to(wide.dtype)).unsqueeze(2)
+        carried = torch.cat([wide * weight, weight], dim=2)
+    kept, merged = rows(carried, torch.cat([r.keep, r.src], dim=1)).split([r.keep.shape[1], r.src.shape[1]], dim=1)
+    sums = kept.scatter_add(1, r.dst.unsqueeze(2).expand_as(merged), merged)
+    features, total = sums.split([x.shape[2], 1], dim=2)
+    mean = features / total
+    return mean if wide is x else mean.to(x.dtype), total.squeeze(2)
+
+
+def _pulled(tokens: Tokens, patches: Tensor, r: Reduction) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As ``_means``, by other weights than the sizes or where a merge may be masked out: features, keys, sizes.
+
+    Each destination is pulled towards its sources, so that a weight of zero does no harm where nothing merges.
+    """
+    assert r.src is not None and r.dst is not None
+    size = tokens.size
+    if size is None:
+        size = patches.new_ones(patches.shape[:2], dtype=torch.float32)
+    weight = size if r.weight is None else r.weight
+    total = _sums(weight, r)
+    share = weight.gather(1, r.src) / total.gather(1, r.dst)
+    share = (share if r.moved is None else share * r.moved).unsqueeze(2)
+
+    def pull(values: Tensor) -> Tensor:
+        assert r.src is not None and r.dst is not None
+        kept = rows(values, r.keep)
+        change = (share * (rows(values, r.src) - rows(kept, r.dst))).to(kept.dtype)
+        return kept.scatter_add(1, r.dst.unsqueeze(2).expand_as(change), change)
+
+    key = None if tokens.key is None else pull(tokens.key)
+    return pull(patches), key, total if weight is size else _sums(size, r)
 
 
 def _sums(a: Any, r: Reduction) -> Any:
@@ -157,21 +202,11 @@ def _sums(a: Any, r: Reduction) -> Any:
     return new
 
 
-def _join(kept: Tensor, dst: Tensor, moved: Tensor, share: Tensor) -> Tensor:
-    """Pull each destination row towards its sources: exactly their weighted mean, touching R rows instead of all M.
-
-    Works in place on ``kept`` [B, M, C], a fresh gather of the caller's, which spares a copy of the whole batch.
-    """
-    pull = (share.unsqueeze(-1) * (moved - rows(kept, dst))).to(kept.dtype)
-    flat = kept.view(-1, kept.shape[-1])
-    return flat.index_add_(0, _flat(dst, kept.shape[1]), pull.view(-1, pull.shape[-1])).view(kept.shape)
-
-
-def _stretch(x: Tensor, dst: Tensor, norm: Tensor, prefix: int) -> Tensor:
-    """Bring the merged rows of x to a length each; all others are multiplied by exactly 1."""
+def _stretch(x: Tensor, dst: Tensor, norm: Tensor) -> Tensor:
+    """Bring the merged rows of x [B, M, D] to a length each; all others are multiplied by exactly 1."""
     merged = torch.zeros_like(norm).scatter(1, dst, torch.ones_like(dst, dtype=norm.dtype)) > 0
-    scale = torch.where(merged, norm / x[:, prefix:].float().norm(dim=-1).clamp(min=1e-6), 1.0)
-    return torch.cat([x[:, :prefix], x[:, prefix:] * scale.unsqueeze(-1).to(x.dtype)], dim=1)
+    scale = torch.where(merged, norm / x.float().norm(dim=-1).clamp(min=1e-6), 1.0)
+    return x * scale.unsqueeze(-1).to(x.dtype)
 
 
 def _mix(tokens: Tokens, soft: SoftReduction) -> Tokens:
@@ -180,13 +215,8 @@ def _mix(tokens: Tokens, soft: SoftReduction) -> Tokens:
     if soft.onto is not None:  # back to what there was, each with its own mixture of what there is now
         x = torch.cat([tokens.x[:, : tokens.num_prefix], soft.onto.patches + new], dim=1)
         owner = torch.where(tokens.owner >= 0, soft.onto.owner, -1)
-        return replace(soft.onto, x=x, owner=owner, left=tokens.left, notes=tokens.notes)
+        return changed(soft.onto, x=x, owner=owner, left=tokens.left, notes=tokens.notes)
     x = torch.cat([tokens.x[:, : tokens.num_prefix], new], dim=1)
-    owner = _forward(tokens.owner, soft.weights.argmax(1))  # a cell follows the mixture its token gave most to
+    owner = follow(tokens.owner, soft.weights.argmax(1))  # a cell follows the mixture its token gave most to
     none: dict[str, Any] = dict.fromkeys(("size", "valid", "mask", "alive", *READINGS))
-    return replace(tokens, x=x, owner=owner, before=tokens if soft.remember else tokens.before, **none)
-
-
-def _forward(owner: Tensor, slot: Tensor) -> Tensor:
-    """Send every cell's owner [B, G] where its token went: slot [B, N] -> owner [B, G]."""
-    return torch.where(owner >= 0, slot.gather(1, owner.clamp(min=0)), -1)
+    return changed(tokens, x=x, owner=owner, before=tokens if soft.remember else tokens.before, **none)

@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from saccade.lazy import changed, lazy
 
 if TYPE_CHECKING:
     from saccade.ragged import Rows
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 READINGS = frozenset({"key", "cls_attn", "received", "value"})  # of one block's attention, for its reducers
 
 
+@lazy("owner")
 @dataclass(frozen=True)
 class Tokens:
     """Tokens of a batch, and what each of them stands for."""
@@ -90,9 +93,8 @@ class Tokens:
             return None if size is None else self.rows.pack(self.of_all(size.log()))
         if size is None and self.valid is None and self.mask is None and self.alive is None:
             return None
-        bias = self.x.new_zeros(self.x.shape[0], self.num_patches, dtype=torch.float32)
-        if size is not None:
-            bias = size.log()
+        none = self.x.new_zeros(self.x.shape[0], self.num_patches, dtype=torch.float32) if size is None else None
+        bias = size.log() if none is None else none  # type: ignore[union-attr]
         for present in (self.valid, self.mask, self.alive):
             if present is not None:
                 bias = bias.masked_fill(present == 0, -torch.inf)
@@ -106,7 +108,7 @@ class Tokens:
 
     def without(self, names: frozenset[str]) -> Tokens:
         """These tokens without some of the optional fields."""
-        return replace(self, **dict.fromkeys(names))  # type: ignore[arg-type]
+        return changed(self, **dict.fromkeys(names))
 
     def weights(self) -> Tensor | None:
         """How much each patch token counts in an average over patches, [B, N]; None when all count alike."""

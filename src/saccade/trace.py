@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from saccade.lazy import lazy
+
 if TYPE_CHECKING:
     from saccade.gates import Gates
 
@@ -37,6 +39,7 @@ class BlockCost:
         return whole * heads + ((queries + keys) * once * (1 - heads) if own else 0)
 
 
+@lazy("owner")
 @dataclass(frozen=True)
 class BlockTrace:
     """What ran in one block. Token counts include the prefix and, in a ragged batch, the padding."""
@@ -69,6 +72,7 @@ class BlockTrace:
         return attention + mlp + self.overhead
 
 
+@lazy("first")
 @dataclass(frozen=True)
 class Trace:
     """What ran, from the pixels to the logits."""

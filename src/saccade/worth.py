@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from saccade.gates import Gates
 from saccade.tokens import Tokens
@@ -45,18 +46,23 @@ _LIMITS: dict[Kind, float] = {}
 
 def rows_that_run(tokens: Tokens, gates: Gates) -> float:
     """Part of an image's tokens that take part, on average. Waits for the device, but where shapes tell it."""
-    if gates.patch is None:
+    if not gates.some_rows:
         return 1.0
     if gates.places is not None:
         return (tokens.num_prefix + gates.places.shape[1]) / tokens.length
     images = max(1, len(tokens.x))
-    return (tokens.num_prefix + float(gates.patch.detach().sum()) / images) / tokens.length
+    assert gates.patch is not None
+    return (tokens.num_prefix + float(_held(gates.patch).sum()) / images) / tokens.length
 
 
 def images_that_run(gates: Gates) -> float:
     """Part of the branches of images that are on. Waits for the device."""
-    parts = [1.0 if gate is None or not len(gate) else float(gate.detach().mean()) for gate in (gates.attn, gates.mlp)]
+    parts = [1.0 if gate is None or not len(gate) else float(_held(gate).mean()) for gate in (gates.attn, gates.mlp)]
     return sum(parts) / 2
+
+
+def _held(gate: Tensor) -> Tensor:
+    return gate.detach() if gate.requires_grad else gate
 
 
 def pays(part: float, tokens: Tokens, gates: Gates, run: Run) -> bool:
@@ -67,13 +73,13 @@ def pays(part: float, tokens: Tokens, gates: Gates, run: Run) -> bool:
         return pinned == "always"
     if torch.compiler.is_compiling() or len(tokens.x) == 0 or part == 0:
         return True
-    if gates.patch is None and len(tokens.x) == 1:
+    if not gates.some_rows and len(tokens.x) == 1:
         return True  # a branch of one image runs or does not
     x, length = tokens.x, tokens.length
     images = SAMPLE if len(x) >= SAMPLE else len(x)
     kind = Kind(
         str(x.device), x.dtype, torch.is_autocast_enabled(x.device.type), torch.get_num_threads(), images,
-        -(-length // 64) * 64, x.shape[-1], gates.patch is not None, gates.places is not None, not gates.all_run,
+        -(-length // 64) * 64, x.shape[-1], gates.some_rows, gates.places is not None, not gates.all_run,
     )  # fmt: skip
     if kind not in _LIMITS:
         _LIMITS[kind] = _limit(tokens, images, gates, run)
@@ -87,7 +93,7 @@ def _limit(tokens: Tokens, images: int, gates: Gates, run: Run) -> float:
     x = torch.randn(images, tokens.length, tokens.x.shape[-1], device=device).to(tokens.x.dtype)
     sample = Tokens(x, torch.zeros(images, 1, dtype=torch.int64, device=device), (1, 1), tokens.num_prefix)
     every = torch.ones(images, device=device)
-    if gates.patch is None:
+    if not gates.some_rows:
         on = (torch.arange(images, device=device) % 2).float()
         half = Gates(attn=on, mlp=on)
     else:
@@ -109,7 +115,7 @@ def _limit(tokens: Tokens, images: int, gates: Gates, run: Run) -> float:
             _wait(device)
             if turn:  # the first is a warm-up
                 best[name] = min(best[name], time.perf_counter() - begin)
-    part = images_that_run(half) if gates.patch is None else rows_that_run(sample, half)
+    part = images_that_run(half) if not gates.some_rows else rows_that_run(sample, half)
     overhead = best["half"] - part * best["whole"]
     return min(1.0, max(0.0, (GAIN * best["masked"] - overhead) / best["whole"]))
 

@@ -20,11 +20,12 @@ from saccade.decide import (
     KeepAttended,
     best_proposals,
     check_score,
-    cosines,
     feature_of,
     leave,
     part_of,
+    products,
     scramble,
+    units,
 )
 from saccade.knobs import one_of, switch
 from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
@@ -73,26 +74,33 @@ class Retokenize(Reducer):
     def forward(self, tokens: Tokens) -> Reduction:
         reading, n = self.reading, tokens.num_patches
         bottom, r = self._sizes(n)
-        score: Tensor = getattr(tokens, reading.score).detach()
+        score: Tensor = getattr(tokens, reading.score)
         if reading.per == "patch" and tokens.size is not None:
             score = score / tokens.size
         if tokens.valid is not None:
             score = score.masked_fill(~tokens.valid, torch.inf)
-        a, b = self._split(score.argsort(dim=1, stable=True)[:, :bottom])  # least attended first
-        feature = feature_of(tokens, reading.metric)
-        merged, _, partner = best_proposals(cosines(rows(feature, a), rows(feature, b)), r)
+        least = self._ranked(score.argsort(dim=1, stable=True)[:, :bottom])  # least attended first
+        a, b = self._sides(least)
+        similar = products(*self._sides(units(rows(feature_of(tokens, reading.metric), least))))
+        merged, _, partner = best_proposals(similar, r)
         src = a.gather(1, merged)
         keep, dst = leave(n, src, b.gather(1, partner))
         weight = None if reading.weighted else torch.ones_like(score)
         return Reduction(keep, src=src, dst=dst, weight=weight, proportional=reading.proportional)
 
-    def _split(self, bottom: Tensor) -> tuple[Tensor, Tensor]:
-        """Two sides of the bottom tokens [B, K]; A has one more where K is odd."""
+    def _ranked(self, bottom: Tensor) -> Tensor:
+        """The bottom tokens [B, K] in the order in which they part into sides."""
+        if self.reading.split != "random":
+            return bottom
+        # the same ranks for every image: a batch equals its images one by one
+        return bottom[:, scramble(torch.arange(bottom.shape[1], device=bottom.device), 0).argsort(stable=True)]
+
+    def _sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Both sides of what the bottom tokens have [B, K, ...]; A has one more where K is odd."""
         if self.reading.split == "halves":
-            return tuple(bottom.tensor_split([-(-bottom.shape[1] // 2)], dim=1))  # type: ignore[return-value]
-        if self.reading.split == "random":  # the same ranks for every image: a batch equals its images one by one
-            bottom = bottom[:, scramble(torch.arange(bottom.shape[1], device=bottom.device), 0).argsort(stable=True)]
-        return bottom[:, 0::2], bottom[:, 1::2]
+            half = -(-values.shape[1] // 2)
+            return values[:, :half], values[:, half:]
+        return values[:, 0::2], values[:, 1::2]
 
 
 def _menu(backbone: Backbone) -> list[str]:

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade.choose import there
 from saccade.decide import share_of
 from saccade.errors import UserError
-from saccade.gates import Gates
+from saccade.gates import Gates, Places
 from saccade.hooks import plain_linear
 from saccade.plan import Backbone, Gater, Method, TimmBlock, blocks, fraction, register
 from saccade.tokens import Tokens
@@ -37,13 +37,16 @@ class Choose(Gater):
     @torch.no_grad()
     def of(self, block: TimmBlock, tokens: Tokens) -> Gates:
         x = block.norm1(tokens.x)
-        patches = x[:, tokens.num_prefix :]
-        asker = x[:, :1] if self.asks == "class" else patches.mean(1, keepdim=True)
-        score = there(tokens, asked(block.attn, asker, patches).float())
-        order = score.argsort(dim=1, descending=True, stable=True)
-        chosen = order[:, : share_of(self.keep, tokens.num_patches)]
-        all_there = tokens.valid is None and tokens.alive is None
-        return Gates(torch.zeros_like(score).scatter(1, chosen, 1.0), places=chosen if all_there else None)
+        if self.asks == "class" and tokens.num_prefix == 1:
+            asker, patches = x.split([1, tokens.num_patches], dim=1)
+        else:
+            patches = x[:, tokens.num_prefix :]
+            asker = x[:, :1] if self.asks == "class" else patches.mean(1, keepdim=True)
+        score = asked(block.attn, asker, patches)
+        score = there(tokens, score if score.dtype == torch.float32 else score.float())
+        chosen = score.argsort(dim=1, descending=True, stable=True)[:, : share_of(self.keep, tokens.num_patches)]
+        mask: Any = Places(chosen, tokens.num_patches)
+        return Gates(mask, places=chosen if tokens.valid is None and tokens.alive is None else None)
 
 
 def asked(attn: Any, asker: Tensor, x: Tensor) -> Tensor:
@@ -53,16 +56,16 @@ def asked(attn: Any, asker: Tensor, x: Tensor) -> Tensor:
     norms its keys, these are the keys before that.)
     """
     heads, width = attn.num_heads, attn.head_dim
-    inner = heads * width
-    if plain_linear(attn.qkv):
-        query, key = attn.qkv.weight[:inner], attn.qkv.weight[inner : 2 * inner]
+    inner, plain = heads * width, plain_linear(attn.qkv)
+    if plain:
+        query, key, _ = attn.qkv.weight.split(inner)
         q = F.linear(asker, query, None if attn.qkv.bias is None else attn.qkv.bias[:inner])
     else:
         q = attn.qkv(asker)[..., :inner]
-    q = attn.q_norm(q.unflatten(-1, (heads, width))).flatten(2)
-    if plain_linear(attn.qkv):
-        return (x @ (q @ key).transpose(1, 2)).squeeze(-1)
-    return (attn.qkv(x)[..., inner : 2 * inner] @ q.transpose(1, 2)).squeeze(-1)
+    if not isinstance(attn.q_norm, nn.Identity):
+        q = attn.q_norm(q.unflatten(-1, (heads, width))).flatten(2)
+    keys = x if plain else attn.qkv(x)[..., inner : 2 * inner]
+    return (keys @ (q @ key if plain else q).mT).squeeze(-1)
 
 
 def _default(backbone: Backbone) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from saccade.errors import UserError
 from saccade.hooks import around, exact, kernel_of, layer_in, require_plain
 from saccade.plan import Backbone, Tokenizer, ViT, fraction, register
+from saccade.provenance import Cells
 from saccade.tokenizers.embed import METHODS, RHO, ResizeSpec, choose, resize_kernel, resize_positions
 from saccade.tokenizers.kept import kept
 from saccade.tokens import Tokens
@@ -60,8 +62,8 @@ class Grid(Tokenizer):
         grid = self._cells(*images.shape[-2:])
         x = self._embed(vit, images)
         x = place(vit, x, self.positions(vit, grid))
-        cells = torch.arange(grid[0] * grid[1], device=x.device)
-        return Tokens(x, cells.expand(x.shape[0], -1), grid, vit.num_prefix_tokens)
+        cells: Any = Cells(x.shape[0], grid[0] * grid[1], x.device)  # an owner map, once it is read
+        return Tokens(x, cells, grid, vit.num_prefix_tokens)
 
     def _embed(self, vit: ViT, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> [B, N, D]: timm's own layers where the patch is theirs, else its resized kernel."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from saccade.errors import UserError
 from saccade.fresh import fresh
 from saccade.plan import Backbone, Tokenizer, ViT, register
+from saccade.provenance import Cells
 from saccade.tokenizers.embed import ResizeSpec, choose
 from saccade.tokenizers.grid import grid_positions, place
 from saccade.tokens import Tokens
@@ -61,8 +63,8 @@ class Stem(Tokenizer):
         x = self.last(self.levels(images)[-1])
         grid = x.shape[-2], x.shape[-1]
         x = place(vit, vit.patch_embed.norm(x.flatten(2).transpose(1, 2)), grid_positions(vit, grid, self.spec))
-        cells = torch.arange(grid[0] * grid[1], device=x.device)
-        return Tokens(x, cells.expand(x.shape[0], -1), grid, vit.num_prefix_tokens)
+        cells: Any = Cells(x.shape[0], grid[0] * grid[1], x.device)  # an owner map, once it is read
+        return Tokens(x, cells, grid, vit.num_prefix_tokens)
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Pixels as they enter, and the features after each ReLU, [B, c, h, w]."""
