@@ -24,12 +24,13 @@ from jobs import train_all
 from safetensors.torch import load_file, save_file
 
 import saccade
+from saccade.data import Loaders
 from saccade.files import write_json
 from saccade.measure.accuracy import spread
 from saccade.measure.stats import Interval
 from saccade.tasks.boxes import open_boxes
-from saccade.tasks.detector import Found
-from saccade.tasks.precision import Squashed, average_precision, find, truths, with_spread
+from saccade.tasks.detector import Found, squashed
+from saccade.tasks.precision import average_precision, find, truths, with_spread
 
 TRAINED = (12, 16, 20, 32)
 TESTED = (10, 12, 16, 20, 24, 32)
@@ -54,14 +55,14 @@ def main() -> None:
 
     boxes = open_boxes("scenes", "test")
     places = spread(len(boxes), arguments.images)
-    there, loaders = truths([boxes.objects[i] for i in places]), Squashed(boxes.images)
+    there, loaders = truths([boxes.objects[i] for i in places]), Loaders(boxes.images)
 
     def found(run: str, patch: int) -> tuple[list[Found], float]:
         """Detections of all test scenes, and 10^9 MACs per image; made once."""
         file = out / f"{run}-{patch}-{len(places)}.safetensors"
         if not file.exists():
             view = saccade.load(out / run / "model", f"grid({patch})").eval()
-            each, seen, gmacs = find(view, loaders.of(view), boxes.classes, places, 50, TOP)  # type: ignore[arg-type]
+            each, seen, gmacs = find(view, loaders.of(squashed(view)), boxes.classes, places, 50, TOP)  # type: ignore[arg-type]
             assert seen == places
             kept = {name: torch.stack([f[name] for f in each]) for name in each[0]}
             part = file.with_suffix(".part")

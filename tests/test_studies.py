@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +27,19 @@ def counts(seed: int, images: int = 12, classes: int = 3) -> Counts:
     generator = torch.Generator().manual_seed(seed)
     hit, missed, wrong = (torch.randint(1, 50, (images, classes), generator=generator) for _ in range(3))
     return Counts(torch.arange(images), hit, hit + missed, hit + wrong)
+
+
+def test_every_study_and_benchmark_imports():
+    root = Path(__file__).resolve().parents[1]
+    scripts = sorted(str(path) for folder in ("studies", "benchmarks") for path in (root / folder).glob("*.py"))
+    code = (
+        "import runpy, sys\n"
+        "for path in sys.argv[1:]:\n"
+        "    sys.path[0] = path.rpartition('/')[0]\n"
+        "    runpy.run_path(path, run_name='imported')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *scripts], capture_output=True, text=True, timeout=300)
+    assert len(scripts) > 10 and done.returncode == 0, done.stderr
 
 
 def test_a_line_is_read_in_time_between_its_two_neighbours():
