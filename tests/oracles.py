@@ -315,6 +315,8 @@ def random_mixture(images: int, patches: int, left: int, seed: int = 0) -> SoftR
 class RandomGates(Gater):
     """Fixed random decisions, whatever the tokens are: for comparing the masked and the sparse executor."""
 
+    ragged = True  # the draw is of the whole batch, padding or not
+
     def __init__(
         self, seed: int, heads: int, parts: tuple[str, ...] = ("patch", "head", "attn", "mlp"), on=0.6
     ) -> None:

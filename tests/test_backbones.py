@@ -117,7 +117,6 @@ def test_default_stages_are_blocks_of_the_model(depth):
     assert stages == (3, 6, 9) or depth != 12
 
 
-@pytest.mark.xfail(strict=True, reason="the last block's projection and the patch kernel are read, not called")
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["blocks.2.attn.qkv", "patch_embed.proj"])
 def test_a_weight_that_a_hook_makes_is_the_one_that_is_used(part):

@@ -488,7 +488,7 @@ def test_no_images_give_no_logits(vit, text):
 def test_pairs_run_one_after_the_other(vit, images, text, reductions):
     """In each block the reducers act in the order of the setting, each on what the one before has left."""
     model = AdaptiveViT(vit, text)
-    model.encode(images)
+    model.encode(images[:1])  # of several images, those with equally many tokens are reduced together
     for (_, _, after), (before, _, _) in itertools.pairwise(reductions):
         assert torch.equal(after.owner, before.owner), "nothing between two reductions moves tokens"
     macs = float(model(images).trace.macs().sum())

@@ -17,7 +17,7 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 import saccade
 from data_helpers import encode, picture, write_folder
-from saccade.counter import counted_macs
+from oracles import counted_macs
 from saccade.data import Preprocess
 from saccade.data.scenes import CLASSES, SIZE, Rendered, render, scenes
 from saccade.errors import UserError

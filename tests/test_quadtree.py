@@ -815,7 +815,7 @@ def test_menu_and_ranges_hold_only_what_can_be_had():
 
 
 def test_tune_races_it_as_a_reduction_and_not_as_dense(vit):
-    found = candidates(AdaptiveViT(vit))
+    found = candidates(AdaptiveViT(vit)).candidates
     families = {c.family for c in found if c.setting.startswith("quadtree")}
     assert families == {"reduction"} and any(c.setting.startswith("quadtree") for c in found)
 

@@ -375,7 +375,7 @@ def test_weights_out_of_reach_are_an_error_with_a_remedy(vit, monkeypatch):
     def unreachable(*args, **kwargs):
         raise URLError("Name or service not known")
 
-    networks.open_network.cache_clear()
+    networks._opened.cache_clear()
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", unreachable)
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", unreachable)
     for scorer in ("feature", "gradcam"):

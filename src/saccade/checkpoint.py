@@ -143,7 +143,7 @@ def _load(path: Path, setting: str | None, runner: Runner | str | Mapping[str, A
         model = AdaptiveViT(vit, config.saccade.setting if setting is None else setting)
     model = getattr(import_module(module), kind).rebuild(model, ours).eval()
     before = file.stat()
-    _fill_all(model, file)
+    _fill_all(model, file, untrained=setting is not None)
     if not sealed or not os.path.samestat(before, file.stat()):
         raise UserError(
             f"{shortened(file)} is not the file that {CONFIG} was written with (its checksum is another): restore it; "
@@ -199,11 +199,14 @@ def _state(model: AdaptiveViT) -> dict[str, Tensor]:
     return state | {LEARNED + k: v for k, v in model.learned.items()}
 
 
-def _fill_all(model: AdaptiveViT, file: Path) -> None:
-    """The inverse of ``_state``. What methods have learned that this setting does not name is kept for others."""
+def _fill_all(model: AdaptiveViT, file: Path, untrained: bool) -> None:
+    """The inverse of ``_state``. What methods have learned that this setting does not name is kept for others.
+
+    untrained: what the setting learns may be missing (it is not the folder's own); then it starts as it always does.
+    """
     state = read_weights(file)
     others = {k: v for k, v in state.items() if k.startswith(LEARNED) and k[len(LEARNED) :] not in model.learned}
-    parts: dict[str, Tensor] = _state(model)
+    parts = {k: v for k, v in _state(model).items() if k in state or not (untrained and k.startswith(LEARNED))}
     check_tensors(parts, {k: v for k, v in state.items() if k not in others}, type(model).__name__, str(file))
     with torch.no_grad():
         for name, own in parts.items():

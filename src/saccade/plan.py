@@ -183,13 +183,15 @@ class Plan(nn.Module):
         todo = self.reducers(block, site, tokens.num_patches)
         for i, reducer in enumerate(todo):
             tokens = padded(tokens)
-            cost += 0 if _nothing_to_do(reducer, tokens) else reducer.macs(tokens.num_patches)
             later = frozenset().union(*(r.read for r in todo[i + 1 :]))  # readings that nobody needs stay behind
             step = partial(_reduced, reducer, READINGS - later, sparse)
-            if sparse and not reducer.ragged and is_ragged(tokens):
+            if not reducer.ragged and is_ragged(tokens):
                 found = groups(tokens)
+                costs = [len(group.images) * _deciding(reducer, group.tokens) for group in found]
+                cost += round(sum(costs) / len(tokens.x))  # the mean image's
                 tokens = joined([step(group.tokens) for group in found], found)
             else:
+                cost += _deciding(reducer, tokens)
                 tokens = step(tokens)
         return tokens, cost
 
@@ -214,6 +216,11 @@ class Plan(nn.Module):
         for reducer in self.reducers(block, site, n):
             n = reducer.count(n) or n
         return n
+
+
+def _deciding(reducer: Reducer, tokens: Tokens) -> int:
+    """MACs an image of a decision."""
+    return 0 if _nothing_to_do(reducer, tokens) else reducer.macs(tokens.num_patches)
 
 
 def _nothing_to_do(reducer: Reducer, tokens: Tokens) -> bool:
