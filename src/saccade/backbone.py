@@ -84,10 +84,13 @@ def class_names_of(vit: ViT) -> tuple[str, ...] | None:
 
 def set_class_names(vit: ViT, names: Sequence[str] | None, descriptions: Mapping[str, str] | None = None) -> None:
     """Note what the classes of the head are called, in its order, and in words: it stays with the weights through
-    copies, training and folders. None forgets what was known. Raises UserError unless there is one name for each class.
+    copies, training and folders. None forgets what was known. Raises UserError unless there is one name for each class,
+    and each is text, which a folder of that name need not be.
     """
     if names is not None and (len(names) != vit.num_classes or len({*names}) < len(names)):
         raise UserError(f"{len({*names})} different class names for a head of {vit.num_classes}: give one each")
+    if odd := [name for name in names or () if any("\ud800" <= letter <= "\udfff" for letter in name)]:
+        raise UserError(f"the class name {odd[0]!r} is not UTF-8, and nothing that is saved can hold it: rename it")
     facts = {k: v for k, v in vit.pretrained_cfg.items() if k not in ("label_names", "label_descriptions")}
     if names is not None:
         facts["label_names"] = list(names)

@@ -133,6 +133,9 @@ class Predictor:
                 yield Prediction(given.name, error=found.reason)
                 continue
             logits, known = next(answers)
+            if not logits.isfinite().all():
+                yield Prediction(given.name, error="the model answers NaN or infinity: check its weights and precision")
+                continue
             crop, look = partial(self._crop, given), partial(self._look, given)
             yield Prediction(given.name, **self.classes.best(logits, self.top), read=crop, look=look, known=known)
 

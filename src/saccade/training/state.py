@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from saccade.files import discard, part_beside, reported, to_disk
 from saccade.weights import digest
 
 TENSORS, FACTS = "state.safetensors", "state.json"
-SEAL = "sha256"  # in the facts: of the tensors' file
+SEAL = "seal"  # in the facts: a checksum of the tensors' file and of all other facts
 
 
 def publish(folder: Path, kind: str, step: int, fill: Callable[[Path], None], *, keep: int = 1) -> Path:
@@ -77,11 +78,11 @@ def read_last(folder: Path, say: Callable[[str], object]) -> tuple[Path | None, 
 
 
 def write_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Fill a folder with tensors and facts, which know the tensors' checksum."""
+    """Fill a folder with tensors and facts, sealed together: a damaged number in either is no number of this run."""
     folder.mkdir()
     apart = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     save_file(apart, folder / TENSORS)  # settings of one method share what they learn, and safetensors refuses that
-    sealed = {**facts, SEAL: digest(folder / TENSORS)}
+    sealed = {**facts, SEAL: _seal(folder / TENSORS, facts)}
     (folder / FACTS).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
     for name in (TENSORS, FACTS):  # on the disk before the rename is
         to_disk(folder / name)
@@ -95,14 +96,19 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if type(step) is not int or step < 0 or not isinstance(facts.get("config", {}), dict):
             raise ValueError(f"{FACTS} names no step, or no config")
         seal = facts.pop(SEAL, None)
-        if seal is not None and digest(folder / TENSORS) != seal:  # checkpoints of before have none
-            raise ValueError(f"the checksum of {TENSORS} is another than {FACTS} says")
+        if seal is not None and _seal(folder / TENSORS, facts) != seal:  # checkpoints of before have none
+            raise ValueError(f"{TENSORS} or {FACTS} was changed: the checksum is another")
         return load_file(folder / TENSORS), facts
     except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(
             f"checkpoint {str(folder)!r} cannot be read ({line}): remove it to go on from another"
         ) from None
+
+
+def _seal(file: Path, facts: dict[str, Any]) -> str:
+    text = json.dumps(json.loads(json.dumps(facts)), sort_keys=True)  # as it is read back
+    return hashlib.sha256(f"{digest(file)}\n{text}".encode()).hexdigest()
 
 
 def _of_kind(folder: Path, kind: str) -> list[Path]:

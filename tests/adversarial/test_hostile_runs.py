@@ -1,0 +1,209 @@
+"""Training configs, ``key=value`` changes, and the files of a run that are read back: refused, or as they were."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import saccade
+from attack import VALUES, attempt, damaged, twisted
+from data_helpers import encode, picture, write_folder
+from saccade.errors import UserError
+from saccade.training.config import Config, read_config, shipped
+from saccade.training.train import train
+
+MODEL = {"embed_dim": 16, "depth": 1, "num_heads": 1, "img_size": 16, "patch_size": 8}
+SECTIONS = {
+    "model": {"args": MODEL},
+    "data": {"workers": 0, "holdout": 0.3, "check_limit": 8},
+    "optim": {"warmup": 0.0, "ema": 0.9},
+    "run": {"steps": 2, "batch": 4, "save_every": 1, "log_every": 1, "check_every": 0.5, "threads": 1, "device": "cpu"},
+}
+
+
+def same(found: Config | UserError) -> None:
+    """A config that is accepted survives being written and read."""
+    if isinstance(found, Config):
+        assert Config.model_validate(json.loads(json.dumps(found.model_dump(mode="json")))) == found
+
+
+@pytest.mark.parametrize("count", [600, pytest.param(None, marks=pytest.mark.slow)])
+def test_every_key_changed(count):
+    whole = Config().model_dump(mode="json")
+    for name, value in twisted(whole, 0, count):
+        try:
+            same(attempt(lambda value=value: read_config(value)))
+        except Exception as error:
+            raise AssertionError(name) from error
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", shipped())
+def test_bytes_of_files(tmp_path, name, count):
+    good, file = shipped()[name].encode(), tmp_path / "run.toml"
+    for case, data in damaged(good, 0, count, header=len(good)):
+        file.write_bytes(data)
+        try:
+            same(attempt(lambda: read_config(str(file))))
+        except Exception as error:
+            raise AssertionError(f"{name} {case}") from error
+
+
+KEYS = sorted(f"{s}.{k}" for s, v in Config().model_dump().items() if isinstance(v, dict) for k in v)
+CHANGES = st.one_of(
+    st.tuples(st.sampled_from(KEYS), st.sampled_from([repr(v)[:2000] for v in VALUES])).map("=".join),
+    st.tuples(st.sampled_from([*KEYS, "", ".", "optim", "a.b.c.d", "optim.lr.x", "__class__", "optim..lr"]),
+              st.text(max_size=30)).map("=".join),
+    st.text(max_size=40),
+    st.sampled_from(["optim.lr=1e-3\noptim.lr=2", "run.steps=[" * 200, "model.args={}}", "data.path=''''''", "=="]),
+)  # fmt: skip
+
+
+@settings(max_examples=150)
+@given(st.lists(CHANGES, max_size=3))
+def test_changes(changes):
+    same(attempt(lambda: read_config("finetune", changes)))
+
+
+# What a run leaves and reads again
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
+    """A finished run, its config, and the weights that it gave."""
+    root = tmp_path_factory.mktemp("run")
+    write_folder(root / "images", {f"{c}/{i}.png": encode(picture(20, 20, seed=i)) for c in "ab" for i in range(12)})
+    config = {**SECTIONS, "data": {**SECTIONS["data"], "path": str(root / "images")}}
+    found = train(config, out=root / "out")
+    return root / "out", config, found.model.state_dict()
+
+
+def resumed(folder: Path, config: dict[str, Any], expected: dict[str, torch.Tensor]) -> None:
+    """Resuming a run is refused, or gives what it gave: at its end there is nothing left to train."""
+    found = attempt(lambda: train(config, out=folder, resume=True))
+    if not isinstance(found, UserError):
+        assert all(torch.equal(v, expected[k]) for k, v in found.model.state_dict().items())
+        saccade.load(folder / "model")
+        assert (folder / "report.html").read_text().rstrip().endswith("</html>")
+
+
+def files_read_back(folder: Path) -> list[str]:
+    found = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    return sorted(n for n in found if not n.startswith("model/") and not n.endswith("report.html"))
+
+
+@pytest.mark.parametrize("each", [1, pytest.param(60, marks=pytest.mark.slow)])
+def test_damaged_files_of_a_run(run, tmp_path, each):
+    out, config, expected = run
+    names = files_read_back(out)
+    assert {Path(n).suffix for n in names} >= {".csv", ".json", ".safetensors"}
+    for name in names:
+        for case, data in damaged((out / name).read_bytes(), 0, each):
+            copy = Path(shutil.copytree(out, tmp_path / "copy"))
+            (copy / name).write_bytes(data)
+            try:
+                resumed(copy, config, expected)
+            except Exception as error:
+                raise AssertionError(f"{name} {case}") from error
+            shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(None, marks=pytest.mark.slow)])
+def test_facts_of_a_checkpoint_changed(run, tmp_path, count):
+    """JSON that is whole and wrong."""
+    out, config, expected = run
+    facts = max(out.glob("checkpoints/last-*/state.json"))
+    told = {k: v for k, v in json.loads(facts.read_text()).items() if k != "config"}
+    for name, value in twisted(told, 0, count):
+        copy = Path(shutil.copytree(out, tmp_path / "copy"))
+        (copy / facts.relative_to(out)).write_bytes(
+            json.dumps({**json.loads(facts.read_text()), **value}).encode("utf-8", "surrogatepass")
+        )
+        try:
+            resumed(copy, config, expected)
+        except Exception as error:
+            raise AssertionError(name) from error
+        shutil.rmtree(copy)
+
+
+TABLES = {
+    "nothing": "",
+    "no header": "1,2,3\n",
+    "other columns": "a,b\n1,2\n",
+    "NaN steps": "step,loss\nnan,1\ninf,2\n-1,3\n1e400,4\n",
+    "text for numbers": "step,epoch,lr,loss,wait,images_per_s,gmacs,images\n1,x,y,z,a,b,c,d\n",
+    "short and long rows": "step,loss\n1\n2,3,4,5\n",
+    "zero bytes": "step,loss\n\0\0\0\n",
+    "one field of 1 MB": "step,loss\n1," + "9" * 2**20 + "\n",
+    "not UTF-8": "step,loss\n1,\udcff\n",
+}
+
+
+@pytest.mark.parametrize("what", TABLES)
+@pytest.mark.parametrize("name", ["metrics.csv", "checks.csv"])
+def test_tables_of_a_run(run, tmp_path, name, what):
+    out, config, expected = run
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    (copy / name).write_bytes(TABLES[what].encode("utf-8", "surrogateescape"))
+    resumed(copy, config, expected)
+    with open(copy / name, encoding="utf-8", errors="replace") as file:
+        list(csv.reader(line.replace("\0", "") for line in file if len(line) < 10**5))
+
+
+# What eval keeps
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damaged_cache_of_eval(tmp_path, count):
+    """A damaged entry is measured again: the numbers are those of a call without a cache."""
+    files = {f"{c}/{i}.png": encode(picture(20, 20, seed=i + 50 * (c == "b"))) for c in "ab" for i in range(6)}
+    images = write_folder(tmp_path / "images", files)
+    torch.manual_seed(0)
+    model = saccade.create_model("vit_tiny_patch16_224", **MODEL, num_classes=2)
+    out = tmp_path / "out"
+
+    def rows() -> Any:
+        return saccade.eval(model, images, ["tome(r=1)", "evit(0.5, at=(0,))"], out=out).rows
+
+    expected = rows()
+    names = files_read_back(out)
+    assert any(n.startswith("cache/") for n in names)
+    for name in (n for n in names if n.startswith("cache/")):
+        good = (out / name).read_bytes()
+        for case, data in damaged(good, 0, count, header=len(good)):
+            (out / name).write_bytes(data)
+            found = attempt(rows)
+            assert not isinstance(found, UserError), f"{name} {case}: {found}"
+            assert found == expected, f"{name} {case}"
+
+
+# Names
+
+
+def test_a_class_folder_that_is_not_text_is_refused_before_training(tmp_path):
+    """It would be trained, and then the model could not be saved."""
+    odd = os.fsdecode(b"caf\xe9")
+    write_folder(tmp_path / "images", {f"{c}/{i}.png": encode(picture(20, 20)) for c in ("tea", odd) for i in range(4)})
+    config = {**SECTIONS, "data": {**SECTIONS["data"], "path": str(tmp_path / "images"), "holdout": 0}}
+    with pytest.raises(UserError, match="not UTF-8"):
+        train(config, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_an_answer_of_a_broken_model_is_no_label(tmp_path):
+    write_folder(tmp_path, {"a.png": encode(picture(20, 20))})
+    model = saccade.create_model("vit_tiny_patch16_224", **MODEL, num_classes=2)
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            model.vit.head.bias[1] = value
+        (found,) = saccade.predict(model, tmp_path / "a.png")
+        assert "NaN" in found.error and not found.labels
