@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -227,7 +228,7 @@ def test_unit_tokens_leave_lengths_out(model, photos, monkeypatch):
         return [replace_x(t, t.x * (1 + torch.arange(t.x.shape[1]) % 3)[:, None]) for t in scaled(view, images)]
 
     def replace_x(tokens, x):
-        return type(tokens)(**{**vars(tokens), "x": x})
+        return replace(tokens, x=x)
 
     monkeypatch.setattr(cka, "levels", longer)
     again_raw, again = (cka.cka(study(model, photos, ("dense", "grid(8)")), tokens=kind) for kind in ("raw", "unit"))

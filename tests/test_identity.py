@@ -130,7 +130,7 @@ def test_decoded_images_are_of_these_pixels_and_leave_nothing_behind(tmp_path: P
     dead = subprocess.Popen(["true"])
     dead.wait()
     alive, orphan = part_beside(before.file), part_beside(before.file)
-    orphan = orphan.with_name(orphan.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+    orphan = orphan.with_name(orphan.name.replace(f".{os.getpid()}.", f".{dead.pid}."))
     for part in (alive, orphan):
         part.write_bytes(bytes(100))
     (data / "a/1.ppm").write_bytes(ppm(99))

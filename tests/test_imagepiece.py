@@ -90,7 +90,7 @@ def test_check_11_only_the_least_attended_merge(patches):
     for b in range(3):
         into = set(reduction.dst[b].tolist())
         for slot, token in enumerate(reduction.keep[b].tolist()):
-            assert (slot in into) or torch.equal(found.patches[b, slot], tokens.patches[b, token])
+            assert (slot in into) or relative(found.patches[b, slot], tokens.patches[b, token]) <= 1e-6
 
 
 def test_check_11_while_tome_merges_attentive_tokens():

@@ -328,7 +328,7 @@ def test_settings_of_one_method_learn_the_same_and_are_saved_once(tmp_path):
     student = Student(model, ["adavit(0.9)", "adavit(0.7)"])
     (one,), (two,) = (view.plan.methods for view in student.views)
     assert one.steps[0].layers["patch"].weight is two.steps[0].layers["patch"].weight
-    write_state(tmp_path / "state", dict(student.state_dict()), {})
+    write_state(tmp_path / "state", dict(student.state_dict()), {"step": 0})
     saved, _ = read_state(tmp_path / "state")
     assert saved.keys() == student.state_dict().keys()
     assert all(torch.equal(saved[name], value) for name, value in student.state_dict().items())

@@ -61,7 +61,7 @@ class Moved:
     def slot(self) -> Tensor:
         """Where each of the n tokens went, [B, N] int64; -1: dropped, or into padding."""
         r, new = self.moves, self.moves.keep.shape[1]
-        slot = torch.full((len(r.keep), self.n), -1, dtype=torch.int64, device=r.keep.device)
+        slot = torch.full((r.keep.shape[0], self.n), -1, dtype=torch.int64, device=r.keep.device)
         places = torch.arange(new, device=r.keep.device).expand_as(r.keep)
         slot = slot.scatter(1, r.keep, places if r.valid is None else places.masked_fill(~r.valid, -1))
         if r.src is not None and r.dst is not None:
