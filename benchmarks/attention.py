@@ -13,9 +13,9 @@ from collections.abc import Callable
 import timm
 import torch
 
+from saccade.allocator import steady_allocator
 from saccade.attention import attend, class_attention, kernel_for
 from saccade.decide import best_edges
-from saccade.measure.speed import steady_allocator
 
 
 def main() -> None:

@@ -17,8 +17,9 @@ from itertools import pairwise
 import torch
 
 import saccade
+from saccade.allocator import steady_allocator
 from saccade.attention import attend
-from saccade.measure.speed import Runner, bench, steady_allocator
+from saccade.measure.speed import Runner, bench
 from saccade.plan import Reducer, registry
 from saccade.reduction import reduce
 from saccade.tokens import Tokens

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import saccade
 import saccade.ragged
+from saccade.allocator import steady_allocator
 from saccade.data import Loader, Preprocess, open_images
-from saccade.measure.speed import steady_allocator
 from saccade.model import AdaptiveViT
 from saccade.tokenizers.mosaic import Geometry
 from saccade.tokenizers.selection import split_most

@@ -20,10 +20,11 @@ from torch import Tensor
 
 import saccade
 import saccade.ragged
+from saccade.allocator import steady_allocator
 from saccade.attention import attend
 from saccade.choose import keep_where
 from saccade.gates import Gates
-from saccade.measure.speed import DTYPES, steady_allocator
+from saccade.measure.speed import DTYPES
 from saccade.plan import Gater, Method, Plan, Reducer
 from saccade.reduction import Reduction
 from saccade.tokens import Tokens

@@ -36,11 +36,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saccade
+from saccade.allocator import steady_allocator
 from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, class_indices, open_images
 from saccade.errors import UserError
 from saccade.files import write_json, write_text
 from saccade.measure.calibrate import bisect, by_count, fixed_levels, logit, sigmoid, with_threshold
-from saccade.measure.speed import steady_allocator
 from saccade.measure.stats import bootstrap
 
 SHARE = 0.5  # of the dense model's executed MACs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import platform
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -29,7 +28,7 @@ from saccade.measure.cache import Cache
 from saccade.measure.candidates import Candidate, Target, candidates, price
 from saccade.measure.publish import tune
 from saccade.measure.race import front, race, shuffled_halves
-from saccade.measure.speed import LiveMemory, Speed, bench, steady_allocator, time_together
+from saccade.measure.speed import LiveMemory, Speed, bench, time_together
 from saccade.measure.stats import mcnemar, paired_difference, proportion
 from saccade.plan import registry
 from saccade.runner import Runner
@@ -709,13 +708,6 @@ def test_an_unknown_number_type_is_named():
 def test_a_setting_given_twice_is_timed_once(model):
     found = bench(model, ["dense", "", "evit(0.5)", "evit(0.5)"], batch=[1], seconds=0.0)
     assert [r.setting for r in found] == ["dense", "evit(0.5)"]
-
-
-def test_the_allocator_says_whether_it_was_steadied():
-    found = steady_allocator()
-    assert isinstance(found, bool)
-    if platform.libc_ver()[0] == "glibc":
-        assert found
 
 
 def test_live_memory_by_hand():

@@ -83,6 +83,7 @@ class AdaptiveViT(TimmNames):
 
         The first forward makes a copy of the weights in the runner's number type, and compiles where it says so. This
         model's own weights, ``state_dict`` and ``save`` stay what they are; ``encode`` and ``train()`` do not use it.
+        On Linux the process keeps freed memory from then on (``saccade.allocator.steady_allocator``).
 
         Args:
             runner: ``"bf16"``, ``"bf16 compiled"``, … (``saccade.runner.Runner``); None or "eager": the plain way.

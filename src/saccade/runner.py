@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saccade.allocator import steady_allocator
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT, Output
 from saccade.tokens import Tokens
@@ -122,10 +123,12 @@ class Deployment:
     """The weights of one model as a runner needs them: a copy of them, made by the first forward.
 
     It is made again when the weights have changed, as far as torch counts that; after edits through ``.data``, and
-    where a module was exchanged, ask ``model.deploy(model.runner)`` for a new one.
+    where a module was exchanged, ask ``model.deploy(model.runner)`` for a new one. The process's allocator is made
+    steady, as it was when the runner's speed was measured.
     """
 
     def __init__(self, runner: Runner) -> None:
+        steady_allocator()
         self.runner = runner
         self.failure: str | None = None  # why torch.compile does not work here
         self.forget()

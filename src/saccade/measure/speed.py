@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
-import platform
 import time
 import warnings
 import weakref
@@ -19,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from saccade.allocator import steady_allocator
 from saccade.errors import UserError
 from saccade.measure.failures import described, is_systems
 from saccade.model import AdaptiveViT
@@ -319,19 +318,3 @@ def _speed(name: str, runner: Runner, batch: int, times: dict, facts: dict, dens
         kernels=kernels,
         runs=len(own),
     )
-
-
-def steady_allocator() -> bool:
-    """Keep large freed blocks in the process (glibc), so that no forward pays for page faults; True where it worked.
-
-    At batch 32 the default allocator costs a dense fp32 ViT up to a fifth of its time, and a reduced one less, which
-    would make reductions look better than their MACs.
-    """
-    if platform.system() != "Linux":
-        return False
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    trim_threshold, mmap_threshold = -1, -3
-    return bool(mallopt(mmap_threshold, 2**30) and mallopt(trim_threshold, 2**31 - 1))
