@@ -32,7 +32,7 @@ def conclude(search: Search) -> Verdict:
         lines = [f"No: nothing here is {search.target}. The fastest is {described(fastest)}."]
         return Verdict(fastest, lines + _alone(fastest, dense, search), met=False)
     chosen, reason = choose(fit, search)
-    lines = [_answer(chosen, dense, search)]
+    lines = [_answer(chosen, fit, dense, search)]
     lines += _alone(chosen, dense, search)
     lines += [reason] if reason else []
     lines += _rival(chosen, fit, search.judge)
@@ -106,11 +106,12 @@ def difference(a: Measured, b: Measured, judge: Judge) -> Interval:
     return paired_difference(judge.hits(x), judge.hits(y))
 
 
-def _answer(chosen: Measured, dense: Measured, search: Search) -> str:
-    """What to use, how much faster it is, and what it costs."""
+def _answer(chosen: Measured, fit: Sequence[Measured], dense: Measured, search: Search) -> str:
+    """What to use, how much faster it is, and what it costs; ``fit`` are the options within the target."""
     if chosen is dense:
         return f"No: use the model as it is. Nothing faster here is {search.target}."
-    no = "No token reduction is needed: " if chosen.option.plain else ""
+    needed = "gets there" if all(m.option.plain for m in fit) else "is needed"
+    no = f"No token reduction {needed}: " if chosen.option.plain else ""
     use = "use" if no else "Use"
     assert search.judge is not None
     speed = f"{chosen.speed.speedup:.2f}× as fast as dense on this machine, batch {chosen.speed.batch}"
