@@ -26,9 +26,10 @@ from saccade.errors import UserError
 from saccade.measure.accuracy import Judge, Predictions, evaluate, paired, score, spread
 from saccade.measure.cache import Cache
 from saccade.measure.candidates import Candidate, Target, candidates, price
+from saccade.measure.memory import LiveMemory
 from saccade.measure.publish import tune
 from saccade.measure.race import front, race, shuffled_halves
-from saccade.measure.speed import LiveMemory, Speed, bench, time_together
+from saccade.measure.speed import Speed, bench, time_together
 from saccade.measure.stats import mcnemar, paired_difference, proportion
 from saccade.plan import registry
 from saccade.runner import Runner

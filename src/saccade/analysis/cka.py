@@ -85,20 +85,28 @@ def cka(study: Study, *, tokens: str = "raw") -> Finding:
     if min(study.batch, len(study.places)) < LEAST:
         raise UserError(f"cka: batches of {min(study.batch, len(study.places))} images: it needs {LEAST} or more")
     patches, classes, counts, used, longest = _measure(study, tokens == "unit")
+    if not patches.diagonal().isfinite().any():
+        raise UserError("cka: every layer sees all images alike, so there is no CKA: give different images")
     names = list(study.settings)
     images = f"{used} images in batches of up to {study.batch}"
     data: dict[str, Any] = {"tokens": tokens, "levels": counts, "images": used, "longest": longest}
     data["patches"] = _plain(patches)
     hint = f"CKA of every two layers, from the input of block 0 on; {images}"
     groups = [*zip(names, counts, strict=True)]
-    paths = dict(zip(names, (p.tolist() for p in embedding(patches).split(counts)), strict=True))
     parts: list[Part] = [Heat("Patch tokens", hint, groups, data["patches"])]
     if classes is not None:
         data["class token"] = _plain(classes)
         hint = f"CKA of every two layers, from after block 0 on; {images}"
         parts.append(Heat("Class token", hint, [(name, count - 1) for name, count in groups], data["class token"]))
-    parts.append(Paths("Patch tokens as a map", "distances are nearest to arccos CKA; numbers count blocks", paths))
     lines = []
+    if undefined := int(patches.diagonal().isnan().sum()):
+        lines.append(
+            f"{undefined} of {len(patches)} layers see all images alike: they have no CKA, and no map is drawn."
+        )
+    else:
+        hint = "distances are nearest to arccos CKA; numbers count blocks"
+        paths = dict(zip(names, (p.tolist() for p in embedding(patches).split(counts)), strict=True))
+        parts.append(Paths("Patch tokens as a map", hint, paths))
     if len(names) > 1:
         depth = min(counts) - 1
         middle = range(depth // 4, depth - depth // 4 + 1)
@@ -111,9 +119,10 @@ def cka(study: Study, *, tokens: str = "raw") -> Finding:
         if classes is not None:
             last = _between(classes, [count - 1 for count in counts], [-1])
             data["median class token, last layer"] = last
-            alike = "more" if (last or 0.0) > (between or 0.0) else "no more"
-            line = f"CKA {number(last)}, than patch tokens are in the middle, {number(between)}"
-            lines.insert(0, f"At the end the class token is {alike} alike between settings, {line}.")
+            if last is not None and between is not None:
+                alike = "more" if last > between else "no more"
+                line = f"CKA {number(last)}, than patch tokens are in the middle, {number(between)}"
+                lines.insert(0, f"At the end the class token is {alike} alike between settings, {line}.")
     if longest > LONG and tokens == "raw":
         lines.append(
             f"Some patch tokens are {longest:.0f} times as long as usual, and decide most of the CKA of their layers: "
@@ -136,7 +145,7 @@ def _measure(study: Study, unit: bool) -> tuple[Tensor, Tensor | None, list[int]
         with torch.inference_mode():
             found = [levels(view, images[name]) for name, view in views.items()]
             lengths = [t.patches.float().norm(dim=-1, keepdim=True) for tokens in found for t in tokens]
-            longest = max(longest, *((n.max() / n.median()).item() for n in lengths))
+            longest = max(longest, *((n.max() / n.median()).item() for n in lengths if n.median() > 0))
             if unit:
                 found = [[_unit(t) for t in tokens] for tokens in found]
             grids = [tokens[0].grid for tokens in found]

@@ -41,15 +41,20 @@ def near(grid: tuple[int, int], place: tuple[float, float]) -> Tensor:
 def hits(alike: Tensor, owner: Tensor, close: Tensor) -> tuple[Tensor, Tensor]:
     """Whether the token most alike owns a cell nearby [B] bool, and how often a token drawn at random would [B].
 
+    Where all are alike none is most so: that is no hit.
+
     ``alike`` [B, G] with NaN where a cell was dropped, ``owner`` [B, G], ``close`` [G] bool.
     """
     best = alike.nan_to_num(-torch.inf).argmax(1, keepdim=True)
+    least, most = alike.nan_to_num(torch.inf).amin(1), alike.nan_to_num(-torch.inf).amax(1)
     mine = owner == owner.gather(1, best)  # [B, G] all cells of the best token
-    share = []
+    share, alone = [], []
     for row in owner:
         kept = row[row >= 0].unique()
         share.append(len(row[close & (row >= 0)].unique()) / max(1, len(kept)))
-    return (mine & close).any(1), torch.tensor(share)
+        alone.append(len(kept) == 1)
+    answered = (least < most) | torch.tensor(alone)
+    return (mine & close).any(1) & answered, torch.tensor(share)
 
 
 @register("correspondence")

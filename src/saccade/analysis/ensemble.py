@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from saccade.analysis import register
-from saccade.analysis.study import Answers, Finding, Study
+from saccade.analysis.study import Answers, Finding, Study, no_classes
 from saccade.data import ImageSet, head_labels
 from saccade.errors import UserError
 from saccade.measure.race import shuffled_halves
-from saccade.measure.stats import Interval, bootstrap, proportion
+from saccade.measure.stats import Interval, paired_difference, proportion
 from saccade.measure.sweep import expanded
 from saccade.model import AdaptiveViT
 from saccade.views.parts import Cell, Part, Table
@@ -60,7 +60,7 @@ def judge(
     dearer = min(above, key=lambda name: gmacs[name], default=None)
 
     def against(name: str | None) -> Interval | None:
-        return None if name is None else bootstrap(together[report].double() - hits[name][report].double())
+        return None if name is None else paired_difference(together[report], hits[name][report])
 
     delta, dearer_delta = against(rival), against(dearer)
     word = "not decided"
@@ -73,6 +73,8 @@ def judge(
 
 def no_labels(model: AdaptiveViT, images: ImageSet) -> str | None:
     """Why accuracy cannot be measured; None: it can."""
+    if reason := no_classes(model, images):
+        return reason
     try:
         head_labels(images, model.vit)
     except UserError as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.encoder import encode
+from saccade.measure.defined import require_finite
 from saccade.model import AdaptiveViT
 from saccade.plan import Plan
 from saccade.ragged import padded
@@ -48,11 +49,15 @@ class Watched(Plan):
 
 
 def watch(model: AdaptiveViT, images: Tensor, *, sparse: bool = True) -> tuple[list[Seen], Tokens]:
-    """All that the plan sees of images [B, C, h, w], and the tokens after the whole last block."""
+    """All that the plan sees of images [B, C, h, w], and the tokens after the whole last block.
+
+    Raises UserError where these are not finite: what is made of them would be a figure of nothing.
+    """
     start = model.tokenizer(model.vit, images)
     start = replace(start, left=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
     plan = Watched(model.plan)
     tokens, _ = encode(model.vit, start, plan, whole=True, sparse=sparse)
+    require_finite(tokens.x.detach(), model.setting, "tokens")
     return plan.seen, tokens
 
 

@@ -20,6 +20,7 @@ from saccade.analysis.study import Finding, Study
 from saccade.encoder import encode
 from saccade.errors import UserError
 from saccade.knobs import one_of
+from saccade.measure.defined import require_finite
 from saccade.measure.stats import Interval
 from saccade.model import AdaptiveViT
 from saccade.tokens import Tokens
@@ -63,7 +64,8 @@ def count(model: AdaptiveViT, images: Tensor, p: float = 0.3, metric: str = "key
         metric: of similarity, the mean 'key' over heads or the features 'x'.
     """
     plan = Judged(model)
-    encode(model.vit, model.tokenizer(model.vit, images), plan, whole=True)
+    last, _ = encode(model.vit, model.tokenizer(model.vit, images), plan, whole=True)
+    require_finite(last.x, model.setting, "tokens")
     found: list[Counts] = []
     before: Tokens | None = None
     low_before: Tensor | None = None
@@ -135,15 +137,20 @@ def groups(seen: Seen, metric: str) -> tuple[Tensor, Tensor, Tensor]:
     return mates, pairs[:, 1:].sum(1), cosines[:, 1:].sum(1)
 
 
-def ratio(parts: Tensor, wholes: Tensor, seed: int = 0) -> Interval | None:
-    """Σ parts / Σ wholes, [n] each, with its 95 % bootstrap interval over images; None where there is no whole."""
+def ratio(parts: Tensor, wholes: Tensor, seed: int = 0, limits: tuple[float, float] = (0.0, 1.0)) -> Interval | None:
+    """Σ parts / Σ wholes, [n] each, with its 95 % bootstrap interval over images; None where there is no whole.
+
+    One image has no spread: its interval is that of all possible values, ``limits``.
+    """
     if not float(wholes.sum()) > 0:
         return None
-    n = len(parts)
+    n, mean = len(parts), float(parts.sum() / wholes.sum())
+    if n == 1:  # of which every resample is itself
+        return Interval(mean, *limits)
     drawn = torch.randint(n, (DRAWS, n), generator=torch.Generator().manual_seed(seed))
     spread = parts[drawn].sum(1) / wholes[drawn].sum(1)
     low, high = spread[spread.isfinite()].quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(float(parts.sum() / wholes.sum()), low, high)
+    return Interval(mean, low, high)
 
 
 @register("merging")
@@ -179,8 +186,8 @@ def together(parts: tuple[Counts, ...]) -> Counts:
 def describe(counts: Counts) -> dict[str, Any]:
     """The figures of one block, as plain values: (mean, low, high), or None where there is nothing."""
 
-    def three(parts: Tensor, wholes: Tensor) -> tuple[float, float, float] | None:
-        found = ratio(parts, wholes)
+    def three(parts: Tensor, wholes: Tensor, low: float = 0.0) -> tuple[float, float, float] | None:
+        found = ratio(parts, wholes, limits=(low, 1.0))
         return None if found is None else found.three()
 
     return {
@@ -188,7 +195,7 @@ def describe(counts: Counts) -> dict[str, Any]:
         "tokens": counts.tokens.mean().item(),
         "risen": three(counts.risen, counts.inattentive),
         "merged": counts.merged.mean().item(),
-        "similarity": three(counts.similarity, counts.pairs),
+        "similarity": three(counts.similarity, counts.pairs, -1.0),
         "attentive": {f"{k:g}": three(counts.top[k], counts.merged) for k in TOPS},
     }
 

@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from saccade.analysis import register
 from saccade.analysis.layers import Seen, watch
-from saccade.analysis.study import Finding, Study, readable
+from saccade.analysis.study import Finding, Study, no_classes, readable
 from saccade.errors import UserError
-from saccade.measure.stats import bootstrap
+from saccade.measure.defined import require_choice, require_finite
+from saccade.measure.stats import Interval, bootstrap
 from saccade.model import AdaptiveViT
 from saccade.tokens import Tokens
 from saccade.views.overlay import draw_overlay
@@ -53,12 +54,19 @@ def rollout(model: AdaptiveViT, images: Tensor, target: int) -> tuple[Tensor, To
     """How much each token of the tokenizer matters for a class: images [1, C, h, w] -> [P+N] fp32, and those tokens.
 
     Where tokens are merged or dropped, the new token's row is the mean of its cells' rows.
+
+    Raises UserError where the logit, or what it depends on, is not finite, and where it depends on no attention.
     """
     with torch.enable_grad(), Caught() as caught:
         seen, last = watch(model, images.detach().clone().requires_grad_(), sparse=False)
         shares = list(caught.shares)  # the head may attend too, but not to the image's tokens among themselves
-        logit = model.head(last)[0, target]
+        logits = require_choice(require_finite(model.head(last), model.setting), model.setting)
+        logit = logits[0, target]
     gradients = torch.autograd.grad(logit, shares, allow_unused=True, materialize_grads=True)
+    if not all(bool(g.isfinite().all()) for g in gradients):
+        raise UserError(f"relevance: a gradient of `{model.setting}` holds NaN or infinity: look at it in fp32")
+    if not any(bool(g.any()) for g in gradients):
+        raise UserError(f"relevance: the answer of `{model.setting}` depends on no attention: it rests on no place")
     with torch.no_grad():
         start = next(s.before for s in seen if s.site == "block")
         relevance = torch.eye(start.x.shape[1], device=images.device)
@@ -95,7 +103,13 @@ def half(cells: Tensor) -> float:
     return (int((reached < 0.5).sum()) + 1) / len(cells)
 
 
-@register("relevance")
+def share(values: list[float]) -> Interval:
+    """The mean of shares of an image with its 95 % interval; of one image it is 0 … 1, since it has no spread."""
+    found = bootstrap(torch.tensor(values))
+    return found if len(values) > 1 else Interval(found.mean, 0.0, 1.0)
+
+
+@register("relevance", misfit=no_classes)
 def relevance(study: Study, *, images: int = 24, photos: int = 4) -> Finding:
     """Which places of an image the answer rests on: gradient × attention, rolled out (arXiv 2103.15679).
 
@@ -119,20 +133,25 @@ def relevance(study: Study, *, images: int = 24, photos: int = 4) -> Finding:
         for name, view in views.items():
             found, tokens = rollout(view, seen[name], target)
             cells = over_cells(found, tokens).cpu()
-            areas[name].append(half(cells))
+            areas[name] += [half(cells)] if cells.any() else []
             if len(rows) < photos:
                 panels.append((name, draw_overlay(study.photo(place, view), cells, tokens.grid)))
             advance()
         if len(rows) < photos:
             rows.append((study.images.names[place], panels))
     advance.finish()
-    means = {name: bootstrap(torch.tensor(values)) for name, values in areas.items()}
+    for name, values in areas.items():
+        if not values:
+            raise UserError(f"relevance: no place of any image speaks for the answer of `{name}`")
+    means = {name: share(values) for name, values in areas.items()}
     narrow, wide = (pick(means, key=lambda name: means[name].mean) for pick in (min, max))
     line = (
         f"Half of the relevance lies on {means[narrow].mean:.1%} of the image at `{narrow}`"
         + (f", on {means[wide].mean:.1%} at `{wide}`" if wide != narrow else "")
         + f" (means of {len(places)} images)."
     )
+    without = {name: missing for name, values in areas.items() if (missing := len(places) - len(values))}
+    lines = [line, *(f"In {n} of them no place speaks for the answer of `{name}`." for name, n in without.items())]
     written = {n: [(m.mean, f"{m.mean:.1%} [{m.low:.1%}, {m.high:.1%}]")] for n, m in means.items()}
     table = Table(
         "How much of the image holds half of the relevance",
@@ -141,4 +160,4 @@ def relevance(study: Study, *, images: int = 24, photos: int = 4) -> Finding:
         written,
     )
     pictures = Pictures("Where it looks", "Bright matters; each map has its own scale.", rows)
-    return Finding([line], {"images": len(places), "half": {n: vars(m) for n, m in means.items()}}, [table, pictures])
+    return Finding(lines, {"images": len(places), "half": {n: vars(m) for n, m in means.items()}}, [table, pictures])

@@ -13,7 +13,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from saccade.data import ImageError, ImageSet, Loader, Preprocess
 from saccade.errors import UserError
-from saccade.measure.accuracy import spread
+from saccade.measure.accuracy import check_head, spread
+from saccade.measure.defined import require_choice, require_finite
 from saccade.model import AdaptiveViT
 from saccade.plan import registry
 from saccade.progress import Progress
@@ -88,7 +89,7 @@ class Study:
             raise UserError(f"nothing to work on in {self.images.path}: {reasons or 'no images were asked for'}")
 
     def answers(self, settings: Sequence[str], what: str) -> Answers:
-        """Probabilities and MACs of settings, all on the same images."""
+        """Probabilities and MACs of settings, all on the same images. Raises UserError where some have no answer."""
         views = self.views(settings)
         advance = self.progress.start(what, len(self.places))
         seen: list[int] = []
@@ -99,7 +100,8 @@ class Study:
             for name, view in views.items():
                 with torch.inference_mode():
                     out = view(images[name])
-                said[name].append(out.logits.float().softmax(-1).cpu())
+                logits = require_choice(require_finite(out.logits.float(), name), name)
+                said[name].append(logits.softmax(-1).cpu())
                 spent[name] += out.trace.macs().sum().item() / 1e9
         advance.finish()
         answers = {name: torch.cat(parts) for name, parts in said.items()}
@@ -136,6 +138,15 @@ def readable(study: Study, count: int) -> list[int]:
         else:
             found += [] if place in found else [place]
     return found
+
+
+def no_classes(model: AdaptiveViT, images: ImageSet) -> str | None:
+    """Why a model has no answer to explain; None: it has."""
+    try:
+        check_head(model)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def usual(model: AdaptiveViT) -> list[str]:

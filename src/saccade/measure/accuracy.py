@@ -14,7 +14,7 @@ from torch import Tensor
 from saccade.data import ImageSet, Loaders, Preprocess, head_labels, open_images
 from saccade.data.corrupt import Corruption, corrupted, corruption
 from saccade.errors import UserError
-from saccade.measure.failures import NonFinite
+from saccade.measure.defined import NonFinite
 from saccade.measure.stats import Interval, bootstrap, mcnemar, paired_difference, proportion
 from saccade.model import AdaptiveViT
 from saccade.progress import Progress
@@ -108,7 +108,10 @@ class Judge:
             return logits
         name = self.images.names[int(places[bad][0])]
         if model is not self.dense:
-            raise NonFinite(f"its logits hold NaN or infinity ({int(bad.sum())} of {len(bad)} images, such as {name})")
+            raise NonFinite(
+                f"the logits of `{model.setting}` hold NaN or infinity ({int(bad.sum())} of {len(bad)} images, such as "
+                f"{name})"
+            )
         raise UserError(
             f"the dense model's logits hold NaN or infinity ({int(bad.sum())} of {len(bad)} images, such as {name}): "
             "nothing can be compared with it; check its weights and the images"

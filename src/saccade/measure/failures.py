@@ -5,10 +5,6 @@ from __future__ import annotations
 from saccade.errors import UserError
 
 
-class NonFinite(Exception):
-    """A setting gives NaN or infinity where it should give logits."""
-
-
 def is_systems(error: BaseException) -> bool:
     """Whether an error is of the machine and not of one setting: no memory, no disk. It would not be the last."""
     return not isinstance(error, Exception) or isinstance(error, (MemoryError, OSError))
@@ -17,4 +13,4 @@ def is_systems(error: BaseException) -> bool:
 def described(error: BaseException) -> str:
     """One line: what kind of error, and its first words."""
     words = (str(error).strip().splitlines() or [""])[0][:200]
-    return words if isinstance(error, (UserError, NonFinite)) and words else f"{type(error).__name__}: {words}"
+    return words if isinstance(error, UserError) and words else f"{type(error).__name__}: {words}"

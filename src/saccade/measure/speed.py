@@ -6,20 +6,17 @@ import math
 import os
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from saccade.allocator import steady_allocator
 from saccade.errors import UserError
 from saccade.measure.failures import described, is_systems
+from saccade.measure.memory import peak_memory
 from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_model
 from saccade.progress import Progress
@@ -53,6 +50,7 @@ class Speed:
     memory_mb: float  # peak of live tensors in a forward, without the weights
     kernels: str  #       attention paths that ran
     runs: int
+    finite: bool = True  # False: its logits hold NaN or infinity, and what was timed is of no use
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -62,6 +60,13 @@ class Speed:
     def worth_it(self) -> bool:
         """False where the setting saves MACs and no time."""
         return self.speedup >= 1.0 or self.mac_ratio <= 1.01
+
+    @property
+    def verdict(self) -> str:
+        """What speaks against it; "" where nothing does."""
+        if not self.finite:
+            return "NaN or infinity"
+        return "" if self.worth_it else "not worth it"
 
 
 Way = Callable[[Tensor], Tensor]  # images -> logits
@@ -93,7 +98,7 @@ class Speeds(Result, list[Speed]):
                 f"{s.speedup:.2f}×",
                 f"{s.mac_ratio:.2f}×",
                 f"{s.conversion:.2f}",
-                "" if s.worth_it else "not worth it",
+                s.verdict,
                 f"{s.p50_ms:.1f} / {s.p90_ms:.1f} / {s.p99_ms:.1f}",
                 f"{s.memory_mb:.0f}",
                 s.kernels,
@@ -104,6 +109,8 @@ class Speeds(Result, list[Speed]):
         columns += ["ms p50 / p90 / p99", "MB", "attention"]
         runs, runner = (min(s.runs for s in self), self[0].runner) if self else (0, "")
         caption = f"{runner}, {torch.get_num_threads()} threads; medians of {runs} or more interleaved runs."
+        if broken := list(dict.fromkeys(s.setting for s in self if not s.finite)):
+            caption += f" The logits of {', '.join(broken)} hold NaN or infinity in {runner}: of no use as it is."
         return Table("Speed", columns, cells, caption)
 
 
@@ -120,6 +127,8 @@ def bench(
     progress: Progress | None = None,
 ) -> Speeds:
     """Time settings against the dense model at each batch size, on random images.
+
+    A row whose logits are not finite is timed all the same, and says so (``Speed.finite``).
 
     Args:
         model: a model, a folder, or a timm name, with or without ``weights`` or ``pretrained``; ``device`` as in
@@ -174,6 +183,7 @@ def time_all(
     inputs: dict[str, Tensor] = {}
     times: dict[str, list[float]] = {}
     facts: dict[str, tuple[float, float, str, float]] = {}
+    broken: set[str] = set()
     failed: dict[str, str] = {}
     first, start = next(iter(entries)), clock()
     for name, model in entries.items():
@@ -185,7 +195,8 @@ def time_all(
         images = torch.randn(size, device=next(model.parameters()).device)
         try:
             way = _way(model)
-            _warm(way, model, images)
+            if not _warm(way, model, images).isfinite().all():
+                broken.add(name)
             facts[name] = _facts(eager(model), images)
         except Exception as error:
             if strict or name == first or is_systems(error):
@@ -207,15 +218,16 @@ def time_all(
         order = order[1:] + order[:1]  # no model is always first, or always after the heaviest
         runs += 1
     advance.finish()
-    return Timing([_speed(name, entries[name].runner or FP32, batch, times, facts, first) for name in ways], failed)
+    rows = [_speed(name, entries[name].runner or FP32, batch, times, facts, first) for name in ways]
+    return Timing([replace(row, finite=row.setting not in broken) for row in rows], failed)
 
 
 def _way(model: AdaptiveViT) -> Way:
     return lambda images: model(images).logits
 
 
-def _warm(way: Way, model: AdaptiveViT, images: Tensor) -> None:
-    """Three runs. Raises UserError where torch.compile does not work here, or computes something else."""
+def _warm(way: Way, model: AdaptiveViT, images: Tensor) -> Tensor:
+    """Three runs -> logits. Raises UserError where torch.compile does not work here, or computes something else."""
     compiled = model.runner is not None and model.runner.compiled
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # that torch.compile failed is told below
@@ -227,8 +239,9 @@ def _warm(way: Way, model: AdaptiveViT, images: Tensor) -> None:
         if compiled:
             plain = eager(model)(images.to(DTYPES[model.runner.dtype])).logits.float()  # type: ignore[union-attr]
             far = (plain - logits).abs().max().item()
-            if not far <= AGREE * plain.abs().max().item():
+            if plain.isfinite().all() and not far <= AGREE * plain.abs().max().item():
                 raise UserError(f"torch.compile gives other logits here, {far:.3g} away from those without it")
+    return logits
 
 
 def _timed(way: Way, images: Tensor, clock: Clock) -> float:
@@ -252,44 +265,6 @@ def _facts(model: AdaptiveViT, images: Tensor) -> tuple[float, float, str, float
     kernels = ", ".join(f"{count}× {name}" for name, count in trace.kernels.items())
     tokens = trace.tokens()
     return trace.macs().mean().item(), sum(tokens) / len(tokens), kernels, memory
-
-
-def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
-    """Peak of what a call allocates, MB (10^6 bytes)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    with LiveMemory() as memory:
-        run()
-    return memory.peak / 1e6
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of live tensors made inside; scratch space within one operator is not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._live: dict[int, tuple[weakref.ref, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        given = {s._cdata for s in map(_storage, tree_leaves((args, kwargs))) if s is not None}
-        out = func(*args, **(kwargs or {}))
-        for storage in map(_storage, tree_leaves(out)):
-            if storage is not None and storage._cdata not in given and storage._cdata not in self._live:
-                key = storage._cdata
-                self._live[key] = (weakref.ref(storage, partial(self._gone, key)), storage.nbytes())
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
-        return out
-
-    def _gone(self, key: int, _: Any) -> None:
-        self._live.pop(key, None)
-
-
-def _storage(value: Any) -> torch.UntypedStorage | None:
-    return value.untyped_storage() if isinstance(value, Tensor) else None
 
 
 def _speed(name: str, runner: Runner, batch: int, times: dict, facts: dict, dense: str) -> Speed:

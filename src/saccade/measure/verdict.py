@@ -198,10 +198,12 @@ def described(m: Measured) -> str:
 
 def _speed_only(search: Search) -> str:
     others = search.measured[1:]
-    saved = [m for m in others if m.speed.speedup > 1.0]
+    saved = [m for m in others if m.speed.speedup > 1.0 and m.speed.finite]
+    broken = [m.option.name for m in search.measured if not m.speed.finite]
+    beyond = f" Of no use, since their logits hold NaN or infinity: {', '.join(broken)}." if broken else ""
     return (
         f"Speed only, no images were given: {len(saved)} of {len(others)} settings are faster than dense here, up to "
-        f"{max((m.speed.speedup for m in others), default=1.0):.2f}×. Nothing is said about accuracy."
+        f"{max((m.speed.speedup for m in saved), default=1.0):.2f}×. Nothing is said about accuracy.{beyond}"
     )
 
 

@@ -16,6 +16,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from saccade.data import Failures, ImageError, Preprocess
 from saccade.errors import UserError
 from saccade.measure.accuracy import spread
+from saccade.measure.defined import require_choice, require_finite, require_many
 from saccade.measure.stats import Interval
 from saccade.opening import Source, open_task
 from saccade.progress import Progress
@@ -82,13 +83,16 @@ def interval(statistic: Callable[..., Tensor], sums: Sequence[Tensor], other: Se
         return found[0] if len(found) == 1 else found[0] - found[1]
 
     n, generator = len(sums[0]), torch.Generator().manual_seed(0)
+    mean = value(torch.ones(1, n, dtype=torch.float64)).item()
+    if n == 1:  # of which every resample is itself: a share and a difference of shares can be anything
+        return Interval(mean, 1.0 - len(sides), 1.0)
     drawn = []
     for _ in range(DRAWS // PART):
         rows = torch.randint(n, (PART, n), generator=generator)
         weights = torch.zeros(PART, n, dtype=torch.float64).scatter_add_(1, rows, torch.ones_like(rows).double())
         drawn.append(value(weights))
     low, high = torch.cat(drawn).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(value(torch.ones(1, n, dtype=torch.float64)).item(), low, high)
+    return Interval(mean, low, high)
 
 
 def count(model: Segmenter, pixels: PixelSet, places: Sequence[int], how: How, batch: int, step: Step) -> Counts:
@@ -101,6 +105,11 @@ def count(model: Segmenter, pixels: PixelSet, places: Sequence[int], how: How, b
         kept += at
         macs, decoder = macs + seen.macs * len(at), decoder + seen.decoder * len(at)
     hit, there, said = (torch.stack(part) for part in zip(*rows, strict=True))
+    if not there.any():
+        raise UserError(
+            f"no pixel of {len(kept)} images in {pixels.images.path} has a class (all are void): mIoU is not defined; "
+            "check the label files, and --void"
+        )
     return Counts(torch.tensor(kept), hit, there, said, macs / len(kept), decoder / len(kept))
 
 
@@ -119,7 +128,9 @@ def looks(
     for images, labels, at in batches(pixels, places, batch, step):
         normal = prepare.normalise(torch.stack(images)).to(weight.device, weight.dtype)
         with torch.no_grad():  # not inference mode, whose tensors must not meet training's
-            yield look(model, normal, how), labels, at
+            seen = look(model, normal, how)
+        require_choice(require_finite(seen.logits, model.setting), model.setting)
+        yield seen, labels, at
         any_read = True
     if not any_read:
         raise UserError(f"nothing to measure on in {pixels.images.path}: {failures(pixels) or 'no images'}")
@@ -243,6 +254,7 @@ def evaluate_segmentation(
         first = "" if at is None else f"; class {at} is {pixels.classes[at]!r} and {model.classes[at]!r}"
         counts = f"{len(pixels.classes)} classes in {pixels.images.path}, {len(model.classes)} in the model"
         raise UserError(f"{counts}{first}: give the model's, in its order")
+    require_many(len(model.classes), "classes", "mIoU")
     chosen = spread(len(pixels), limit)
     named = [s for s in map(str, settings) if s not in ("", "dense")]
     views = {name: model.at(name).eval() for name in ("dense", *named)}  # all checked before any is run

@@ -24,6 +24,7 @@ from torch import Tensor
 from saccade.data.source import read_bytes
 from saccade.errors import UserError, nearest
 from saccade.measure.accuracy import spread
+from saccade.measure.defined import require_many
 from saccade.measure.stats import Interval
 from saccade.opening import Source, open_task
 from saccade.progress import Progress
@@ -122,6 +123,7 @@ def evaluate_panoptic(
         found = f"there is no class {unknown[0]!r}{nearest(unknown[0], model.classes)}" if unknown else "no things"
         raise UserError(f"{found}: give things of {', '.join(model.classes)}")
     places = {model.classes.index(name) for name in things}
+    require_many(len(model.classes), "classes", "panoptic quality")
     chosen = spread(len(pixels), limit)
     named = [s for s in map(str, settings) if s not in ("", "dense")]
     views = {name: model.at(name).eval() for name in ("dense", *named)}
@@ -136,6 +138,11 @@ def evaluate_panoptic(
                 counts.append(compare(torch.from_numpy(said), truth, places, len(model.classes)))
                 macs += seen.macs
         sums = [torch.stack(part) for part in zip(*counts, strict=True)]
+        if not any(bool(part.any()) for part in sums[1:]):
+            raise UserError(
+                f"nothing in {len(counts)} images of {pixels.images.path} has a class (all is void): panoptic quality "
+                "is not defined; check the label files, and --void"
+            )
         rows.append(_row(name, sums, places, macs / len(counts) / 1e9))
     bar.finish()
     return PanopticScores(rows, pixels.failures)

@@ -12,6 +12,7 @@ import torch
 from saccade.data import Loader, Loaders
 from saccade.errors import UserError
 from saccade.measure.accuracy import spread
+from saccade.measure.defined import require_choice, require_finite
 from saccade.measure.stats import Interval
 from saccade.opening import Source, open_task
 from saccade.progress import Progress
@@ -133,6 +134,8 @@ def find(
         queries = view.ask(names)
         for images in loader.batches(batch, places):
             out = view(images.images.to(weight.device, weight.dtype), queries)
+            require_finite(out.boxes, view.setting, "boxes")
+            require_choice(require_finite(out.logits, view.setting).flatten(1), view.setting, "cells and queries")
             found += detections(out, top)
             seen += images.indices
             macs.append(out.trace.macs().cpu())

@@ -13,6 +13,7 @@ from torch import Tensor
 from saccade.data import ImageSet, Loader, Loaders, Preprocess, open_images
 from saccade.errors import UserError
 from saccade.measure.accuracy import spread
+from saccade.measure.defined import require_choice, require_finite, require_many
 from saccade.measure.stats import Interval, proportion
 from saccade.opening import Source, open_task
 from saccade.progress import Progress
@@ -145,6 +146,7 @@ def zero_shot(
     if images.labels is None or images.classes is None:
         raise UserError(f"no labels in {images.path}: lay the images out as class/name.jpg")
     named = readable(images.classes) if names is None else list(names)
+    require_many(len(images.classes), "classes", "accuracy")
     if len(named) != len(images.classes):
         raise UserError(f"{len(named)} names for {len(images.classes)} classes in {images.path}")
     progress = progress or Progress()
@@ -156,7 +158,10 @@ def zero_shot(
     found = []
     views, failures = _under(model, settings, images, places, batch, progress)
     for view, seen in views:
-        best = (seen.embedding @ classes.T).topk(min(5, len(classes)), dim=1).indices
+        near = require_choice(
+            seen.embedding @ require_finite(classes, view.setting, "embeddings of classes").T, view.setting
+        )
+        best = near.topk(min(5, len(classes)), dim=1).indices
         hit = best == labels[seen.places].unsqueeze(1)
         found.append(ZeroShot(str(view.setting), len(hit), proportion(hit[:, 0]), proportion(hit.any(1)), seen.gmacs))
     return ZeroShots(found, failures)
@@ -179,8 +184,10 @@ def retrieval(
     """
     places = spread(len(pairs), limit)
     texts, own = belonging([pairs.texts[i] for i in places])
+    require_many(len(texts), "different texts", "recall")
+    require_many(len(places), "images", "recall")
     with torch.no_grad():
-        words = model.eval().words(texts).cpu()
+        words = require_finite(model.eval().words(texts).cpu(), model.setting, "embeddings of texts")
     place = {at: row for row, at in enumerate(places)}
     found = []
     views, failures = _under(model, settings, pairs.images, places, batch, progress)
@@ -188,6 +195,7 @@ def retrieval(
         mine = own[[place[i] for i in seen.places.tolist()]]
         there = ranks(seen.embedding, words, mine)
         wanted = mine.any(0)  # texts of images that could not be read belong to none
+        require_many(len(there), "images that could be read", "recall")
         back = ranks(words[wanted], seen.embedding, mine.T[wanted])
         at = (proportion(rank < k) for rank in (there, back) for k in (1, 5))
         found.append(Retrieval(str(view.setting), len(there), len(back), seen.gmacs, *at))
@@ -225,7 +233,7 @@ def embed(model: TextImage, loader: Loader, places: Sequence[int], batch: int, s
         for seen in loader.batches(batch, places):
             out = model(seen.images.to(weight.device, weight.dtype))
             kept += seen.indices
-            parts.append(out.embedding.float().cpu())
+            parts.append(require_finite(out.embedding.float().cpu(), model.setting, "embeddings"))
             macs.append(out.trace.macs().cpu())
             step(len(seen.indices))
     return Seen(torch.tensor(kept), torch.cat(parts), torch.cat(macs).mean().item() / 1e9)
