@@ -396,3 +396,122 @@ def test_no_warning_for_a_plain_model():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         AdaptiveViT(vit, "tome(r=2)")(make_images(vit)).logits.sum().backward()
+
+
+# --- what is replaced on the whole model ------------------------------------------------------------------------------
+
+
+def halved(vit: nn.Module, name: str) -> None:
+    """A method of the user's own in the place of timm's, as recipes and adapters put it there."""
+    inner = getattr(vit, name)
+    setattr(vit, name, lambda *args, **kwargs: inner(*args, **kwargs) * 0.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["forward", "forward_features", "_pos_embed"])
+def test_a_forward_of_the_whole_model_is_run_where_nothing_else_is_asked(name):
+    vit = make_vit(**SHAPE)
+    images, before = make_images(vit), vit(make_images(vit))
+    halved(vit, name)
+    found = AdaptiveViT(vit)(images)
+    assert torch.equal(found.logits, vit(images)) and relative(found.logits, before) > 1e-3
+    for ask in (
+        lambda: found.trace,
+        lambda: AdaptiveViT(vit, "tome(r=2)")(images),
+        lambda: AdaptiveViT(vit, "grid(8)")(images),
+        lambda: AdaptiveViT(vit).encode(images),
+        lambda: AdaptiveViT(vit).dense(images),
+        lambda: AdaptiveViT(vit).forward_features(images),
+    ):
+        with pytest.raises(UserError, match=rf"vit\.{name} was replaced.*del model\.vit\.{name}"):
+            ask()
+    delattr(vit, name)
+    assert relative(AdaptiveViT(vit)(images).logits, before) <= 1e-6
+
+
+@torch.no_grad()
+def test_a_subclass_that_comes_later_is_heard():
+    vit = make_vit(**SHAPE)
+    images, model = make_images(vit), AdaptiveViT(vit)
+    reduced = model.at("tome(r=2)")
+
+    class Own(type(vit)):
+        def forward_features(self, x, **kwargs):
+            return super().forward_features(x) * 0.5
+
+    vit.__class__ = Own
+    assert torch.equal(model(images).logits, vit(images))
+    with pytest.raises(UserError, match=r"vit\.forward_features was replaced"):
+        reduced(images)
+    with pytest.raises(UserError, match="Own is not supported"):
+        model.at("tome(r=2)")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["forward_head", "pool"])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_head_of_the_users_own_is_called_or_refused(name, pool):
+    """One that reads all tokens too, though the class token is what timm's would read."""
+    vit = make_vit(**SHAPE, global_pool=pool)
+    images = make_images(vit)
+    if name == "pool":
+        vit.pool = lambda x, pool_type=None: x.mean(1)
+    else:
+        vit.forward_head = lambda x, pre_logits=False: vit.head(x.mean(1))
+    expected = vit(images)
+    assert relative(AdaptiveViT(vit)(images).logits, expected) <= 1e-5
+    assert relative(AdaptiveViT(vit, "tome(r=0) | evit(1.0)")(images).logits, expected) <= 1e-5
+    merging = AdaptiveViT(vit, "tome(r=2)")
+    if pool == "token":
+        assert merging(images).logits.isfinite().all()
+    else:
+        with pytest.raises(UserError, match=rf"vit\.{name} was replaced"):
+            merging(images)
+
+
+@torch.no_grad()
+def test_a_list_of_blocks_with_a_forward_of_its_own_is_refused():
+    vit = make_vit(**SHAPE)
+    halved(vit.blocks, "forward")
+    with pytest.raises(UserError, match=r"vit\.blocks\.forward was replaced"):
+        AdaptiveViT(vit)(make_images(vit))
+
+
+@torch.no_grad()
+def test_a_table_that_is_computed_is_read_as_computed():
+    vit = make_vit(**SHAPE)
+    images, plain = make_images(vit), copy.deepcopy(vit)
+    for name in ("pos_embed", "cls_token"):
+        parametrize.register_parametrization(vit, name, Doubled())
+        getattr(plain, name).mul_(2)
+    assert relative(AdaptiveViT(vit)(images).logits, vit(images)) <= 1e-5
+    for setting in ("tome(r=2)", "grid(8)", "quadtree(7)"):
+        assert relative(AdaptiveViT(vit, setting)(images).logits, AdaptiveViT(plain, setting)(images).logits) <= 1e-6
+    with pytest.raises(UserError, match="cannot be rebuilt"):
+        AdaptiveViT(vit).save("never written")
+
+
+@torch.no_grad()
+def test_compiled_modules_are_named_with_the_remedy():
+    vit = make_vit(**SHAPE)
+    with pytest.raises(UserError, match=r"compiled already.*deploy\('fp32 compiled'\)"):
+        AdaptiveViT(torch.compile(vit))
+    model, images = AdaptiveViT(vit), make_images(vit)
+    expected = model(images).logits
+    vit.blocks[1].compile(backend="eager")  # in place: the same function
+    assert relative(model(images).logits, expected) <= 1e-6 and model.at("tome(r=2)")(images).logits.isfinite().all()
+    vit.blocks[1] = torch.compile(vit.blocks[1], backend="eager")
+    assert relative(model(images).logits, expected) <= 1e-6
+    for ask in (lambda: model.at("tome(r=2)"), lambda: AdaptiveViT(vit)):
+        with pytest.raises(UserError, match=r"blocks\[1\] is compiled already"):
+            ask()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["", "blocks.1", "head"])
+def test_a_copy_that_would_run_the_original_is_refused(path):
+    """A function put on an object is bound to it: copied to bf16, the copy would compute with the fp32 weights."""
+    vit = make_vit(**SHAPE)
+    halved(vit.get_submodule(path), "forward")
+    with pytest.raises(UserError, match=rf"{path or 'forward'}.*was replaced, and a copy"):
+        AdaptiveViT(vit).deploy("bf16")(make_images(vit))

@@ -22,8 +22,8 @@ from data_helpers import encode, picture, write_folder
 from oracles import attention_by_hand, block_macs, counted_macs, make_images, make_tokens, make_vit, relative
 from saccade.attention import attend
 from saccade.choose import choose, keep_where, with_best
+from saccade.costs import block_cost
 from saccade.decide import KeepAttended
-from saccade.encoder import block_cost
 from saccade.encoder import encode as run_blocks
 from saccade.errors import UserError
 from saccade.gates import Gates

@@ -9,8 +9,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import Attention, PatchEmbed
 from timm.models import deit, vision_transformer
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations as kind_of
 
-from saccade.encoder import block_cost
+from saccade.costs import block_cost
 from saccade.errors import UserError
 from saccade.hooks import layer_in
 from saccade.plan import Backbone, ViT
@@ -22,9 +23,16 @@ POOLS = ("token", "avg", "map")
 def backbone_of(vit: ViT) -> Backbone:
     """Facts of a supported ViT; UserError names the part that is not supported."""
     name = type(vit).__name__
-    if type(vit) not in (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled):
+    if hasattr(vit, "_orig_mod"):
+        raise UserError("this model is compiled already: give the one before, and take model.deploy('fp32 compiled')")
+    if kind_of(vit) not in (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled):
         raise UserError(f"{name} is not supported: give a timm VisionTransformer or VisionTransformerDistilled")
     for i, block in enumerate(vit.blocks):
+        if hasattr(block, "_orig_mod"):
+            raise UserError(
+                f"{name}.blocks[{i}] is compiled already: put block._orig_mod there, or compile it in place "
+                "(block.compile())"
+            )
         if type(block) is not vision_transformer.Block:
             raise UserError(f"{name}.blocks[{i}] is a {type(block).__name__}; only timm's Block is supported")
         if type(block.attn) is not Attention:

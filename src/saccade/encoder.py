@@ -8,18 +8,27 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from saccade.attention import Attended, attend, timm_is_as_fast
+from saccade.costs import block_cost, kept_share, reading_macs, taking_part, wanted_macs
 from saccade.gates import Gates, residual
 from saccade.heads import worth
-from saccade.hooks import layer_in, plain_block, plain_linear, require_plain, through, untouched, watched
+from saccade.hooks import (
+    plain_block,
+    plain_linear,
+    require_features,
+    require_plain,
+    through,
+    untouched,
+    watched,
+)
 from saccade.lazy import changed, unread
 from saccade.plan import Plan, TimmBlock, ViT
 from saccade.ragged import Rows, gathered, packed, padded, scattered
 from saccade.tokens import READINGS, Tokens
-from saccade.trace import BlockCost, BlockTrace, Count
+from saccade.trace import BlockTrace, Count
 from saccade.worth import images_that_run, pays, rows_that_run
 
 
@@ -32,7 +41,11 @@ def encode(
         whole: run the last block for all tokens. False: only for the prefix, which is all that class-token pooling
             reads (exact, and about 7 % of a 12-layer ViT); the tokens returned are then the prefix alone.
         sparse: gates skip what is off. False: compute everything and multiply (the differentiable training form).
+
+    Raises:
+        UserError: a ViT with a forward of the user's own, or a module that a method works inside of.
     """
+    require_features(vit)
     return through(vit.blocks, partial(_run, vit, plan, whole, sparse), tokens)
 
 
@@ -95,7 +108,7 @@ def _parts(
     tokens = tokens if among is None else scattered(tokens, start, among)
 
     cost = block_cost(block)
-    overheads = gating + deciding + _reading(block, read, kernel) * before
+    overheads = gating + deciding + reading_macs(block, read, kernel) * before
     return tokens, BlockTrace(
         cost=cost,
         queries=attended,
@@ -109,9 +122,9 @@ def _parts(
         overhead=overheads,
         kernel=kernel if (real and pack) or not sparse else f"{kernel}, masked",
         owner=unread(tokens),
-        wanted=None if sparse else _wanted(cost, start, middle, gates, overheads),
+        wanted=None if sparse else wanted_macs(cost, start, middle, gates, overheads),
         gates=None if sparse else gates,
-        kept=_kept_share(start),
+        kept=kept_share(start),
     )
 
 
@@ -149,33 +162,6 @@ def _both(block: TimmBlock, tokens: Tokens, gates: Gates, sparse: bool) -> Token
     part, index = gathered(tokens, gates)
     part = attention_branch(block, part, Gates(), frozenset(), sparse)[0]
     return scattered(mlp_branch(block, part, Gates(), sparse)[0], tokens, index)
-
-
-def _wanted(cost: BlockCost, start: Tokens, middle: Tokens, gates: Gates | None, overhead: int) -> Tensor | None:
-    """MACs [B] of a block that skips all that its masks leave out, differentiable; None where nothing is masked."""
-    if gates is None and start.alive is None and middle.alive is None:
-        return None
-    gates = gates or Gates()
-    attending, updated = _counted(changed(start, mask=gates.patch)), _counted(middle)  # its mask went where tokens went
-    attention = cost.attention(attending, attending, None if gates.head is None else gates.head.mean(1), gates.own)
-    attention = attention if gates.attn is None else attention * gates.attn
-    return attention + updated * cost.mlp * (1.0 if gates.mlp is None else gates.mlp) + overhead
-
-
-def _counted(tokens: Tokens) -> Tensor:
-    """Tokens of each image that take part, prefix included, [B]."""
-    part = tokens.takes_part()
-    live = tokens.x.new_ones(tokens.x.shape[0], tokens.num_patches) if part is None else part
-    return tokens.num_prefix + (live if tokens.valid is None else live * tokens.valid).sum(1)
-
-
-def _kept_share(tokens: Tokens) -> Tensor | None:
-    """Share of each image's patch tokens that are not dropped [B], where dropping is a mask; else None."""
-    if tokens.alive is None:
-        return None
-    if tokens.valid is None:
-        return tokens.alive.mean(1)
-    return (tokens.alive * tokens.valid).sum(1) / tokens.valid.sum(1).clamp(min=1)
 
 
 def _kept(branch: Callable, *args: Any) -> Any:
@@ -270,7 +256,7 @@ def last_block(block: TimmBlock, left: int, tokens: Tokens) -> tuple[Tokens, Blo
     x = tokens.x[:, :prefix] + block.drop_path1(block.ls1(attended.x))
     x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     cost = block_cost(block)
-    live = None if tokens.alive is None else _counted(tokens)
+    live = None if tokens.alive is None else taking_part(tokens)
     ran = BlockTrace(
         cost=cost,
         queries=prefix,
@@ -281,26 +267,6 @@ def last_block(block: TimmBlock, left: int, tokens: Tokens) -> tuple[Tokens, Blo
         kernel=attended.kernel,
         owner=unread(tokens),
         wanted=None if live is None else cost.attention(prefix, live) + prefix * cost.mlp,  # type: ignore[arg-type]
-        kept=_kept_share(tokens),
+        kept=kept_share(tokens),
     )
     return changed(tokens, x=x), ran
-
-
-def block_cost(block: TimmBlock) -> BlockCost:
-    """MACs of a block's parts, from the shapes of its layers."""
-    attn = block.attn
-    gate = getattr(attn, "gate", None)
-    dim = layer_in(attn.qkv, nn.Linear, "in_features").in_features
-    linears = (m for m in block.mlp.modules() if isinstance(m, nn.Linear))
-    return BlockCost(
-        dim=dim,
-        attn_dim=attn.num_heads * attn.head_dim,
-        mlp=sum(m.in_features * m.out_features for m in linears),
-        gate=0 if gate is None else gate.in_features * gate.out_features,
-    )
-
-
-def _reading(block: TimmBlock, read: frozenset[str], kernel: str) -> int:
-    """MACs a token for reading class attention beside a fused kernel (an unfused one has it already)."""
-    attn = block.attn
-    return attn.num_heads**2 * attn.head_dim if "cls_attn" in read and kernel.startswith("fused") else 0

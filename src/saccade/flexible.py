@@ -11,7 +11,6 @@ FlexiViT (arXiv 2212.08013), §3; what a conversion can and cannot give: docs/co
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from math import isqrt
@@ -25,6 +24,7 @@ from saccade.backbone import backbone_of, set_resize
 from saccade.bigvision import read_npz
 from saccade.checkpoint import create_model, save
 from saccade.errors import UserError
+from saccade.hooks import copied
 from saccade.model import AdaptiveViT
 from saccade.model_folder import check_ours
 from saccade.opening import Source, open_dense
@@ -167,7 +167,7 @@ def rebuilt(vit: ViT, kernel: Tensor, table: Tensor | None, grid: tuple[int, int
     ``size`` pixels. The rest of it stays as it is."""
     swaps = [(vit.patch_embed.proj.weight, kernel)] + ([] if table is None else [(vit.pos_embed, table)])
     new = {id(old): nn.Parameter(_own(value), old.requires_grad) for old, value in swaps}
-    made = copy.deepcopy(vit, new)  # takes what is there already as the copies of the old ones
+    made = copied(vit, new)  # takes what is there already as the copies of the old ones
     patch, embed = (kernel.shape[-2], kernel.shape[-1]), made.patch_embed
     embed.proj.kernel_size = embed.proj.stride = embed.patch_size = patch
     embed.grid_size, embed.num_patches = grid, grid[0] * grid[1]

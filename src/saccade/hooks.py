@@ -6,6 +6,7 @@ a patch embedding at another size), the module's hooks run around the restatemen
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from saccade.lazy import changed
 from saccade.tokens import Tokens
 
 Result = TypeVar("Result")
+M = TypeVar("M", bound=nn.Module)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -67,6 +69,66 @@ def untouched(module: nn.Module) -> bool:
     """Whether a module is a library's own, without a hook: then it does with each token what it does with many."""
     home = type(module).__module__
     return home.startswith(("torch.nn.modules.", "timm.")) and "forward" not in module.__dict__ and not hooked(module)
+
+
+# Of a timm ViT, what is restated here, so that a user's own in its place would go unheard …
+FEATURES = ("forward", "forward_features", "_pos_embed")
+# … and what is called, unless tokens count differently or a method has logits of its own.
+HEAD = ("forward_head", "pool")
+
+
+def replaced(module: nn.Module, names: Iterable[str]) -> str | None:
+    """Which of these methods is not the library's, on the module itself or by a subclass; None: all are."""
+    kind = parametrize.type_before_parametrizations(module)
+    library = next((k for k in kind.__mro__ if k.__module__.startswith(("timm.", "torch."))), kind)
+    for name in names:
+        if name in module.__dict__ or getattr(kind, name, None) is not getattr(library, name, None):
+            return name
+    return None
+
+
+def patched(root: nn.Module) -> str | None:
+    """The first method in a tree that was replaced on an object, as ``blocks.1.forward``; None: there is none.
+
+    Such a function holds on to the object: a copy of that would run the original's weights.
+    """
+    for path, module in root.named_modules():
+        for name, value in module.__dict__.items():
+            if callable(value) and callable(getattr(type(module), name, None)) and not name.startswith("__"):
+                return f"{path}.{name}".lstrip(".")
+    return None
+
+
+def copied(module: M, memo: dict[int, Any] | None = None) -> M:
+    """A deep copy. UserError where it would not be one, since a method was replaced on an object."""
+    if found := patched(module):
+        raise UserError(
+            f"{found} was replaced, and a copy of this model, as another number type or device needs it, would run the "
+            "original's: put the library's back, or move the model itself by .to(…)"
+        )
+    return copy.deepcopy(module, memo)
+
+
+def require_features(vit: nn.Module) -> None:
+    """UserError where a timm ViT has a forward of the user's own, which the loop over its blocks does not run."""
+    owner, name = "vit", replaced(vit, FEATURES)
+    blocks: Any = vit.blocks
+    if name is None:
+        owner, name = "vit.blocks", replaced(blocks, ("forward",))
+    if name is not None:
+        raise UserError(
+            f"{owner}.{name} was replaced, and this runs timm's own, block by block: use a hook, which is heard, or "
+            f"put timm's back (del model.{owner}.{name})"
+        )
+
+
+def require_head(vit: nn.Module) -> None:
+    """UserError where a ViT has a head of the user's own, and what goes in is not what timm's would be given."""
+    if name := replaced(vit, HEAD):
+        raise UserError(
+            f"vit.{name} was replaced, and this setting's tokens count differently, or have a head of their own: put "
+            f"timm's back (del model.vit.{name}), or take 'dense'"
+        )
 
 
 def require_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -12,13 +13,13 @@ from saccade.backbone import backbone_of, class_names_of, head_macs
 from saccade.encoder import encode
 from saccade.errors import UserError, nearest
 from saccade.fresh import outside
-from saccade.hooks import any_hooked, around
+from saccade.hooks import FEATURES, HEAD, any_hooked, around, replaced, require_head
 from saccade.lazy import unread
-from saccade.output import Output
+from saccade.output import LazyOutput, Output
 from saccade.plan import Backbone, Method, Plan, Tokenizer, ViT, registry
 from saccade.setting import Call, Setting
 from saccade.timm_names import TimmNames
-from saccade.tokenizers.grid import grid
+from saccade.tokenizers.grid import Grid, grid
 from saccade.tokens import Tokens
 from saccade.trace import Trace
 
@@ -114,6 +115,11 @@ class AdaptiveViT(TimmNames):
         if self._deployment is not None and not self.training and not self._deployment.runner.is_plain:
             self._check(images)
             return self._deployment.run(self, images)
+        if replaced(self.vit, FEATURES) and self._asks_nothing(images):
+            return LazyOutput(self.vit(images), partial(self._forward, images))  # a user's own forward has no trace
+        return self._forward(images)
+
+    def _forward(self, images: Tensor) -> Output:
         ran: list[tuple[Tokens, Trace]] = []
 
         def logits(images: Tensor) -> Tensor:
@@ -155,10 +161,12 @@ class AdaptiveViT(TimmNames):
         vit = self.vit
         own = (method.head(vit, tokens) for method in self.plan.methods if not pre_logits)
         if (logits := next((found for found in own if found is not None), None)) is not None:
+            require_head(vit)
             return logits
         weights = None if vit.global_pool == "token" else tokens.weights()  # the patches may not even be there
         if weights is None:
             return vit.forward_head(x, pre_logits=pre_logits)
+        require_head(vit)
         if vit.attn_pool is not None:
             patches = x if vit.pool_include_prefix else x[:, tokens.num_prefix :]
             bias = replace(tokens, proportional=True).key_bias()[:, x.shape[1] - patches.shape[1] :].to(x.dtype)  # type: ignore[index]
@@ -224,7 +232,14 @@ class AdaptiveViT(TimmNames):
     def _reads_prefix_only(self) -> bool:
         """Whether only the prefix is read of the last block's output, by hooks and a user's own forward too."""
         vit = self.vit
-        return vit.global_pool == "token" and not any_hooked((vit.blocks, vit.norm)) and "forward" not in vars(vit.norm)
+        plain = not replaced(vit, HEAD) and "forward" not in vars(vit.norm)
+        return vit.global_pool == "token" and plain and not any_hooked((vit.blocks, vit.norm))
+
+    def _asks_nothing(self, images: Tensor) -> bool:
+        """Whether the timm module itself does on these images what the setting says."""
+        embed, grid = self.vit.patch_embed, self.tokenizer
+        own = isinstance(grid, Grid) and grid.patch == grid.stride == tuple(embed.patch_size)
+        return own and not self.plan.methods and tuple(images.shape[-2:]) == tuple(embed.img_size)
 
     def _check(self, images: Tensor) -> None:
         channels = self.backbone.channels

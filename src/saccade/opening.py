@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +11,7 @@ from torch import nn
 
 from saccade.checkpoint import CONFIG, check_name, create_model, load, load_weights
 from saccade.errors import UserError
+from saccade.hooks import copied
 from saccade.model import AdaptiveViT
 
 Source = str | os.PathLike | nn.Module  # a timm name, a model folder, a timm ViT, an AdaptiveViT
@@ -101,11 +101,11 @@ def _module(
     if pretrained:
         raise UserError("pretrained weights are for a name: give one, or a ViT that has its weights")
     if weights is not None:
-        module = copy.deepcopy(module)
+        module = copied(module)
         load_weights(module.vit if isinstance(module, AdaptiveViT) else module, weights)
     model = module if isinstance(module, AdaptiveViT) else AdaptiveViT(module)
     if device is None or (there := open_device(device)) == (here := next(model.parameters()).device):
         return model
     if there.type == here.type and there.index is None:  # "cuda", and it is on one
         return model
-    return (model if weights is not None else copy.deepcopy(model)).to(there)
+    return (model if weights is not None else copied(model)).to(there)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -44,6 +46,30 @@ class Output:
 
     def __len__(self) -> int:
         return len(self.logits)
+
+
+class LazyOutput(Output):
+    """Logits that are there; tokens and trace are those of another forward, run when they are read."""
+
+    def __init__(self, logits: Tensor, again: Callable[[], Output]) -> None:
+        object.__setattr__(self, "logits", logits)
+        object.__setattr__(self, "_again", again)
+
+    @cached_property
+    def _whole(self) -> Output:
+        with torch.no_grad():
+            return self._again()  # type: ignore[attr-defined]
+
+    @property
+    def tokens(self) -> Tokens:  # type: ignore[override]
+        return self._whole.tokens
+
+    @property
+    def trace(self) -> Trace:  # type: ignore[override]
+        return self._whole.trace
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(logits={tuple(self.logits.shape)})"
 
 
 def _logits(value: Any) -> Any:

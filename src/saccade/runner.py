@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,9 +13,9 @@ from torch import Tensor, nn
 
 from saccade.allocator import steady_allocator
 from saccade.errors import UserError
-from saccade.model import AdaptiveViT, Output
-from saccade.tokens import Tokens
-from saccade.trace import Trace
+from saccade.hooks import copied
+from saccade.model import AdaptiveViT
+from saccade.output import LazyOutput, Output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VIEWS = 8  # settings of one model that stay compiled
@@ -77,7 +75,7 @@ class Runner:
         dtype, plain = DTYPES[self.dtype], model.deploy(None)
         if next(plain.parameters()).dtype == dtype:
             return plain
-        return copy.deepcopy(plain).to(dtype)
+        return copied(plain).to(dtype)
 
 
 FP32 = Runner()
@@ -93,30 +91,6 @@ class Logits(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> logits [B, K]."""
         return self.model(images).logits
-
-
-class CompiledOutput(Output):
-    """What a compiled forward gives: logits; tokens and trace are those of another forward, run when they are read."""
-
-    def __init__(self, logits: Tensor, again: Callable[[], Output]) -> None:
-        object.__setattr__(self, "logits", logits)
-        object.__setattr__(self, "_again", again)
-
-    @cached_property
-    def _whole(self) -> Output:
-        with torch.no_grad():
-            return self._again()  # type: ignore[attr-defined]
-
-    @property
-    def tokens(self) -> Tokens:  # type: ignore[override]
-        return self._whole.tokens
-
-    @property
-    def trace(self) -> Trace:  # type: ignore[override]
-        return self._whole.trace
-
-    def __repr__(self) -> str:
-        return f"CompiledOutput(logits={tuple(self.logits.shape)})"
 
 
 class Deployment:
@@ -155,7 +129,7 @@ class Deployment:
         if usable and len(cast) >= n > 0 and tuple(cast.shape[-2:]) == view.input_size():
             logits = self._by_compiler(compiled, view, cast, n)
             if logits is not None:
-                return CompiledOutput(logits.float(), lambda: view(cast))
+                return LazyOutput(logits.float(), lambda: view(cast))
         out = view(cast)
         return replace(out, logits=out.logits.float())
 

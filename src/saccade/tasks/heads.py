@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.encoder import block_cost
+from saccade.costs import block_cost
 from saccade.errors import UserError, nearest
 
 LAYERS = 2  #       of the mask transformer, as in the paper

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.attention import attend
-from saccade.encoder import block_cost
+from saccade.costs import block_cost
 from saccade.hooks import hooked, plain_linear
 from saccade.knobs import whole
 from saccade.plan import Backbone, ViT
