@@ -12,8 +12,8 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,10 +220,33 @@ def check_picture(path: str | os.PathLike) -> None:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write UTF-8 text; a reader sees the old file or the whole new one. Names that are not UTF-8 are escaped."""
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    write_texts({path: text})
+
+
+def write_texts(texts: Mapping[str | os.PathLike, str]) -> None:
+    """Write several, the same way; none takes its place before all are on the disk."""
+    with staged(texts):
+        pass
+
+
+@contextmanager
+def staged(texts: Mapping[str | os.PathLike, str]) -> Iterator[None]:
+    """Texts by path, on the disk when the block begins, and in their places when it has ended well: where the disk is
+    full, or the block fails, all of what was there is there still. Raises UserError."""
+    with ExitStack() as stack:
+        parts = [(stack.enter_context(replacing(path)), path, text) for path, text in texts.items()]
+        for part, path, text in parts:
+            with reported("write", path):
+                part.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+                to_disk(part)
+        yield
+
+
+def json_text(value: Any) -> str:
+    """Indented JSON."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write indented JSON, the same way."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write indented JSON, as ``write_text`` does."""
+    write_text(path, json_text(value))

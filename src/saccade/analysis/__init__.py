@@ -23,7 +23,7 @@ from typing import Any
 from saccade.analysis.study import Finding, Study, usual
 from saccade.data import ImageSet, Preprocess, open_images
 from saccade.errors import UserError, nearest
-from saccade.files import check_folder, write_json, write_text
+from saccade.files import check_folder, json_text, write_json, write_texts
 from saccade.measure.accuracy import spread
 from saccade.measure.cache import Cache
 from saccade.measure.publish import circumstances, model_name
@@ -219,13 +219,11 @@ class _Page:
         known = registry()
         sections = [(name, known[name].summary, found.lines, found.markup) for name, found in self.found.items()]
         report = AnalysisReport(f"{model_name(study.model)}: analysis", self.command, sections, facts, notes)
-        write_text(folder / "report.html", render_analysis(report))
         findings = {name: {"lines": found.lines, **found.data} for name, found in self.found.items()}
-        write_json(
-            folder / "analysis.json",
-            {"facts": facts, "settings": study.settings, "findings": findings, "left_out": self.left_out,
-             "not_read": study.failures},
-        )  # fmt: skip
+        written = {"facts": facts, "settings": study.settings, "findings": findings, "left_out": self.left_out,
+                   "not_read": study.failures}  # fmt: skip
+        pages = {"report.html": render_analysis(report), "analysis.json": json_text(written)}
+        write_texts({folder / name: text for name, text in pages.items()})
 
 
 def _read(file: Path) -> Found | None:

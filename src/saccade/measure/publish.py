@@ -19,7 +19,7 @@ import torch
 import saccade
 from saccade.checkpoint import save
 from saccade.data import ImageSet
-from saccade.files import check_folder, write_json, write_text
+from saccade.files import check_folder, json_text, staged
 from saccade.measure.allowance import Allowance, Clock
 from saccade.measure.candidates import Target
 from saccade.measure.options import Measured, Search
@@ -160,13 +160,13 @@ def tune(
         samples=_samples(model, found, verdict),
         notes=[*found.notes, *left_out],
     )
-    write_text(folder / "report.html", render_report(report))
-    write_text(folder / "frontier.csv", csv_text(rows))
     details = [_details(row, m) for row, m in zip(rows, found.measured, strict=True)]
     written = {"verdict": lines, "met": verdict.met, "facts": facts, "notes": found.notes, "left_out": found.failed}
-    write_json(folder / "frontier.json", {**written, "rows": details})
-    if found.judge is not None:
-        save(chosen, folder / "model", verdict=lines)
+    numbers = json_text({**written, "rows": details})
+    pages = {"report.html": render_report(report), "frontier.csv": csv_text(rows), "frontier.json": numbers}
+    with staged({folder / name: text for name, text in pages.items()}):
+        if found.judge is not None:
+            save(chosen, folder / "model", verdict=lines)
     setting, runner = str(chosen.setting), str(option.runner)
     return TuneResult(chosen, setting, runner, lines, verdict.met, rows, folder, found.failed)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.data import ImageSet, open_images
-from saccade.files import check_folder, write_json, write_text
+from saccade.files import check_folder, json_text, write_texts
 from saccade.measure import accuracy
 from saccade.measure.accuracy import Evaluated, Score
 from saccade.measure.publish import circumstances, csv_text, model_name
@@ -223,10 +223,9 @@ def _publish(
         untrained={i for i, row in enumerate(rows) if row.trained is False},
         notes=notes,
     )
-    write_text(folder / "report.html", render_sweep(report))
-    write_text(folder / "scores.csv", csv_text(table))
     written = {"facts": facts, "rows": [r.to_dict() for r in rows], "not_read": failures, "left_out": found.left_out}
-    write_json(folder / "scores.json", written)
+    pages = {"report.html": render_sweep(report), "scores.csv": csv_text(table), "scores.json": json_text(written)}
+    write_texts({folder / name: text for name, text in pages.items()})
 
 
 def _table(model: AdaptiveViT, rows: list[Swept], ranged: dict[str, list[str]]) -> list[Row]:

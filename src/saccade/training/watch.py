@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import math
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,6 +42,8 @@ class Table:
         if all(name in self.columns for name in row):
             with reported("write", self.path), open(self.path, "a", encoding="utf-8", newline="") as file:
                 file.write(self._text([row], header=False))
+                file.flush()
+                os.fsync(file.fileno())  # before a checkpoint that has these steps behind it
         else:
             self.columns = list(dict.fromkeys([*self.columns, *row]))
             self._write()
