@@ -10,7 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
-import time
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -536,15 +536,25 @@ def test_a_pass_may_be_left_early(tmp_path: Path) -> None:
     assert sum(len(batch.indices) for batch in loader.batches(16)) == 40
 
 
-def test_reading_ahead_is_bounded(tmp_path: Path) -> None:
+def test_reading_ahead_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch ahead is read and no more: the next image would wait for ever."""
     images = open_images(write_folder(tmp_path, {f"{i:02}.png": PNG for i in range(40)}))
+    real, ahead, beyond, done = ImageSet.read, threading.Event(), threading.Event(), []
+
+    def read(self: ImageSet, i: int) -> Image.Image:
+        if len(done) >= 8:
+            beyond.set()
+        found = real(self, i)
+        done.append(i)
+        if len(done) == 8:
+            ahead.set()
+        return found
+
+    monkeypatch.setattr(ImageSet, "read", read)
     passing = Loader(images, SMALL).batches(4)
-    next(passing)
-    time.sleep(0.2)
-    # What was decoded before the files vanish shows how far ahead the threads ran.
-    for name in images.names:
-        (tmp_path / name).unlink()
-    assert sum(len(batch.indices) for batch in passing) == 4
+    assert next(passing).indices == [0, 1, 2, 3]
+    assert ahead.wait(60) and not beyond.wait(0.2)
+    assert sorted(done) == [*range(8)] and next(passing).indices == [4, 5, 6, 7]
 
 
 def test_an_image_too_narrow_is_counted_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
