@@ -15,9 +15,10 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+import saccade
 from oracles import FAMILIES, make_images, make_vit, randomise
 from saccade import checkpoint, model_folder
-from saccade.checkpoint import create_model, load, load_weights, save
+from saccade.checkpoint import check_savable, create_model, load, load_weights, save
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 
@@ -374,3 +375,64 @@ def test_real_weights_load(data_dir):
         assert torch.equal(model.at("").head(model.at("").encode(images)[0]), plain(images))
         found = model(images)
     assert found.trace.tokens() == [197] * 3 + [139] * 3 + [98] * 3 + [69] * 3 and found.logits.isfinite().all()
+
+
+# --- number types -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_folder_keeps_the_number_type(dtype, tmp_path):
+    model = AdaptiveViT(make_vit(), "dynamicvit(0.5)").eval().to(dtype)
+    check_savable(model)
+    model.save(tmp_path / "m")
+    found = load(tmp_path / "m")
+    assert {p.dtype for p in found.parameters()} == {v.dtype for v in found.learned.values()} == {dtype}
+    own, theirs = model.state_dict(), found.state_dict()
+    assert own.keys() == theirs.keys() and all(torch.equal(own[k], theirs[k]) for k in own)
+    images = make_images(model.vit).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(found(images).logits, model(images).logits)
+        assert load(tmp_path / "m", "tome(r=2)")(images).logits.dtype == dtype
+    plain = timm.create_model(
+        "vit_tiny_patch16_224", **json.loads((tmp_path / "m/config.json").read_text())["model_args"]
+    )
+    state = {k.removeprefix("vit."): v for k, v in load_file(tmp_path / "m/model.safetensors").items()}
+    assert plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("learned.")}, strict=True)
+
+
+def test_a_folder_with_a_runner_runs_from_the_weights_that_it_holds(tmp_path):
+    model = AdaptiveViT(make_vit()).eval()
+    images = make_images(model.vit)
+    model.bfloat16().deploy("bf16").save(tmp_path / "m")
+    with torch.no_grad():
+        assert load(tmp_path / "m")(images).logits.dtype == torch.float32
+        assert load(tmp_path / "m", runner=None).vit.head.weight.dtype == torch.bfloat16
+
+
+def test_weights_of_several_number_types_are_refused_before_and_by_save(tmp_path):
+    model = AdaptiveViT(make_vit())
+    model.vit.norm.to(torch.float64)
+    for ask in (lambda: check_savable(model), lambda: model.save(tmp_path / "m")):
+        with pytest.raises(
+            UserError, match=r"not of one number type \(.* of float32, vit\.norm.* of float64\).*\.float\(\)"
+        ):
+            ask()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_makes_number_types_of_its_own_wants_fp32(tmp_path):
+    model = AdaptiveViT(make_vit()).eval().bfloat16()
+    for verb in (
+        lambda: saccade.bench(model, batch=[1], seconds=0),
+        lambda: saccade.tune(model, None, "2x", out=tmp_path / "t"),
+    ):
+        with pytest.raises(UserError, match=r"the weights are bfloat16.*give model\.float\(\)"):
+            verb()
+
+
+def test_training_goes_on_in_fp32(tmp_path):
+    from saccade.training.config import Source
+    from saccade.training.student import open_source
+
+    AdaptiveViT(make_vit()).bfloat16().save(tmp_path / "m")
+    assert {p.dtype for p in open_source(Source(name=str(tmp_path / "m"))).parameters()} == {torch.float32}

@@ -23,7 +23,17 @@ from saccade.model_folder import seen, weights_file, write
 from saccade.plan import ViT
 from saccade.setting import Setting
 from saccade.tokenizers.embed import ResizeSpec
-from saccade.weights import check, check_tensors, line, load_weights, read_header, read_weights, shapes, some
+from saccade.weights import (
+    check,
+    check_tensors,
+    line,
+    load_weights,
+    number_type,
+    read_header,
+    read_weights,
+    require_keepable,
+    shapes,
+)
 
 if TYPE_CHECKING:
     from saccade.runner import Runner
@@ -82,14 +92,16 @@ def check_name(name: str) -> None:
 
 def check_savable(model: AdaptiveViT) -> None:
     """Raises UserError where ``save`` would, for the model's sake: what no folder can hold. Before the work is done."""
-    arguments(model.vit, _name(model.vit))
+    require_keepable(_state(model))
+    _config(model, {})
 
 
 def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
     """Write a model folder, whole or not at all; ``extra`` is kept under its name in the config.
 
     ``vit.*`` without its prefix opens in plain timm, strictly. ``config.json`` is timm's, with ours under one key; it
-    names the weights by their checksum, and its arrival is the moment at which a folder that was there changes.
+    names the weights by their checksum, and its arrival is the moment at which a folder that was there changes. Weights
+    keep their number type: what was saved after ``.half()`` or ``.bfloat16()`` loads so.
 
     Raises:
         UserError: a model that no folder can hold, a folder that holds something else or that another process writes
@@ -97,10 +109,9 @@ def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
     """
     target = Path(folder)
     check_folder(target)
-    config = _config(model, extra)
     state = {k: v.detach().cpu().contiguous() for k, v in _state(model).items()}
-    if bad := [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
-        raise UserError(f"{len(bad)} tensors of this model hold NaN or infinity ({some(bad)}): no folder would be read")
+    require_keepable(state)
+    config = _config(model, extra)
     write(target, state, config)
 
 
@@ -112,6 +123,8 @@ def load(
 
     The model runs the way that the folder recommends (what ``tune`` chose: number type and compilation; printing the
     model says it), or by another ``runner``, as ``model.deploy`` takes it; None or "eager": fp32, nothing compiled.
+
+    Its weights have the number type that they were saved in (of several, as only others write them: fp32).
 
     A folder that a task other than classification was trained in gives that task's model, such as a ``Segmenter``.
     While another process saves into it, it is the old or the new model. Nothing but these two files is opened, unless
@@ -206,6 +219,8 @@ def _fill_all(model: AdaptiveViT, file: Path, untrained: bool) -> None:
     """
     state = read_weights(file)
     others = {k: v for k, v in state.items() if k.startswith(LEARNED) and k[len(LEARNED) :] not in model.learned}
+    if (kind := number_type({k: v for k, v in state.items() if k.startswith("vit.")})) is not None:
+        model.to(kind)
     parts = {k: v for k, v in _state(model).items() if k in state or not (untrained and k.startswith(LEARNED))}
     check_tensors(parts, {k: v for k, v in state.items() if k not in others}, type(model).__name__, str(file))
     with torch.no_grad():

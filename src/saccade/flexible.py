@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from saccade.backbone import backbone_of, set_resize
 from saccade.bigvision import read_npz
-from saccade.checkpoint import create_model, save
+from saccade.checkpoint import check_savable, create_model, save
 from saccade.errors import UserError
 from saccade.hooks import copied
 from saccade.model import AdaptiveViT
@@ -146,6 +146,8 @@ def convert(
         check_apart(out, [source, weights])
         check_ours(Path(out))
     model = open_dense(source, weights, pretrained)
+    if out is not None:
+        check_savable(model)
     own, (old, new) = model.backbone, _patches(patch)
     if old is not None and old != own.patch_size:
         raise UserError(f"the source has patches of {_by(own.patch_size)} pixels, not of {_by(old)}: say '{_by(new)}'")

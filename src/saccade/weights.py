@@ -70,6 +70,27 @@ def shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
 
 
+KEPT = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # number types that a folder keeps
+
+
+def number_type(state: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The number type that all of these weights have; None where they have several, or one that no folder keeps."""
+    kinds = {v.dtype for v in state.values() if v.is_floating_point()}
+    return kinds.pop() if len(kinds) == 1 and kinds <= {*KEPT} else None
+
+
+def require_keepable(state: Mapping[str, Tensor]) -> None:
+    """Raises UserError for weights that no folder gives back: not finite, or of several number types."""
+    if bad := [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
+        raise UserError(f"{len(bad)} tensors of this model hold NaN or infinity ({some(bad)}): no folder would be read")
+    if number_type(state) is None:
+        kinds = {str(v.dtype).removeprefix("torch."): k for k, v in state.items() if v.is_floating_point()}
+        listed = ", ".join(f"{name} of {kind}" for kind, name in sorted(kinds.items())[:3])
+        raise UserError(
+            f"this model's weights are not of one number type ({listed}): no folder keeps them; .float() it"
+        )
+
+
 def digest(file: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
     with open(file, "rb") as stream:

@@ -45,6 +45,7 @@ def command(
     Example: saccade calibrate runs/dynamic/model photos/ -s "dynamicvit(0.7)" --gmacs 0.8 --out calibrated
     """
 
+    from saccade.checkpoint import check_savable
     from saccade.measure.calibrate import calibrate
     from saccade.model_folder import check_place
     from saccade.progress import Progress
@@ -54,6 +55,8 @@ def command(
         check_place(out)
         check_apart(out, [model, data, weights])
     vit = open_model(model, weights, pretrained, device, threads)
+    if out is not None:
+        check_savable(vit)
     folder = None if cache is None else Path(cache)
     with Progress(shown=True) as progress:
         found = calibrate(

@@ -26,7 +26,7 @@ def command(
 
     Example: saccade stem vit_tiny_patch16_224 photos/ --out stemmed --pretrained
     """
-    from saccade.checkpoint import save
+    from saccade.checkpoint import check_savable, save
     from saccade.model_folder import check_place
     from saccade.progress import Progress
     from saccade.run_folder import check_apart
@@ -35,6 +35,7 @@ def command(
     check_place(out)
     check_apart(out, [source, data, weights])
     model = open_model(source, weights, pretrained, device="cpu")
+    check_savable(model)
     images = read_images(model, data, limit)
     held = max(1, len(images) // 5)
     with Progress(shown=True) as progress:

@@ -17,7 +17,7 @@ import timm
 import torch
 
 import saccade
-from saccade.checkpoint import save
+from saccade.checkpoint import check_savable, save
 from saccade.data import ImageSet
 from saccade.files import check_folder, json_text, staged
 from saccade.measure.allowance import Allowance, Clock
@@ -30,6 +30,7 @@ from saccade.opening import Source, open_model
 from saccade.progress import Progress
 from saccade.results import Result
 from saccade.run_folder import TUNE, owned
+from saccade.runner import require_fp32
 from saccade.tables import Table
 from saccade.views.look import token_map
 from saccade.views.report import Report, Row, Sample, render_report
@@ -137,6 +138,9 @@ def tune(
     folder = Path(out)
     check_folder(folder)
     model = open_model(model, weights, pretrained, device).deploy(None)
+    require_fp32(model, "tune")
+    if data is not None:
+        check_savable(model)
     path = os.fspath(data) if isinstance(data, os.PathLike) else data
     found = search(model, path, aim, cache=folder / "cache", allowance=allowance, progress=progress, **options)
     verdict = conclude(found)

@@ -21,7 +21,7 @@ from saccade.model import AdaptiveViT
 from saccade.opening import Source, open_model
 from saccade.progress import Progress
 from saccade.results import Result
-from saccade.runner import DTYPES, FP32, Runner, compile_failure, eager
+from saccade.runner import DTYPES, FP32, Runner, compile_failure, eager, require_fp32
 from saccade.tables import Table
 
 LEAST_RUNS, MOST_RUNS = 7, 500
@@ -137,11 +137,12 @@ def bench(
         progress: where to show it; None: nowhere.
 
     Raises:
-        UserError: bad setting, batch below 1, unknown dtype.
+        UserError: bad setting, batch below 1, unknown dtype, weights that are not fp32.
     """
     if any(b < 1 for b in batch):
         raise UserError(f"batch sizes {list(batch)}: each must be 1 or more")
     model = open_model(model, weights, pretrained, device, trained=False)
+    require_fp32(model, "bench")
     names = ["dense", *(s for s in map(str, settings) if s not in ("", "dense"))]
     base = model.deploy(runner)
     entries = {name: base.at(name).eval() for name in dict.fromkeys(names)}

@@ -66,7 +66,7 @@ class Detect(Task):
     def _heads(self, dim: int) -> Heads:
         """Those of the detector that training starts from, where they can be asked for these names; else new ones."""
         names, rule, name = self.boxes.classes, self.config.detect, self.config.model.name
-        given = load(name, runner=None) if os.path.isdir(name) else None
+        given = load(name, runner=None).float() if os.path.isdir(name) else None
         if isinstance(given, Detector) and (given.heads.names == names or isinstance(given.heads.texts, TextTower)):
             given.heads.names = names
             return given.heads

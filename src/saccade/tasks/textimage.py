@@ -56,7 +56,7 @@ class Pairing(Task):
         model, rule, name = open_source(self.config.model), self.config.pairs, self.config.model.name
         self.side = max(model.input_size())
         model.vit.reset_classifier(0)
-        given = load(name, runner=None) if os.path.isdir(name) else None
+        given = load(name, runner=None).float() if os.path.isdir(name) else None
         if isinstance(given, TextImage):
             return TextImage(model.vit, learned=model.learned, space=given.space)
         features = model.vit.num_features

@@ -66,7 +66,7 @@ class Segment(Task):
     def model(self) -> Segmenter:
         source, rule = self.config.model, self.config.segment
         plain = open_source(source)
-        earlier = load(source.name, "dense", runner=None) if os.path.isdir(source.name) else None
+        earlier = load(source.name, "dense", runner=None).float() if os.path.isdir(source.name) else None
         if isinstance(earlier, Segmenter) and earlier.classes == rule.classes:  # its decoder goes on learning
             known: dict[str, Any] = {"decoder": earlier.decoder, "classes": rule.classes, "void": rule.void}
             return Segmenter(plain.vit, learned=plain.learned, **known)

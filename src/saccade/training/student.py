@@ -74,7 +74,7 @@ def open_source(source: Source) -> AdaptiveViT:
     if os.path.isdir(source.name):
         if source.weights or source.pretrained or source.args:
             raise UserError(f"{source.name!r} is a model folder: leave out model.weights, model.pretrained, model.args")
-        model = load(source.name, "dense", runner=None)
+        model = load(source.name, "dense", runner=None).float()
     else:
         model = create_model(source.name, weights=source.weights, pretrained=source.pretrained, **source.args)
     vit = model.vit
@@ -133,7 +133,7 @@ def fit_head(vit: ViT, images: ImageSet) -> Labels:
 def open_teacher(rule: Distill) -> nn.Module:
     """A timm model of any kind, frozen, in evaluation mode."""
     if os.path.isdir(rule.teacher):
-        teacher: nn.Module = load(rule.teacher, "dense", runner=None).vit
+        teacher: nn.Module = load(rule.teacher, "dense", runner=None).float().vit
     elif rule.teacher.split(".")[0] in timm.list_models():
         if not (rule.teacher_weights or rule.teacher_pretrained):
             raise UserError(f"the teacher {rule.teacher} would have random weights: give distill.teacher_weights")
