@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -25,20 +26,23 @@ class Lazy:
     def __get__(self, of: Any, kind: type | None = None) -> Any:
         if of is None:
             return self
-        found = of.__dict__[self.slot]
+        found = getattr(of, self.slot)
         if found is not None and not isinstance(found, Tensor):
-            found = of.__dict__[self.slot] = found.made()
+            found = found.made()
+            object.__setattr__(of, self.slot, found)
         return found
 
     def __set__(self, of: Any, value: Tensor | Recipe | None) -> None:
-        of.__dict__[self.slot] = value
+        object.__setattr__(of, self.slot, value)  # `of` is frozen; older compilers do not trace its `__dict__`
 
 
 def lazy(field: str) -> Callable[[type[Value]], type[Value]]:
-    """A dataclass one of whose fields is ``Lazy``."""
+    """A dataclass one of whose fields is ``Lazy``; ``held`` says of each field which attribute holds it."""
 
-    def add(kind: type[Value]) -> type[Value]:
+    def add(kind: Any) -> Any:
         setattr(kind, field, Lazy(field))
+        held = ((f.name, getattr(kind, f.name, None)) for f in fields(kind))
+        kind.held = {name: found.slot if isinstance(found, Lazy) else name for name, found in held}
         return kind
 
     return add
@@ -46,14 +50,14 @@ def lazy(field: str) -> Callable[[type[Value]], type[Value]]:
 
 def unread(value: Any, field: str = "owner") -> Any:
     """A lazy field as it is: a tensor, or the recipe of one."""
-    return value.__dict__[f"_{field}"]
+    return getattr(value, f"_{field}")
 
 
 def changed(value: Value, /, **changes: Any) -> Value:
-    """``dataclasses.replace`` that reads no lazy field, and takes a tenth of the time."""
-    kind, new = type(value), object.__new__(type(value))
-    fields = dict(value.__dict__)
+    """``dataclasses.replace`` that reads no lazy field."""
+    new, held = object.__new__(type(value)), value.held  # type: ignore[attr-defined]
+    for slot in held.values():
+        object.__setattr__(new, slot, getattr(value, slot))
     for name, change in changes.items():
-        fields[f"_{name}" if isinstance(getattr(kind, name, None), Lazy) else name] = change
-    new.__dict__.update(fields)
+        object.__setattr__(new, held[name], change)
     return new

@@ -10,6 +10,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
+from operator import index
 from typing import Any
 
 import timm
@@ -65,7 +66,7 @@ class Network:
     def macs(self, height: int, width: int) -> int:
         """Per image, by torch's counter on a network without values."""
         name, stride, _, blocks = self.key
-        return _counted(name, stride, blocks, height, width)
+        return _counted(name, stride, blocks, index(height), index(width))  # where a compiler made them symbols
 
     def __reduce__(self) -> tuple:
         return open_network, self.key
