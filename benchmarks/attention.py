@@ -1,4 +1,4 @@
-"""Which attention path is faster here, and what reading and matching cost: the measurements behind ``kernel_for``.
+"""Which attention path is faster here, and what reading and matching cost: the measurements behind ``Execution``.
 
 python benchmarks/attention.py [--threads 2]
 """
@@ -14,8 +14,9 @@ import timm
 import torch
 
 from saccade.allocator import steady_allocator
-from saccade.attention import attend, class_attention, kernel_for
+from saccade.attention import attend, class_attention
 from saccade.decide import best_edges
+from saccade.stopwatch import faster_attention
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def paths(dtype: torch.dtype, batch: int, n: int) -> None:
     ]
     cells = [f"{1e3 * t:.2f}" for t in medians(ways)]
     name = str(dtype).removeprefix("torch.")
-    print(f"| {name}, B {batch}, N {n} | " + " | ".join(cells) + f" | {kernel_for(q, n)} |")
+    print(f"| {name}, B {batch}, N {n} | " + " | ".join(cells) + f" | {faster_attention(q, n, time.perf_counter)} |")
 
 
 def shares(batch: int = 8, n: int = 197) -> None:

@@ -30,6 +30,7 @@ from saccade.data import open_images
 from saccade.errors import UserError
 from saccade.measure.stats import paired_difference
 from saccade.model import AdaptiveViT
+from saccade.policy import Execution
 from saccade.progress import Progress
 from saccade.views.heat import colours, heat_figure, path_figure
 from saccade.views.overlay import draw_overlay
@@ -351,20 +352,20 @@ def test_relevance_is_the_papers_rollout(family):
 
 
 @pytest.mark.parametrize("kernel", ["fused", "unfused"])
-def test_relevance_does_not_depend_on_the_kernel_and_touches_nothing(model, kernel, monkeypatch):
+def test_relevance_does_not_depend_on_the_kernel_and_touches_nothing(model, kernel):
     image = make_images(model.vit, 1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     view = model.at("evit(0.5, score='received')").eval()  # which reads all scores: never fused
     expected, _ = relevance.rollout(model, image, 0)
     with torch.inference_mode():
         logits = view(image).logits
-    monkeypatch.setenv("SACCADE_ATTENTION", kernel)
+    model, view = model.at(""), view.at(view.setting)
+    view.execution = model.execution = Execution(kernel)
     found, _ = relevance.rollout(model, image, 0)
     assert relative(found, expected) < 1e-4
     relevance.rollout(view, image, 0)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    monkeypatch.delenv("SACCADE_ATTENTION")
     with torch.inference_mode():
         assert relative(view(image).logits, logits) < 1e-5
 

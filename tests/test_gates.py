@@ -4,6 +4,7 @@ A9, A10, B2, B3, B5 and D2-D4."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,11 +22,13 @@ from oracles import (
     make_vit,
     relative,
 )
-from saccade.attention import attend
-from saccade.gates import Gates, residual, straight_through
+from saccade import attention
+from saccade.gates import Gates, straight_through
 from saccade.model import AdaptiveViT
 from saccade.plan import Gater, Method, Plan
+from saccade.policy import Execution
 from saccade.ragged import Rows
+from saccade.residual import residual
 
 FAMILIES = ["vit", "deit3", "distilled", "dinov2-registers", "siglip", "class-average", "inner-norms", "dinov2-swiglu"]
 
@@ -220,9 +223,9 @@ HEADS = {  # of four images and six heads
 @pytest.mark.parametrize("lengths", [(9, 9, 9, 9), (9, 3, 0, 5)])
 @pytest.mark.parametrize("way", ["fused", "unfused"])
 @pytest.mark.parametrize("which", HEADS)
-def test_a6_a7_heads_skipped_are_heads_left_out(family, own, lengths, way, which, monkeypatch):
+def test_a6_a7_heads_skipped_are_heads_left_out(family, own, lengths, way, which):
     """Sliced or grouped, with rows of images that differ: what computing all and multiplying gives."""
-    monkeypatch.setenv("SACCADE_ATTENTION", way)
+    attend = partial(attention.attend, execution=Execution(way))
     attn = make_vit(family, num_heads=6).blocks[0].attn
     heads = torch.tensor(HEADS[which], dtype=torch.float32)
     rows = Rows.of(torch.arange(9) < torch.tensor(lengths).unsqueeze(1))

@@ -17,6 +17,7 @@ from saccade.encoder import encode
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT, share
 from saccade.plan import Method, Plan, Reducer
+from saccade.policy import Execution
 from saccade.ragged import Rows, packed, padded
 from saccade.reduction import Reduction
 from saccade.tokens import Tokens
@@ -63,16 +64,16 @@ def alone(tokens: Tokens, b: int) -> Tokens:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sizes", [False, True])
 @pytest.mark.parametrize("way", ["fused", "unfused"])
-def test_a3_packed_is_each_image_alone(family, sizes, way, monkeypatch):
-    monkeypatch.setenv("SACCADE_ATTENTION", way)
+def test_a3_packed_is_each_image_alone(family, sizes, way):
+    execution = Execution(way)
     vit = make_vit(family)
     tokens = ragged(vit, sizes=sizes)
     model = AdaptiveViT(vit)
-    together, trace = encode(vit, tokens, Plan())
+    together, trace = encode(vit, tokens, Plan(), execution=execution)
     assert together.rows is None and together.x.shape == tokens.x.shape
     logits = model.head(together)
     for b in range(4):
-        single, cost = encode(vit, alone(tokens, b), Plan())
+        single, cost = encode(vit, alone(tokens, b), Plan(), execution=execution)
         real = torch.cat([torch.ones(tokens.num_prefix, dtype=torch.bool), tokens.valid[b]])
         assert relative(together.x[b : b + 1, real], single.x) <= 1e-5
         assert relative(logits[b : b + 1], model.head(single)) <= 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ from oracles import (
     reduce_by_hand,
     relative,
 )
+from saccade import attention
 from saccade.attention import attend
 from saccade.decide import best_edges
 from saccade.model import AdaptiveViT
+from saccade.policy import Execution
 from saccade.reduction import Reduction, SoftReduction, reduce
 from saccade.tokens import Tokens
 
@@ -163,8 +166,8 @@ def test_a_dropped_cell_keeps_its_last_features():
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_check_06_proportional_attention_is_key_duplication(dtype, bound, fused, monkeypatch):
-    monkeypatch.setenv("SACCADE_ATTENTION", "fused" if fused else "unfused")
+def test_check_06_proportional_attention_is_key_duplication(dtype, bound, fused):
+    attend = partial(attention.attend, execution=Execution("fused" if fused else "unfused"))
     attn = make_vit().blocks[0].attn.to(dtype)
     x = torch.randn(2, 9, 96, dtype=dtype)
     repeats = torch.tensor([1, 4, 1, 2, 7, 1, 1, 3, 1])
@@ -211,8 +214,8 @@ def test_check_06_key_bias_of_the_token_set():
 @pytest.mark.parametrize("family", ["vit", "deit3", "qk-norm", "inner-norms"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("fused", [True, False])
-def test_check_13_readings_are_those_of_the_full_attention(family, biased, fused, monkeypatch):
-    monkeypatch.setenv("SACCADE_ATTENTION", "fused" if fused else "unfused")
+def test_check_13_readings_are_those_of_the_full_attention(family, biased, fused):
+    attend = partial(attention.attend, execution=Execution("fused" if fused else "unfused"))
     attn = make_vit(family).blocks[1].attn
     torch.manual_seed(0)
     x = 2 * torch.randn(2, 17, 96)

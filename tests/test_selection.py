@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ import saccade.methods.dynamicvit
 import saccade.ragged
 from data_helpers import encode, picture, write_folder
 from oracles import attention_by_hand, block_macs, counted_macs, make_images, make_tokens, make_vit, relative
+from saccade import attention
 from saccade.attention import attend
 from saccade.choose import choose, keep_where, with_best
 from saccade.costs import block_cost
@@ -35,6 +37,7 @@ from saccade.methods.dynamicvit import Drop, Predictor
 from saccade.methods.ltmp import Prune
 from saccade.methods.random_plus import Blind
 from saccade.model import AdaptiveViT
+from saccade.policy import Execution
 from saccade.ragged import Rows
 from saccade.reduction import reduce
 from saccade.training.state import read_state, write_state
@@ -187,8 +190,8 @@ def test_b5_when_everything_is_given_up_the_best_token_stays(family, training):
 
 @torch.no_grad()
 @pytest.mark.parametrize("way", ["fused", "unfused", "packed"])
-def test_a6_a_head_that_is_partly_off_passes_its_own_values(way, monkeypatch):
-    monkeypatch.setenv("SACCADE_ATTENTION", "fused" if way == "fused" else "unfused")
+def test_a6_a_head_that_is_partly_off_passes_its_own_values(way):
+    attend = partial(attention.attend, execution=Execution("fused" if way == "fused" else "unfused"))
     attn = make_vit("vit").blocks[0].attn
     x, width = torch.randn(2, 5, 96), attn.head_dim
     heads = torch.tensor([[1.0, 0, 0], [0, 0, 0]])

@@ -14,6 +14,7 @@ from saccade.errors import UserError
 from saccade.measure.accuracy import Judge
 from saccade.measure.cache import Cache
 from saccade.measure.untrained import untrained
+from saccade.policy import Execution
 from test_measure import files, tiny
 
 
@@ -136,9 +137,9 @@ def test_all_that_changes_a_number_is_another_cache(photos, tmp_path, monkeypatc
     model = tiny().at("dynamicvit(0.5)")
     seen.add(Cache.of(tmp_path, Judge(model, images)).folder)
     model = tiny()
-    monkeypatch.setenv("SACCADE_ATTENTION", "unfused")
+    model.execution = Execution("unfused")
     seen.add(Cache.of(tmp_path, Judge(model, images)).folder)
-    monkeypatch.delenv("SACCADE_ATTENTION")
+    model = tiny()
     monkeypatch.setattr("timm.__version__", "0")
     seen.add(Cache.of(tmp_path, Judge(model, images)).folder)
     assert len(seen) == 8

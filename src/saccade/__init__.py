@@ -42,6 +42,7 @@ _HOME = {
     "list": "listing:list_methods",  # the verbs of the command, by the same names
     "eval": "measure.sweep:evaluate",
     "bench": "measure.speed",
+    "autotune": "stopwatch",
     "calibrate": "measure.calibrate",
     "tune": "measure.publish",
     "analyze": "analysis",
@@ -54,6 +55,7 @@ _HOME = {
     "Predictor": "predictor",
     "Prediction": "prediction",
     "Trace": "trace",
+    "Execution": "policy",
     "UserError": "errors",
 }
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,9 +11,9 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.fresh import draw
 from saccade.heads import some_heads
 from saccade.hooks import around, exact, require_plain
+from saccade.policy import AUTO, Execution
 from saccade.ragged import Rows
 
 
@@ -33,7 +30,9 @@ class Attended:
     value: Tensor | None = None  #    [B, K] fp32  length of each value, all heads together
 
 
-def attend(attn: Attention, x: Tensor, bias: Tensor | None = None, **asked: Any) -> Attended:
+def attend(
+    attn: Attention, x: Tensor, bias: Tensor | None = None, execution: Execution = AUTO, **asked: Any
+) -> Attended:
     """timm's attention on x [B, K, D], with what ``_attend`` takes and gives; hooks on ``attn`` run around it.
 
     UserError where its forward is not timm's and more is asked of it than its output.
@@ -46,7 +45,7 @@ def attend(attn: Attention, x: Tensor, bias: Tensor | None = None, **asked: Any)
     seen: list[Attended] = []
 
     def forward(x: Tensor) -> Tensor:
-        seen.append(_attend(attn, x, bias, **asked))
+        seen.append(_attend(attn, x, bias, execution=execution, **asked))
         return seen[-1].x
 
     y = around(attn, forward, x)
@@ -66,6 +65,7 @@ def _attend(
     rows: Rows | None = None,
     asking: Tensor | None = None,
     skip: bool = False,
+    execution: Execution = AUTO,
 ) -> Attended:
     """timm's attention on x [B, K, D], with an additive key bias, fewer queries, and what reducers want to read.
 
@@ -79,14 +79,15 @@ def _attend(
         rows: x is packed [T, D] and holds these rows; bias, readings and output are packed alike, and all of them ask.
         asking: [B, K] 0/1, queries that count in ``received`` (padding and what is dropped do not); None: all.
         skip: do not compute heads that are off (for all queries, without readings; ``heads.worth`` says where).
+        execution: which path to take where either would do.
     """
     if skip and heads is not None:
         lengths = (x.shape[1],) * x.shape[0] if rows is None else rows.lengths
         offset = None if bias is None else bias.flatten()
-        y = some_heads(attn, x.reshape(-1, x.shape[-1]), heads, own, lengths, offset, partial(_mixed, attn))
+        y = some_heads(attn, x.reshape(-1, x.shape[-1]), heads, own, lengths, offset, partial(_mixed, attn, execution))
         return Attended(attn.proj_drop(y.view(x.shape)), "heads")
     if rows is not None:
-        return _packed(attn, x, rows, bias, heads, own, read)
+        return _packed(attn, x, rows, bias, heads, own, read, execution)
     B, K, _ = x.shape
     H, d = attn.num_heads, attn.head_dim
     gated: nn.Module | None = getattr(attn, "gate", None)  # newer than the oldest timm supported
@@ -103,7 +104,7 @@ def _attend(
 
     mask = None if bias is None else (bias if bias.dtype == q.dtype else bias.to(q.dtype)).view(B, 1, 1, K)
     drop = attn.attn_drop.p if attn.training else 0.0
-    fused = attn.fused_attn and "received" not in read and alive is None and kernel_for(q, K) == "fused"
+    fused = attn.fused_attn and "received" not in read and alive is None and execution.kernel(q, K) == "fused"
     cls_attn = received = None
     if fused:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
@@ -139,7 +140,14 @@ def _received(shares: Tensor, asking: Tensor | None) -> Tensor:
 
 
 def _packed(
-    attn: Attention, x: Tensor, rows: Rows, bias: Tensor | None, heads: Tensor | None, own: bool, read: frozenset[str]
+    attn: Attention,
+    x: Tensor,
+    rows: Rows,
+    bias: Tensor | None,
+    heads: Tensor | None,
+    own: bool,
+    read: frozenset[str],
+    execution: Execution,
 ) -> Attended:
     """``attend`` on packed rows x [T, D]: projections at once, attention image by image, or by CUDA's own kernel."""
     H, d = attn.num_heads, attn.head_dim
@@ -148,9 +156,9 @@ def _packed(
     q, k = attn.q_norm(q), attn.k_norm(k)
     readings: dict[str, Tensor] = {}
     if read <= {"key", "value"}:
-        y, kernel = _mixed(attn, q, k, v, rows.lengths, bias)
+        y, kernel = _mixed(attn, execution, q, k, v, rows.lengths, bias)
     else:
-        y, readings, kernel = _image_by_image(attn, q, k, v, rows.lengths, bias, read)
+        y, readings, kernel = _image_by_image(attn, execution, q, k, v, rows.lengths, bias, read)
     if "value" in read:
         readings["value"] = torch.linalg.vector_norm(v.float(), dim=(1, 2))
     if heads is not None:
@@ -163,7 +171,13 @@ def _packed(
 
 
 def _mixed(
-    attn: Attention, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], bias: Tensor | None
+    attn: Attention,
+    execution: Execution,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[int, ...],
+    bias: Tensor | None,
 ) -> tuple[Tensor, str]:
     """Attention of images side by side, without projections: q, k, v [T, h, d], bias [T] -> [T, h, d], the kernel."""
     lengths = tuple(n for n in lengths if n)
@@ -172,11 +186,11 @@ def _mixed(
     if len(set(lengths)) > 1:
         if _has_varlen(q, bias):
             return _varlen(q, k, v, lengths), "varlen"
-        y, _, kernel = _image_by_image(attn, q, k, v, lengths, bias, frozenset())
+        y, _, kernel = _image_by_image(attn, execution, q, k, v, lengths, bias, frozenset())
         return y, kernel
     q, k, v = (part.unflatten(0, (len(lengths), -1)).transpose(1, 2) for part in (q, k, v))  # [b, h, n, d]
     mask = None if bias is None else bias.to(q.dtype).view(len(lengths), 1, 1, -1)
-    if attn.fused_attn and kernel_for(q, q.shape[2]) == "fused":
+    if attn.fused_attn and execution.kernel(q, q.shape[2]) == "fused":
         y, kernel = F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "fused"
     else:
         scores = (q * attn.scale) @ k.transpose(-2, -1)
@@ -186,6 +200,7 @@ def _mixed(
 
 def _image_by_image(
     attn: Attention,
+    execution: Execution,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -197,7 +212,7 @@ def _image_by_image(
     outputs: list[Tensor] = []
     readings: dict[str, list[Tensor]] = {name: [] for name in ("cls_attn", "received") if name in read}
     longest = max(lengths)
-    fused = attn.fused_attn and "received" not in read and kernel_for(q[None].transpose(1, 2), longest) == "fused"
+    fused = attn.fused_attn and "received" not in read and execution.kernel(q[None].transpose(1, 2), longest) == "fused"
     biases = [None] * len(lengths) if bias is None else bias.split(lengths)
     parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (q, k, v)), biases, strict=True)
     for qi, ki, vi, b in parts:  # [1, H, n, d]
@@ -262,44 +277,3 @@ def class_attention(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
         scores = scores + bias.unsqueeze(1)
     return scores.softmax(dim=-1).mean(1)
-
-
-def timm_is_as_fast(x: Tensor) -> bool:
-    """Whether timm's own forward on x takes the path that ``attend`` would: it knows nothing of ``kernel_for``."""
-    pinned = os.environ.get("SACCADE_ATTENTION")
-    half = x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    measured = x.device.type == "cpu" and half and not torch.compiler.is_compiling() and not x.requires_grad
-    return pinned == "fused" or (pinned != "unfused" and not measured)
-
-
-def kernel_for(q: Tensor, keys: int) -> str:
-    """``"fused"`` or ``"unfused"``: which attention path is faster for queries [B, H, Q, d] over so many keys.
-
-    fp32 and every GPU take the fused kernel (measured in ``benchmarks/attention.py``). On a CPU in half precision it
-    depends on the machine's instructions, so it is timed there once per kind of shape. ``SACCADE_ATTENTION=fused``
-    (or ``unfused``) pins the answer, for results that are the same to the last bit on every run.
-    """
-    pinned = os.environ.get("SACCADE_ATTENTION")
-    if pinned in ("fused", "unfused"):
-        return pinned
-    if q.device.type != "cpu" or q.dtype == torch.float32 or torch.compiler.is_compiling() or q.requires_grad:
-        return "fused"
-    return _faster_on_cpu(q.dtype, q.shape[-1], q.shape[2] == keys, -(-keys // 64) * 64, torch.get_num_threads())
-
-
-@functools.cache
-def _faster_on_cpu(dtype: torch.dtype, width: int, square: bool, keys: int, threads: int) -> str:
-    """Time both paths on 24 heads: a few milliseconds, once in a process for each kind of shape."""
-    with torch.inference_mode(False), torch.no_grad():
-        q, k, v = (draw((4, 6, n, width), 1.0).to(dtype) for n in (keys if square else 1, keys, keys))
-        ways = {
-            "fused": lambda: F.scaled_dot_product_attention(q, k, v),
-            "unfused": lambda: (q @ k.transpose(-2, -1)).softmax(dim=-1) @ v,
-        }
-        best = dict.fromkeys(ways, float("inf"))
-        for _ in range(7):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                way()
-                best[name] = min(best[name], time.perf_counter() - start)
-    return min(best, key=lambda name: best[name])

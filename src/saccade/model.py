@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from saccade.hooks import FEATURES, HEAD, any_hooked, around, replaced, require_
 from saccade.lazy import unread
 from saccade.output import LazyOutput, Output
 from saccade.plan import Backbone, Method, Plan, Tokenizer, ViT, registry
+from saccade.policy import AUTO, Execution
 from saccade.setting import Call, Setting
 from saccade.timm_names import TimmNames
 from saccade.tokenizers.grid import Grid, grid
@@ -25,6 +26,8 @@ from saccade.trace import Trace
 
 if TYPE_CHECKING:
     from saccade.runner import Deployment, Runner
+
+View = TypeVar("View", bound="AdaptiveViT")
 
 __all__ = ["AdaptiveViT", "Output", "build", "share"]
 
@@ -41,6 +44,7 @@ class AdaptiveViT(TimmNames):
         trained: settings that the weights were trained for, where that is known; ``tune`` tries them too.
         learned: what methods learn, by ``<method>.<name>``; all views of a model share one such dict, so that a method
             has the same parameters in every setting that names it.
+        execution: how blocks are run where several ways give the same; None: by the rules. It can be set later too.
 
     Raises:
         UserError: unsupported class or block, unknown method, knob out of range.
@@ -52,8 +56,10 @@ class AdaptiveViT(TimmNames):
         setting: str | Setting = "",
         trained: tuple[str, ...] = (),
         learned: dict[str, Tensor] | None = None,
+        execution: Execution | None = None,
     ) -> None:
         super().__init__()
+        self.execution = execution or Execution.default()
         self.setting = Setting.parse(setting)
         self.trained = trained
         self.learned: dict[str, Tensor] = {} if learned is None else learned
@@ -75,8 +81,11 @@ class AdaptiveViT(TimmNames):
 
     def at(self, setting: str | Setting) -> AdaptiveViT:
         """The same parameters under another setting, run the same way: a light view, nothing is copied or mutated."""
-        view = AdaptiveViT(self.vit, setting, self.trained, self.learned)
-        view._deployment = self._deployment
+        return self._run_alike(AdaptiveViT(self.vit, setting, self.trained, self.learned))
+
+    def _run_alike(self, view: View) -> View:
+        """A view that is run as this model is."""
+        view._deployment, view.execution = self._deployment, self.execution
         return view
 
     def deploy(self, runner: Runner | str | Mapping[str, Any] | None = "bf16") -> AdaptiveViT:
@@ -144,7 +153,7 @@ class AdaptiveViT(TimmNames):
         if dense:
             start = replace(start, left=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
         skip = not self.training if sparse is None else sparse
-        tokens, blocks = encode(self.vit, start, self.plan, whole=whole, sparse=skip)
+        tokens, blocks = encode(self.vit, start, self.plan, whole=whole, sparse=skip, execution=self.execution)
         embed = self.tokenizer.macs(self.vit, start)
         head = head_macs(self.vit, tokens.x.shape[1])
         return tokens, Trace(blocks, embed, head, images.shape[0], unread(start), start.grid, tokens.notes)
@@ -223,6 +232,7 @@ class AdaptiveViT(TimmNames):
     def extra_repr(self) -> str:
         """The setting and the way to run, on the first line of what is printed."""
         said = f"setting={str(self.setting)!r}"
+        said += "" if self.execution == AUTO else f", {self.execution}"
         if (runner := self.runner) is None or runner.is_plain:
             return said
         size = f" in batches of {runner.batch}" if runner.compiled and runner.batch else ""

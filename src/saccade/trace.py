@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saccade.lazy import lazy
+from saccade.lazy import changed, lazy
 
 if TYPE_CHECKING:
     from saccade.gates import Gates
@@ -59,6 +59,11 @@ class BlockTrace:
     wanted: Tensor | None = None  #  [B]  MACs, had all been skipped that masks leave out (differentiable); None: as ran
     gates: Gates | None = None  #         masks that were multiplied with (differentiable); None: none were
     kept: Tensor | None = None  #    [B]  share of patch tokens not dropped, where that is a mask (differentiable)
+
+    def with_overhead(self, macs: int) -> BlockTrace:
+        """The same with MACs that were spent before the block."""
+        wanted = None if self.wanted is None else self.wanted + macs
+        return changed(self, overhead=self.overhead + macs, wanted=wanted)
 
     def macs(self, nominal: bool = False) -> Count:
         """MACs of this block per image; nominal: whole block, no overhead (the papers' convention)."""

@@ -56,7 +56,7 @@ def watch(model: AdaptiveViT, images: Tensor, *, sparse: bool = True) -> tuple[l
     start = model.tokenizer(model.vit, images)
     start = replace(start, left=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
     plan = Watched(model.plan)
-    tokens, _ = encode(model.vit, start, plan, whole=True, sparse=sparse)
+    tokens, _ = encode(model.vit, start, plan, whole=True, sparse=sparse, execution=model.execution)
     require_finite(tokens.x.detach(), model.setting, "tokens")
     return plan.seen, tokens
 

@@ -64,7 +64,7 @@ def count(model: AdaptiveViT, images: Tensor, p: float = 0.3, metric: str = "key
         metric: of similarity, the mean 'key' over heads or the features 'x'.
     """
     plan = Judged(model)
-    last, _ = encode(model.vit, model.tokenizer(model.vit, images), plan, whole=True)
+    last, _ = encode(model.vit, model.tokenizer(model.vit, images), plan, whole=True, execution=model.execution)
     require_finite(last.x, model.setting, "tokens")
     found: list[Counts] = []
     before: Tokens | None = None

@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake is one line on standard error and exit code 2, never a traceback."""
     from saccade.cli import (  # noqa: F401  (each adds its verb)
         analyze,
+        autotune,
         bench,
         calibrate,
         convert,

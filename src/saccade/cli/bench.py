@@ -28,6 +28,7 @@ def command(
     batch: Annotated[list[int], typer.Option(help="Images at once; several: --batch 1 8 32.")] = [1, 8, 32],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for dense too.")] = "fp32",
     compile: Annotated[bool, typer.Option("--compile", help="Under torch.compile, dense too.")] = False,
+    autotuned: Annotated[bool, typer.Option("--autotuned", help="By the table that `saccade autotune` wrote.")] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Of timed runs for each batch size; at least 7 runs.")] = 10.0,
     weights: Weights = None,
     pretrained: Pretrained = False,
@@ -45,11 +46,14 @@ def command(
 
     from saccade.measure.speed import bench
     from saccade.measure.sweep import expanded
+    from saccade.policy import Execution
     from saccade.progress import Progress
     from saccade.runner import Runner
 
     vit = open_model(model, weights, pretrained, device, threads, trained=False)
     runner = Runner(dtype, compile)
+    if autotuned:
+        vit.execution = Execution.from_cache()
     with Progress(shown=True) as progress:
         asked = [name for text in setting for name in expanded(vit, text)]
         settings = list(dict.fromkeys([str(vit.setting), *asked]))

@@ -118,7 +118,7 @@ class Detector(AdaptiveViT):
         return tuple(self.heads.names)
 
     def at(self, setting: str | Setting) -> Detector:
-        return Detector(self.vit, setting, self.trained, self.learned, heads=self.heads)
+        return self._run_alike(Detector(self.vit, setting, self.trained, self.learned, heads=self.heads))
 
     def forward(self, images: Tensor, queries: Tensor | None = None) -> Detected:  # type: ignore[override]
         """images [B, C, h, w], normalised -> one prediction a cell, for ``queries`` [K, E] (None: its own classes)."""

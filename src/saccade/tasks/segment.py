@@ -65,7 +65,7 @@ class Segmenter(AdaptiveViT):
 
     def at(self, setting: str | Setting) -> Segmenter:
         known: dict[str, Any] = {"decoder": self.decoder, "classes": self.classes, "void": self.void}
-        return Segmenter(self.vit, setting, self.trained, self.learned, **known)
+        return self._run_alike(Segmenter(self.vit, setting, self.trained, self.learned, **known))
 
     def forward(self, images: Tensor) -> Output:
         """images [B, C, h, w], normalised -> logits [B, K, h, w], tokens, trace; the trace's head is the decoder."""

@@ -125,7 +125,7 @@ class TextImage(AdaptiveViT):
             raise UserError(f"this ViT still has a classifier of {vit.num_classes} classes: vit.reset_classifier(0)")
 
     def at(self, setting: str | Setting) -> TextImage:
-        return TextImage(self.vit, setting, self.trained, self.learned, space=self.space)
+        return self._run_alike(TextImage(self.vit, setting, self.trained, self.learned, space=self.space))
 
     def forward(self, images: Tensor) -> Embedded:  # type: ignore[override]
         """images [B, C, h, w], normalised -> their places in the space."""

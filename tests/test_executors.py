@@ -1,17 +1,18 @@
-"""Skipping where it pays, masks where it does not, timm's own block where nothing is asked."""
+"""Skipping where it is faster, masks where it is not, timm's own block where nothing is asked."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-import saccade.worth
+import saccade.plan
 from oracles import RandomGates, add_gates, make_images, make_vit, relative
-from saccade.encoder import whole_block
+from saccade.executors import Gathered, Images, Masked, Parts, PrefixOnly, Rows, Whole, executor_for
 from saccade.gates import Gates
 from saccade.model import AdaptiveViT
 from saccade.plan import Gater
-from saccade.worth import Kind, images_that_run, pays, rows_that_run
+from saccade.policy import LIMITS, Execution, images_that_run, rows_that_run
+from saccade.program import lower
 
 
 class On(Gater):
@@ -22,28 +23,21 @@ class On(Gater):
         return Gates(patch=torch.ones(images, patches), attn=torch.ones(images), mlp=torch.ones(images))
 
 
-@pytest.fixture
-def measured(monkeypatch):
-    monkeypatch.delenv("SACCADE_SKIP", raising=False)
-    monkeypatch.setattr(saccade.worth, "_LIMITS", {})
-
-
 @pytest.fixture(scope="module")
 def vit():
     return make_vit("deit3", depth=3)
 
 
-def gated(vit, on=0.6, parts=("patch", "attn", "mlp")):
-    return add_gates(AdaptiveViT(vit), {block: RandomGates(block, 3, parts, on) for block in range(3)})
+def gated(vit, on=0.6, parts=("patch", "attn", "mlp"), execution="auto"):
+    model = add_gates(AdaptiveViT(vit), {block: RandomGates(block, 3, parts, on) for block in range(3)})
+    model.execution = Execution(skip=execution)
+    return model
 
 
 @torch.no_grad()
-def test_the_same_answers_either_way_and_the_price_of_what_ran(vit, monkeypatch):
-    model, images, found = gated(vit), make_images(vit, 4), {}
-    for pinned in ("always", "never"):
-        monkeypatch.setenv("SACCADE_SKIP", pinned)
-        found[pinned] = model.encode(images)
-    (skipped, cheap), (masked, dear) = found["always"], found["never"]
+def test_the_same_answers_either_way_and_the_price_of_what_ran(vit):
+    images = make_images(vit, 4)
+    (skipped, cheap), (masked, dear) = (gated(vit, execution=way).encode(images) for way in ("always", "never"))
     assert relative(skipped.x, masked.x) <= 1e-5
     plain = AdaptiveViT(vit).encode(images)[1].macs()
     assert bool((cheap.macs() < plain).all())
@@ -54,10 +48,10 @@ def test_the_same_answers_either_way_and_the_price_of_what_ran(vit, monkeypatch)
 
 @torch.no_grad()
 @pytest.mark.parametrize("limit", [0.0, 0.3, 0.7, 1.0])
-def test_the_measured_limit_decides(vit, measured, monkeypatch, limit):
+def test_the_written_limit_decides(vit, monkeypatch, limit):
     """Blocks that would compute more than the limit are computed whole."""
     model, images = gated(vit, 0.5, ("patch",)), make_images(vit, 4)
-    monkeypatch.setattr(saccade.worth, "_limit", lambda *_: limit)
+    monkeypatch.setitem(LIMITS, "rows", limit)
     tokens, trace = model.encode(images)
     prefix, patches = tokens.num_prefix, tokens.num_patches
     for block, ran in enumerate(trace.blocks):
@@ -67,41 +61,14 @@ def test_the_measured_limit_decides(vit, measured, monkeypatch, limit):
 
 
 @torch.no_grad()
-def test_it_is_measured_once_for_each_kind(vit, measured, monkeypatch):
-    calls, real = [], saccade.worth._limit
-    monkeypatch.setattr(saccade.worth, "_limit", lambda *a: calls.append(a) or real(*a))
-    model = gated(vit)
-    for images in (4, 4, 16, 1, 1):
-        model(make_images(vit, images))
-    assert len(calls) == 3, "patches and branches of four, who are a sample of sixteen; one image's patches"
-    assert all(0 <= limit <= 1 for limit in saccade.worth._LIMITS.values())
-    assert all(isinstance(kind, Kind) for kind in saccade.worth._LIMITS)
-
-
-@torch.no_grad()
-def test_the_line_through_half_and_whole(vit, measured, monkeypatch):
-    """With times of which all is known: sparse = 2 ms + 10 ms × share, whole 10 ms, masked 12 ms."""
-    now = [0.0]
-    monkeypatch.setattr(saccade.worth.time, "perf_counter", lambda: now[0])
-    tokens = AdaptiveViT(vit).encode(make_images(vit, 4))[0]
-    gates = Gates(patch=torch.ones(4, tokens.num_patches))
-
-    def run(sample, chosen, sparse):
-        now[0] += (
-            0.002 + 0.010 * rows_that_run(sample, chosen) if sparse else 0.012 if chosen.patch is not None else 0.010
-        )
-
-    limit = (0.95 * 12 - 2) / 10
-    assert pays(limit - 0.01, tokens, gates, run) and not pays(limit + 0.01, tokens, gates, run)
-
-
-@torch.no_grad()
-def test_gates_that_leave_nothing_out_cost_nothing(vit, measured):
+def test_gates_that_leave_nothing_out_cost_nothing(vit):
     images = make_images(vit, 3)
     plain, before = AdaptiveViT(vit).encode(images)
-    tokens, trace = add_gates(AdaptiveViT(vit), dict.fromkeys(range(3), On())).encode(images)
+    model = add_gates(AdaptiveViT(vit), dict.fromkeys(range(3), On()))
+    model.execution = Execution()
+    tokens, trace = model.encode(images)
     assert torch.equal(tokens.x, plain.x)
-    assert torch.equal(trace.macs(), before.macs()) and not saccade.worth._LIMITS
+    assert torch.equal(trace.macs(), before.macs())
 
 
 @torch.no_grad()
@@ -121,10 +88,11 @@ def test_share_by_hand(vit):
 
 @torch.no_grad()
 @pytest.mark.parametrize("images", [1, 4])
-def test_branches_are_skipped_where_packing_does_not_pay(vit, measured, monkeypatch, images):
+def test_branches_are_skipped_where_packing_does_not_pay(vit, monkeypatch, images):
     """Tokens are masked and images left out: the same answer, at the price of whole images."""
     model, batch = gated(vit), make_images(vit, images)
-    monkeypatch.setattr(saccade.worth, "_limit", lambda tokens, count, gates, run: float(gates.patch is None))
+    monkeypatch.setitem(LIMITS, "rows", 0.0)
+    monkeypatch.setitem(LIMITS, "images", 1.0)
     tokens, trace = model.encode(batch)
     masked, _ = model.encode(batch, sparse=False)
     assert relative(tokens.x, masked.x) <= 1e-5
@@ -177,8 +145,43 @@ def test_a_block_of_which_nothing_is_asked_is_timms(vit):
     _, trace = AdaptiveViT(vit, "evit(0.7, at=1)").eval().encode(make_images(vit, 2))
     handle.remove()
     assert heard == [0]
-    start = AdaptiveViT(vit).encode(make_images(vit, 2))[0]
-    out, ran = whole_block(vit.blocks[1], lambda block, x: block(x), start)
+    model = AdaptiveViT(vit)
+    start, every = model.encode(make_images(vit, 2))
+    out, ran = Whole()(lower(vit, model.plan, whole=True, masked=False)[1], start)
     assert torch.equal(out.x, vit.blocks[1](start.x))
-    assert ran.macs() == AdaptiveViT(vit).encode(make_images(vit, 2))[1].blocks[1].macs() == ran.macs(nominal=True)
+    assert ran.macs() == every.blocks[1].macs() == ran.macs(nominal=True)
     assert trace.blocks[0].macs() == ran.macs()
+
+
+WAYS = [
+    ("", None, False, [Whole, Whole, PrefixOnly]),
+    ("", None, True, [Whole, Whole, PrefixOnly]),
+    ("evit(0.7, at=1)", None, False, [Whole, Parts, PrefixOnly]),
+    ("evit(0.7, at=1)", None, True, [Whole, Masked, PrefixOnly]),
+    ("topk(0.5, at=(0, 1))", None, False, [Gathered, Gathered, PrefixOnly]),
+    ("topk(0.5, at=(0, 1))", "never", False, [Masked, Masked, PrefixOnly]),
+    ("topk(0.5, at=(0, 1)) | evit(0.7, at=0)", None, False, [Rows, Gathered, PrefixOnly]),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("setting", "skip", "masked", "expected"), WAYS)
+def test_the_executor_of_each_block(setting, skip, masked, expected):
+    """A setting's blocks run as the table of ``executors`` says; a hooked block shows all of its tokens."""
+    vit = make_vit("vit", depth=3)
+    model = AdaptiveViT(vit, setting).eval()
+    start = model.tokenizer(vit, make_images(vit, 2))
+    steps, execution = lower(vit, model.plan, whole=False, masked=masked), Execution(skip=skip or "always")
+    assert [type(executor_for(step, start, execution)) for step in steps] == expected
+    handle = vit.blocks[0].attn.register_forward_hook(lambda *_: None)
+    shown = executor_for(steps[0], start, execution)
+    handle.remove()
+    assert not isinstance(shown, (Rows, Gathered)) and not isinstance(shown, PrefixOnly)
+
+
+@torch.no_grad()
+def test_branches_alone_leave_out_images(vit):
+    model, start = gated(vit, 0.5, ("attn", "mlp"), "always"), AdaptiveViT(vit).encode(make_images(vit, 4))[0]
+    steps = lower(vit, model.plan, whole=True, masked=False)
+    assert {type(executor_for(step, start, model.execution)) for step in steps} <= {Rows, Images, Parts}
+    assert {type(executor_for(step, start, Execution(skip="never"))) for step in steps} <= {Masked, Parts}
