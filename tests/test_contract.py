@@ -326,8 +326,11 @@ def test_gradients_reach_every_parameter(vit, images, text):
     idle = [f"vit.blocks.{i}." for i in range(model.plan.depth(4), 4)]  # blocks that do not run, a head not asked
     idle += ["vit.norm.", "vit.head."] if "head='own'" in text else []
     idle += ["vit.patch_embed."] if text.startswith("stem") else []  # it stands in its place
+    ends = model.plan.depth(4) - 1  # what is decided there after attention is about patches, and the class is read
     for m, method in enumerate(model.plan.methods):
-        idle += [f"plan.methods.{m}.steps.{s}." for s, at in enumerate(method.at) if at >= model.plan.depth(4)]
+        sites = [getattr(step, "site", "block") for step in method.steps]
+        unread = [s for s, at in enumerate(method.at) if at > ends or (at == ends < 3 and sites[s] == "attn")]
+        idle += [f"plan.methods.{m}.steps.{s}." for s in unread]
     for name, weight in model.named_parameters():
         if name.startswith(tuple(idle)):
             assert weight.grad is None, name

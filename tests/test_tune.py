@@ -245,3 +245,32 @@ def test_timing_that_runs_late_leaves_out_the_last_and_makes_fewer_runs(model, m
     assert 4 <= len(found.rows) < 7 and 3 <= found.rows[0].runs < 7
     assert set(found.failed.values()) == {"not timed, to keep within the time"}
     assert [row.setting for row in found.rows] == [*entries][: len(found.rows)]
+
+
+@pytest.mark.parametrize(
+    "setting", ["dynamicvit(0.5)", "evit(0.9) | ltmp(0.5)", "grid(16) | topk(0.5) | dynamicvit(0.7)"]
+)
+def test_a_method_that_has_learned_nothing_is_no_candidate(few, setting):
+    """Though the model says that it was trained for it; from the first change of what it learns on, it is one."""
+    plain = tiny()
+    model = saccade.AdaptiveViT(plain.vit, "", (setting,)).eval()
+    name = "ltmp" if "ltmp" in setting else "dynamicvit"
+    for ratio in (None, 1.5):
+        priced = candidates_module.candidates(model, ratio)
+        assert setting not in [c.setting for c in priced.candidates]
+        assert priced.failed[setting] == f"{name} has learned nothing yet: train it, then tune"
+        assert not any(name in c.setting for c in priced.candidates)
+    model.at(setting)  # what it learns is the model's from now on
+    with torch.no_grad():
+        for key, weight in model.learned.items():
+            if key.startswith(name):
+                weight.add_(0.01)
+    assert setting not in candidates_module.candidates(model).failed
+
+
+def test_tune_names_what_is_untrained_and_never_chooses_it(photos, few, tmp_path):
+    model = saccade.AdaptiveViT(tiny().vit, "", ("dynamicvit(0.3)",)).eval()
+    found = tune(model, photos, "1.1x", out=tmp_path / "out", **QUICK)
+    assert "dynamicvit has learned nothing" in found.left_out["dynamicvit(0.3)"]
+    assert "dynamicvit" not in found.setting and not any("dynamicvit" in row.setting for row in found.rows)
+    assert "dynamicvit has learned nothing" in (tmp_path / "out" / "report.html").read_text()

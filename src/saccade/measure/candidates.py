@@ -12,6 +12,7 @@ import torch
 from saccade import budget
 from saccade.errors import UserError
 from saccade.measure.failures import described, is_systems
+from saccade.measure.untrained import untrained
 from saccade.model import AdaptiveViT
 from saccade.plan import registry
 from saccade.progress import Progress
@@ -76,7 +77,9 @@ def candidates(
     families = dict.fromkeys(grids, "dense") | dict.fromkeys(controls, "random")
     families |= dict.fromkeys(merging + adaptive, RED)
     dense = price(model, "dense")
-    failed: dict[str, str] = {}
+    failed = _untrained(model, list(families))
+    for setting in failed:
+        del families[setting]
     cost = {"dense": dense} | _priced(model, list(families), progress, failed)
     alone = [Candidate("dense", "dense", dense, False)]
     alone += [Candidate(s, families[s], cost[s], False) for s in families if cost.get(s, dense) < dense]
@@ -96,6 +99,21 @@ def candidates(
     combined = sorted((c for c in combined if c.macs < dense), key=lambda c: abs(dense / c.macs / ratio - 1.05))
     untried = len([s for s in near if s not in found and s not in failed])
     return Priced(sorted(alone + combined[:PAIRS], key=lambda c: -c.macs), failed, untried)
+
+
+def _untrained(model: AdaptiveViT, settings: list[str]) -> dict[str, str]:
+    """Which of these settings learn, and have not, and why they are left out: nothing of theirs can be recommended."""
+    found: dict[str, str] = {}
+    for setting in settings:
+        try:
+            names = untrained(model, setting)
+        except Exception as error:
+            if is_systems(error):
+                raise
+            continue  # what is wrong with it is said where it is priced
+        if names:
+            found[setting] = f"{', '.join(names)} has learned nothing yet: train it, then tune"
+    return found
 
 
 def _priced(
