@@ -191,6 +191,34 @@ def test_commands_leave_their_inputs_alone(tmp_path, capsys):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("layout", ["{}", "cat/{}", "val/cat/{}"])
+def test_no_verb_writes_into_a_folder_of_photos(layout, tmp_path, capsys):
+    data, model, photos = pictures(tmp_path / "data"), tmp_path / "m", tmp_path / "photos"
+    AdaptiveViT(make_vit(num_classes=2)).save(model)
+    photo = photos / layout.format("mine.jpg")
+    photo.parent.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(photo)
+    before = {p: p.read_bytes() for p in photos.rglob("*") if p.is_file()}
+    for command in (
+        ["convert", str(model), "--patch", "8"],
+        ["stem", str(model), str(data)],
+        ["calibrate", str(model), str(data), "-s", "dynamicvit(0.7)", "--gmacs", "0.1"],
+        ["train", "finetune", f"model.name={model}", f"data.path={data}"],
+        ["tune", str(model), str(data), "--target", "2x"],
+        ["eval", str(model), str(data), "-s", "dense"],
+        ["analyze", str(model), str(data)],
+        ["predict", str(model), str(data)],
+        ["demo"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--out", str(photos)])
+        said = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and "is a folder of images" in said[-1], (command, said)
+    with pytest.raises(UserError, match="is a folder of images"):
+        saccade.load(model).save(photos)
+    assert {p: p.read_bytes() for p in photos.rglob("*") if p.is_file()} == before
+
+
 # --- what killed processes left -------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,10 @@ from saccade.backbone import backbone_of, class_names_of, resize_of, set_class_n
 from saccade.errors import UserError, nearest
 from saccade.files import check_folder, shortened
 from saccade.folder_config import CONFIG, FORMAT, FolderConfig, Ours, closed, parse, read_bytes
+from saccade.locks import owning
 from saccade.model import AdaptiveViT
 from saccade.model import build as build_setting
-from saccade.model_folder import seen, weights_file, write
+from saccade.model_folder import WAIT, WeightsFile, seen, weights_file, write
 from saccade.plan import ViT
 from saccade.setting import Setting
 from saccade.tokenizers.embed import ResizeSpec
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 SAVED = "saved"  # the runner that the folder names
 LEARNED = "learned."  # before the names of what methods learn
-TRIES = 20  # of a folder that is replaced while it is read
+TRIES, PATIENCE = 20, 3  # of a folder that is replaced while it is read, in all and before its writers have to wait
 # What a folder may hold beside a classifier: a subclass of AdaptiveViT for each task.
 MODELS = {
     "classify": "saccade.model:AdaptiveViT",
@@ -131,13 +133,16 @@ def load(
     by a ``setting`` that the caller gives.
     """
     path = Path(folder)
-    for _ in range(TRIES):
-        before = seen(path)
-        try:
-            return _load(path, setting, runner)
-        except UserError:
-            if seen(path) == before:
-                raise
+    for i in range(TRIES):
+        # Writers that never pause would change it in every try: then they wait for the reader, where it may say so.
+        alone = i >= PATIENCE and os.access(path, os.W_OK)
+        with owning(path, wait=WAIT) if alone else nullcontext():
+            before = seen(path)
+            try:
+                return _load(path, setting, runner)
+            except UserError:
+                if seen(path) == before:
+                    raise
     raise UserError(f"{shortened(folder)} changed {TRIES} times while it was read: wait until nothing writes in it")
 
 
@@ -146,7 +151,18 @@ def _load(path: Path, setting: str | None, runner: Runner | str | Mapping[str, A
     ours = {**(config.saccade.__pydantic_extra__ or {}), **config.saccade.model_dump(exclude_unset=True)}
     if (task := config.saccade.task) not in MODELS:
         raise UserError(f"{shortened(path)} is for task {task[:50]!r}; this version knows {', '.join(MODELS)}")
-    file, sealed = weights_file(path, config.saccade.weights)
+    with weights_file(path, config.saccade.weights) as weights:
+        model = _filled(path, config, ours, weights, setting)
+    model.trained = tuple(s for s in config.saccade.settings if _harmless(model, s, path))
+    chosen = _runner(ours, path) if runner == SAVED else runner
+    return model if chosen is None or task != "classify" else model.deploy(chosen)
+
+
+def _filled(
+    path: Path, config: FolderConfig, ours: Mapping[str, Any], weights: WeightsFile, setting: str | None
+) -> AdaptiveViT:
+    """The model of a config with its weights. Raises UserError where the file is not, or no longer, the config's."""
+    file, task = weights.file, config.saccade.task
     header = read_header(file)
     vit = _vit(config, header, str(file))
     _make_flexible(vit, config.saccade, path)
@@ -155,16 +171,13 @@ def _load(path: Path, setting: str | None, runner: Runner | str | Mapping[str, A
     with closed("" if setting is not None else str(path)):
         model = AdaptiveViT(vit, config.saccade.setting if setting is None else setting)
     model = getattr(import_module(module), kind).rebuild(model, ours).eval()
-    before = file.stat()
     _fill_all(model, file, untrained=setting is not None)
-    if not sealed or not os.path.samestat(before, file.stat()):
+    if not weights.unchanged():
         raise UserError(
             f"{shortened(file)} is not the file that {CONFIG} was written with (its checksum is another): restore it; "
             f"if you changed it yourself, remove 'weights' from 'saccade' in {CONFIG}"
         )
-    model.trained = tuple(s for s in config.saccade.settings if _harmless(model, s, path))
-    chosen = _runner(ours, path) if runner == SAVED else runner
-    return model if chosen is None or task != "classify" else model.deploy(chosen)
+    return model
 
 
 def _runner(ours: Mapping[str, Any], path: Path) -> Runner | None:

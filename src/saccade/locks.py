@@ -61,8 +61,9 @@ def _locked(folder: Path, until: float) -> int:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.stat(folder / LOCK)):  # else its owner has just removed it
-                    os.ftruncate(handle, 0)
-                    os.pwrite(handle, str(os.getpid()).encode(), 0)
+                    with suppress(OSError):  # on a full disk it is a lock all the same, of an unknown process
+                        os.ftruncate(handle, 0)
+                        os.pwrite(handle, str(os.getpid()).encode(), 0)
                     return handle
         except OSError as error:
             owner = os.pread(handle, 20, 0).decode("ascii", "replace").strip() or "unknown"

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +21,7 @@ from torch import Tensor
 from saccade.errors import UserError
 from saccade.files import check_folder, discard, part_beside, reported, shortened, sweep, to_disk
 from saccade.folder_config import CONFIG, Seal, read_bytes
+from saccade.foreign import check_no_photos
 from saccade.locks import owning
 from saccade.weights import digest
 
@@ -88,7 +93,8 @@ def check_place(folder: str | os.PathLike) -> None:
 
 
 def check_ours(folder: Path) -> None:
-    """Raises UserError where a folder holds a config or weights that are not a Saccade model's."""
+    """Raises UserError where a folder holds images, or a config or weights that are not a Saccade model's."""
+    check_no_photos(folder)
     remedy = "remove them, or give another folder"
     if (folder / CONFIG).exists():
         try:
@@ -124,19 +130,42 @@ def _umask() -> int:
     return old
 
 
-def weights_file(folder: Path, seal: Seal | None) -> tuple[Path, bool]:
-    """The file that a config belongs to, and whether it is that one beyond doubt."""
+@dataclass(frozen=True)
+class WeightsFile:
+    """The file that a config belongs to. It is held open: no other file can have its place on the disk meanwhile."""
+
+    file: Path
+    held: BinaryIO | None  # None: it is not that file, or cannot be told
+
+    def unchanged(self) -> bool:
+        """Whether what lies under the name now is the file that was looked at, and that one is the config's."""
+        with suppress(OSError):
+            return self.held is not None and os.path.samestat(os.fstat(self.held.fileno()), os.stat(self.file))
+        return False
+
+
+@contextmanager
+def weights_file(folder: Path, seal: Seal | None) -> Iterator[WeightsFile]:
+    """The file with the checksum that a config names; one that has another is read too: what is wrong may show."""
     file = folder / WEIGHTS
-    if seal is None:  # a folder of before
-        return file, True
-    waiting = _waiting(folder, seal.model_dump())
-    for found in (file, waiting):
-        try:
-            if found.stat().st_size == seal.bytes and digest(found) == seal.sha256:
-                return found, True
-        except (OSError, ValueError):
-            continue
-    return file, False  # read all the same: what is wrong with it may show
+    for found in (file,) if seal is None else (file, _waiting(folder, seal.model_dump())):  # None: a folder of before
+        if (held := _held(found, seal)) is not None:
+            with held:
+                yield WeightsFile(found, held)
+            return
+    yield WeightsFile(file, None)
+
+
+def _held(file: Path, seal: Seal | None) -> BinaryIO | None:
+    """The file, open, if it has this checksum."""
+    with suppress(OSError, ValueError), ExitStack() as stack:
+        if file.is_file():  # a pipe is not even opened
+            held = stack.enter_context(open(file, "rb"))
+            size = os.fstat(held.fileno()).st_size
+            if seal is None or (size == seal.bytes and file_digest(held, "sha256").hexdigest() == seal.sha256):
+                stack.pop_all()
+                return held
+    return None
 
 
 def seen(folder: Path) -> tuple[object, ...]:

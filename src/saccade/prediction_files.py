@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from saccade.data import ImageError
 from saccade.errors import UserError
 from saccade.files import check_folder, replacing, write_text
+from saccade.foreign import check_no_photos
 from saccade.prediction import Prediction
 from saccade.tables import width_of
 
@@ -85,6 +86,7 @@ class PredictionFolder:
 
     def __init__(self, path: str, top: int) -> None:
         check_folder(path)
+        check_no_photos(path)
         self.path, self.table, self.taken = Path(path), io.StringIO(), set[str]()
         self._write = csv_lines(self.table, top)
 

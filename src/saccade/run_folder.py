@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 
 from saccade.errors import UserError
 from saccade.files import check_folder, shortened, sweep
+from saccade.foreign import check_no_photos
 from saccade.locks import owning
 from saccade.model_folder import check_ours
 
@@ -57,8 +58,8 @@ def taking(out: str | os.PathLike, writes: Mapping[str, Signs], inputs: Iterable
         inputs: paths that it reads; others are passed over.
 
     Raises:
-        UserError: another process owns it; it holds a file of one of these names that is somebody else's; it is one of
-            the inputs, or within one, or would write over one; nothing can be written there.
+        UserError: another process owns it; it holds images, or a file of one of these names that is somebody else's; it is
+            one of the inputs, or within one, or would write over one; nothing can be written there.
     """
     folder = Path(out)
     check_folder(folder)
@@ -68,6 +69,7 @@ def taking(out: str | os.PathLike, writes: Mapping[str, Signs], inputs: Iterable
             raise UserError(
                 f"{shortened(out)} holds a {name} that is of something else: remove it, or give another folder"
             )
+    check_no_photos(folder)
     if (folder / "model").is_dir():
         check_ours(folder / "model")
     with owning(folder) as path:

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import saccade
+from crash_works import few
 from data_helpers import encode, picture, write_folder
+from kills import look
+from saccade import locks
 from saccade.cli import main
+from saccade.measure import tune as searching
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 3}
 TRAIN = ["run.steps=2", "run.batch=8", "run.device=cpu", "run.threads=1", "data.workers=0", "run.save_every=1"]
 TRAIN += ["data.holdout=0.3", "optim.warmup=0", "augment.mixup=0", "augment.cutmix=0"]
+OWNERS = ("eval", "tune", "train", "analyze")  # the others only put a file or a model in its place
 
 
 @dataclass(frozen=True)
@@ -89,19 +95,35 @@ def report(**facts: object) -> None:
 
 
 def full(root: Path, names: list[str], disk: Path, sizes: list[int]) -> None:
-    """Each verb with so many bytes left on ``disk``, then with room again: the same command goes through."""
+    """Each verb with so many bytes left on ``disk``, then with room again: the same command goes through.
+
+    Where nothing at all is left, ``tune`` and ``train`` meet results of before, which stay as they are.
+    """
     lay(root)
+    searching.candidates = few
     for verb in (v for v in verbs(root, disk / "out") if v.name in names):
         for left in sizes:
+            more = ["--resume"] if verb.name == "train" else []
+            if earlier := verb.name in ("tune", "train") and left == 0:
+                run(verb.line)
+            before = contents(disk / "out")
             fill(disk, left)
-            code, said = run(verb.line)
+            code, said = run([*verb.line, *more])
+            intact = contents(disk / "out") == before if earlier else verb.name != "train" or look(disk / "out") >= 0
             rest = leftovers(disk)
             (disk / "filler").unlink()
-            again, then = run([*verb.line, *(["--resume"] if verb.name == "train" else [])])
+            again, then = run([*verb.line, *more])
             made = (disk / "out" / verb.made).exists()
             facts = {"verb": verb.name, "left": left, "code": code, "said": last_line(said), "rest": rest}
+            facts |= {"earlier": earlier, "intact": intact}
             report(**facts, traceback="Traceback" in said, again=again, then=last_line(then), made=made)
             empty(disk)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files by name, but for what measurements and decoded images are kept in."""
+    files = (p for p in folder.rglob("*") if p.is_file() and "cache" not in p.parts)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def fill(disk: Path, left: int) -> None:
@@ -123,38 +145,55 @@ def empty(disk: Path) -> None:
 
 
 def shared(root: Path, names: list[str], rounds: int) -> None:
-    """Each verb twice at the same time with one folder."""
+    """Each verb twice at the same time with one folder; whoever owns it first goes on when the other has ended."""
     lay(root)
     for verb in (v for v in verbs(root, root / "out") if v.name in names):
         for number in range(rounds):
-            children = [start(verb, root / f"{verb.name}-{number}-{k}") for k in range(2)]
+            ends = [root / f"{verb.name}-{number}-{k}" for k in range(2)]
+            children = [start(verb, ends[k], ends[1 - k]) for k in range(2)]
             codes = []
             for child in children:
                 _, status = os.waitpid(child, 0)
                 codes.append(os.waitstatus_to_exitcode(status))
-            said = [(root / f"{verb.name}-{number}-{k}").read_text() for k in range(2)]
+            said = [end.read_text() for end in ends]
             if verb.made.endswith("config.json") and 0 in codes:
                 saccade.load((root / "out" / verb.made).parent)
             made = (root / "out" / verb.made).exists()
-            facts = {"verb": verb.name, "codes": codes, "said": [last_line(s) for s in said]}
+            facts = {"verb": verb.name, "owns": verb.name in OWNERS, "codes": codes}
+            facts["said"] = [last_line(s) for s in said]
             report(**facts, traceback=any("Traceback" in s for s in said), made=made, rest=leftovers(root / "out"))
             if verb.name in ("train", "convert") or number == rounds - 1:
                 shutil.rmtree(root / "out", ignore_errors=True)
 
 
-def start(verb: Verb, said: Path) -> int:
-    """A child that runs a verb, its standard error in a file."""
+def start(verb: Verb, said: Path, other: Path) -> int:
+    """A child that runs a verb, its standard error in a file; with the lock of the folder it waits for another's."""
     child = os.fork()
     if child:
         return child
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if verb.name in OWNERS:
+            meet(other)
         code, text = run(verb.line)
         said.write_text(text)
     except BaseException as error:
         said.write_text(f"Traceback {error!r}")
         code = 1
     os._exit(code)
+
+
+def meet(other: Path) -> None:
+    """Hold the next lock until the other process has ended: two that did not meet would show nothing."""
+    lock = locks._locked
+
+    def locked(folder: Path, until: float) -> int:
+        handle, patience = lock(folder, until), time.monotonic() + 120
+        while not other.exists() and time.monotonic() < patience:
+            time.sleep(0.02)
+        return handle
+
+    locks._locked = locked
 
 
 if __name__ == "__main__":

@@ -40,10 +40,14 @@ def command(
     from saccade.errors import UserError
     from saccade.prediction_files import EmbeddingFile, PredictionFolder, printer
     from saccade.predictor import Predictor
+    from saccade.run_folder import check_apart
 
     if json and csv:
         raise UserError("give one of --json and --csv")
     use_threads(threads)
+    for place in (embed, out):
+        if place is not None:
+            check_apart(place, [model, weights, *images])
     keepers: list[EmbeddingFile | PredictionFolder] = []
     keepers += [] if embed is None else [EmbeddingFile(embed)]
     keepers += [] if out is None else [PredictionFolder(out, top)]

@@ -13,6 +13,7 @@ from torch import nn
 from saccade.checkpoint import save
 from saccade.errors import UserError
 from saccade.files import check_folder
+from saccade.foreign import check_no_photos
 from saccade.opening import Source, open_model
 from saccade.training.config import Config
 from saccade.training.state import newest
@@ -58,6 +59,7 @@ def _saved(module: nn.Module, out: Path, weights: str | os.PathLike | None) -> P
     folder = out / SOURCE
     if newest(out / "checkpoints", "last") is None:  # else it is there, or the run is another
         check_folder(out)
+        check_no_photos(out)
         save(open_model(module, weights), folder)
     return folder
 
