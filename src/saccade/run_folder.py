@@ -58,8 +58,8 @@ def taking(out: str | os.PathLike, writes: Mapping[str, Signs], inputs: Iterable
         inputs: paths that it reads; others are passed over.
 
     Raises:
-        UserError: another process owns it; it holds images, or a file of one of these names that is somebody else's; it is
-            one of the inputs, or within one, or would write over one; nothing can be written there.
+        UserError: another process owns it; it holds images, or a file of one of these names that is somebody else's;
+            it is one of the inputs, or within one, or would write over one; nothing can be written there.
     """
     folder = Path(out)
     check_folder(folder)
