@@ -36,7 +36,7 @@ class Sample(Reducer):
         attention: Tensor = getattr(tokens, self.reading)
         assert tokens.value is not None
         score = there(tokens, attention.float() * tokens.value)
-        chosen = sample(score.clamp(min=0.0), levels(tokens, self.keep))
+        chosen = sample(score, levels(tokens, self.keep))
         return keep_where(with_best(chosen * (score > -torch.inf), score) > 0)
 
 
@@ -53,13 +53,14 @@ def levels(tokens: Tokens, keep: float) -> Tensor:
 def sample(score: Tensor, wanted: Tensor) -> Tensor:
     """0/1 [B, N] of the tokens nearest to some levels [B, L] of the sorted scores' cumulative share (paper, §3.2).
 
-    score [B, N], 0 and more; among equals the first.
+    score [B, N], 0 and more, -inf: no token; among equals the first.
     """
     order = score.argsort(dim=1, stable=True)
-    cdf = score.gather(1, order).double().cumsum(1)
+    cdf = score.gather(1, order).clamp(min=0.0).double().cumsum(1)
     cdf = cdf / cdf[:, -1:].clamp(min=1e-30)
     above = torch.searchsorted(cdf, wanted.contiguous()).clamp(max=score.shape[1] - 1)
-    below = (above - 1).clamp(min=0)
+    none = (score == -torch.inf).sum(1, keepdim=True)  # these are sorted first
+    below = torch.maximum(above - 1, none).minimum(above)
     nearer = (cdf.gather(1, below) - wanted).abs() < (cdf.gather(1, above) - wanted).abs()
     return torch.zeros_like(score).scatter(1, order.gather(1, torch.where(nearer, below, above)), 1.0)
 
