@@ -84,6 +84,15 @@ def test_pairs_of_methods_on_blank_and_busy_images(base, first):
         check(f"{first} | {second}", base.at(f"{first} | {second}").eval(), images)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (16, 48)])
+@pytest.mark.parametrize(
+    "gated", ["random_plus(0.5, at=[0, 1, 2])", "topk(0.3, at=[0, 1, 2])", "adavit(0.5, at=[0, 1, 2])"]
+)
+def test_ats_samples_the_same_where_gates_left_tokens_without_attention(base, gated, size):
+    images = batch_of(base)[:, :, : size[0], : size[1]]
+    check(f"ats | {gated}", base.at(f"ats(at=[0, 1, 2]) | {gated}").eval(), images)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [*METHODS, *TOKENIZERS])
 def test_pairs_on_every_degenerate_image(base, first):

@@ -31,7 +31,7 @@ from saccade.errors import UserError
 from saccade.gates import Gates
 from saccade.measure.calibrate import bisect, by_count, calibrate, fixed_levels, sigmoid, with_threshold
 from saccade.methods.adavit import usage_of
-from saccade.methods.ats import Sample
+from saccade.methods.ats import Sample, sample
 from saccade.methods.diffrate import Thin
 from saccade.methods.dynamicvit import Drop, Predictor
 from saccade.methods.ltmp import Prune
@@ -687,3 +687,16 @@ def test_ltmp_drops_what_receives_too_little(training):
     else:
         for b in range(3):
             assert found.keep[b][found.valid[b]].tolist() == expected[b].nonzero().squeeze(1).tolist()
+
+
+@pytest.mark.parametrize("places", [[0, 1, 2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8, 9], [0, 2, 3, 5, 6, 8, 9]])
+def test_ats_padding_takes_no_place_among_sorted_scores(places):
+    """Half of the tokens have no score, as those that gates leave out; padding stands behind, before and between."""
+    wanted = (torch.arange(7, dtype=torch.float64)[None] + 0.5) / 7
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        score = torch.rand(1, 7, generator=generator) * (torch.rand(1, 7, generator=generator) < 0.5)
+        padded = torch.full((1, 10), -torch.inf)
+        padded[:, places] = score
+        found = sample(padded, wanted)
+        assert torch.equal(found[:, places], sample(score, wanted)) and found.sum() == found[:, places].sum(), seed
