@@ -16,6 +16,7 @@ from saccade.model import AdaptiveViT
 
 Source = str | os.PathLike | nn.Module  # a timm name, a model folder, a timm ViT, an AdaptiveViT
 M = TypeVar("M", bound=AdaptiveViT)
+ADDRESSES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's, for which ``check_name`` says what to do
 
 
 def open_model(
@@ -53,7 +54,7 @@ def open_model(
         if weights is not None or pretrained:
             raise UserError(f"{name!r} is a model folder and has its weights: leave out --weights and --pretrained")
         model = load(name) if deployed else load(name, runner=None)
-    elif os.sep in name or name.endswith(CONFIG) or isinstance(source, Path):
+    elif not name.startswith(ADDRESSES) and (os.sep in name or name.endswith(CONFIG) or isinstance(source, Path)):
         raise UserError(f"there is no model folder {name!r}")
     else:
         check_name(name)

@@ -22,6 +22,7 @@ from typing import Any
 
 from saccade.analysis.study import Finding, Study, usual
 from saccade.data import ImageSet, Preprocess, open_images
+from saccade.data.store import TooLong, read_regular
 from saccade.errors import UserError, nearest
 from saccade.files import check_folder, json_text, write_json, write_texts
 from saccade.measure.accuracy import spread
@@ -38,6 +39,7 @@ from saccade.tables import Column, Table
 from saccade.views.analysis import AnalysisReport, render_analysis
 from saccade.views.parts import render_parts
 
+MOST_BYTES = 256 * 2**20  # of a finding that is read again: pages hold pictures
 Misfit = Callable[[AdaptiveViT, ImageSet], str | None]
 
 
@@ -229,6 +231,6 @@ class _Page:
 def _read(file: Path) -> Found | None:
     """A finding that was written before; None where there is none, or it cannot be read."""
     try:
-        return Found(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return Found(**json.loads(read_regular(file, MOST_BYTES).decode()))
+    except (OSError, ValueError, TypeError, RecursionError, TooLong):
         return None

@@ -20,11 +20,13 @@ from torch import Tensor
 from saccade.analysis import register
 from saccade.analysis.study import Finding, Study
 from saccade.data import ImageSet
+from saccade.data.store import TooLong, read_regular
 from saccade.errors import UserError, nearest
 from saccade.measure.stats import proportion
 from saccade.model import AdaptiveViT
 from saccade.views.parts import Cell, Table
 
+MOST_BYTES = 16 * 2**20  # of a table of classes
 NAME = re.compile(r"(?P<shape>[A-Za-z_ ]+?)[0-9]*-(?P<texture>[A-Za-z_ ]+?)[0-9]*$")
 
 
@@ -67,9 +69,9 @@ def read_table(file: str | None, classes: Sequence[str], num_classes: int) -> li
             )
         return [[i] for i in range(num_classes)]
     try:
-        table = json.loads(Path(file).read_text(encoding="utf-8"))
+        table = json.loads(read_regular(Path(file), MOST_BYTES).decode())
         named = {name: [*members] for name, members in table.items()}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError, TooLong) as error:
         raise UserError(
             f"""bias: cannot read {file!r} ({error}); write it like {{"cat": [281, "n02123045"], …}}"""
         ) from None

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from saccade.data.store import TooLong, read_regular
 from saccade.errors import UserError, nearest
 from saccade.training.augment import Augment
 
+MOST_BYTES = 2**20  # of a config
 TASKS = {  # what a run is about -> module:class
     "classify": "saccade.training.classify:Classify",
     "segment": "saccade.training.segment:Segment",
@@ -247,9 +249,9 @@ def _text(source: str) -> tuple[str, str]:
     if source in known:
         return known[source], source
     try:
-        if Path(source).is_file():
-            return Path(source).read_text(encoding="utf-8"), source
-    except (OSError, ValueError) as error:  # too long a name, no permission, not UTF-8
+        if Path(source).exists():
+            return read_regular(Path(source), MOST_BYTES).decode(), source
+    except (OSError, ValueError, TooLong) as error:  # too long a name or file, no permission, not UTF-8
         raise UserError(f"cannot read the config {source!r}: {getattr(error, 'strerror', None) or error}") from None
     raise UserError(f"there is no config {source!r}{nearest(source, known)}; or give the path of a TOML file")
 

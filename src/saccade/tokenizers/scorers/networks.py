@@ -29,6 +29,9 @@ SHUFFLENET = {4: "maxpool", 8: "stage2", 16: "stage3", 32: "conv5"}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+MOST_PARAMETERS = 128_000_000  # of a network that scores: more than a ViT-B has; in fp32 half a gigabyte
+
+
 class Network:
     """One frozen network; pickled and copied by its name."""
 
@@ -100,6 +103,7 @@ def _opened(name: str, stride: int | None, weights: str, blocks: int | None) -> 
 
         state = read_weights(weights)
     try:
+        _check_size(name, stride, blocks)
         # A later caller may ask for gradients; and 'random' weights are the same each time.
         with torch.inference_mode(False), torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(0)
@@ -114,6 +118,16 @@ def _opened(name: str, stride: int | None, weights: str, blocks: int | None) -> 
             f"weights='net.safetensors', or take scorer='pixel', which needs none"
         ) from None
     return Network(name, stride, weights, blocks, module.eval().requires_grad_(False))
+
+
+def _check_size(name: str, stride: int | None, blocks: int | None) -> None:
+    """Raises UserError for a network of more parameters than a scorer may have, before memory is taken for them."""
+    count = sum(p.numel() for p in skeleton(name, stride, blocks).parameters())
+    if count > MOST_PARAMETERS:
+        raise UserError(
+            f"scorer network {name!r} has {count / 1e6:,.0f} million parameters, limit {MOST_PARAMETERS / 1e6:.0f}: "
+            "a scorer should cost less than what it saves; take a smaller network"
+        )
 
 
 def skeleton(name: str, stride: int | None, blocks: int | None = None) -> nn.Module:
