@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from saccade.data import ImageError, ImageSet, decode, upright
-from saccade.data.source import list_images
+from saccade.data.source import list_images, passed_over_note
 from saccade.data.store import Folder
 from saccade.errors import UserError
 
@@ -94,6 +94,12 @@ def _files(path: str) -> Iterator[Input]:
     for i, name in enumerate(images.names):
         shown = os.path.join(path, name) if many else path
         yield Input(shown, lambda i=i, shown=shown: _read(images, i, shown))  # type: ignore[misc]
+
+
+def notes(paths: Iterable[str]) -> list[str]:
+    """What of folders and zips is passed over, a line for each that holds such files."""
+    many = [path for path in paths if os.path.isdir(path) or (os.path.isfile(path) and is_zipfile(path))]
+    return [line for path in many for line in passed_over_note(path, list_images(Path(path))[2])]
 
 
 def _read(images: ImageSet, i: int, name: str) -> Image.Image:

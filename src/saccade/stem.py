@@ -63,7 +63,7 @@ def fit_stem(
     own = model.backbone
     if limit < 1:
         raise UserError(f"limit={limit} leaves no image to fit the stem on")
-    seen = images if isinstance(images, Tensor) else read_images(model, images, limit)
+    seen = images if isinstance(images, Tensor) else read_images(model, images, limit, progress)
     if seen.ndim != 4 or not len(seen) or seen.shape[1] != own.channels or min(seen.shape[2:]) < max(own.patch_size):
         wanted = f"one or more, [n, {own.channels}, h, w] of at least a patch"
         raise UserError(f"cannot fit a stem on images of shape {tuple(seen.shape)}: give {wanted}")
@@ -188,11 +188,16 @@ def _group(made: Tensor, stride: int) -> Tensor:
     return tiles.permute(0, 2, 4, 5, 1, 3).reshape(side // stride, side // stride, dim, width * stride**2)
 
 
-def read_images(model: AdaptiveViT, data: str | os.PathLike | ImageSet, limit: int) -> Tensor:
-    """Images as the model wants them, [n, C, h, w]."""
+def read_images(
+    model: AdaptiveViT, data: str | os.PathLike | ImageSet, limit: int, progress: Progress | None = None
+) -> Tensor:
+    """Images as the model wants them, [n, C, h, w]; what is passed over or cannot be read is said."""
     if model.backbone.channels != 3:
         raise UserError(f"the model takes {model.backbone.channels} channels: give its images as a tensor [n, C, h, w]")
     found = data if isinstance(data, ImageSet) else open_images(os.fspath(data))
     loader = Loader(found, Preprocess.of(model.vit, model.backbone.input_size))
     places = spread(len(found), limit)
-    return torch.cat([batch.images for batch in loader.batches(BATCH, places)])
+    images = torch.cat([batch.images for batch in loader.batches(BATCH, places)])
+    for line in (*found.notes, *([str(loader.failures)] if loader.failures else [])):
+        (progress or Progress()).say(line)
+    return images

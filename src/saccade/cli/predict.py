@@ -38,6 +38,7 @@ def command(
     Example: saccade predict vit_tiny_patch16_224 photos/ --pretrained --top 3
     """
     from saccade.errors import UserError
+    from saccade.inputs import notes
     from saccade.prediction_files import EmbeddingFile, PredictionFolder, printer
     from saccade.predictor import Predictor
     from saccade.run_folder import check_apart
@@ -54,6 +55,8 @@ def command(
     predictor = Predictor(
         model, weights=weights, pretrained=pretrained, setting=setting, device=device, batch=batch, top=top
     )
+    for line in notes(images):
+        print(line, file=sys.stderr)
     show, count, failures = printer(json, csv, top), 0, dict[str, str]()
     for found in predictor.stream(images if len(images) > 1 else images[0]):
         show(found)

@@ -36,9 +36,9 @@ def command(
     check_apart(out, [source, data, weights])
     model = open_model(source, weights, pretrained, device="cpu")
     check_savable(model)
-    images = read_images(model, data, limit)
-    held = max(1, len(images) // 5)
     with Progress(shown=True) as progress:
+        images = read_images(model, data, limit, progress)
+        held = max(1, len(images) // 5)
         made = fit_stem(model, images[held:], limit=limit, progress=progress)
     error = token_error(made, images[:held])
     save(made, out)

@@ -134,8 +134,7 @@ def open_images(path: str | Path, split: str | None = None) -> ImageSet:
             f"folders {', '.join(classes or ())} in {path} are splits, with images right in them: give one of these "
             "folders, or lay the images out as split/class/name.jpg"
         )
-    if passed_over:
-        notes.append(f"{path}: passed over {_counts(passed_over)}")
+    notes += passed_over_note(path, others)
     there = {name.split("/")[-2] for name in others if name.count("/") == depth > 0 and not hidden(name)}
     if empty := _ordered(there - {*(classes or ())}):
         notes.append(f"{path}: no class {', '.join(empty)}, as there is no image in it")
@@ -196,6 +195,12 @@ def _counts(passed_over: Counter[str]) -> str:
     listed = sorted(passed_over.items(), key=lambda item: (-item[1], item[0]))
     more = sum(count for _, count in listed[SHOWN:])
     return ", ".join([*(f"{count} {kind}" for kind, count in listed[:SHOWN]), *([f"{more} others"] if more else [])])
+
+
+def passed_over_note(path: str | os.PathLike, others: Iterable[str]) -> tuple[str, ...]:
+    """In a line, how many files of which kinds are no images; no line where there is none."""
+    counted = Counter("hidden" if hidden(name) else _extension(name) for name in others)
+    return (f"{path}: passed over {_counts(counted)}",) if counted else ()
 
 
 def hidden(name: str) -> bool:

@@ -258,7 +258,10 @@ def evaluate_segmentation(
     chosen = spread(len(pixels), limit)
     named = [s for s in map(str, settings) if s not in ("", "dense")]
     views = {name: model.at(name).eval() for name in ("dense", *named)}  # all checked before any is run
-    bar = (progress or Progress()).start("segmenting", len(chosen) * len(views))
+    progress = progress or Progress()
+    for line in pixels.images.notes:
+        progress.say(line)
+    bar = progress.start("segmenting", len(chosen) * len(views))
     found: dict[str, Counts] = {}
     for name, view in views.items():
         bar(0, what=name)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from saccade.data import ImageError, ImageSet
 from saccade.data.decode import open_image, pixel_limit
-from saccade.data.source import hidden, is_image, read_bytes
+from saccade.data.source import hidden, is_image, passed_over_note, read_bytes
 from saccade.data.splits import choose_split
 from saccade.data.store import Store, open_store
 from saccade.errors import UserError
@@ -97,7 +97,7 @@ def open_pixels(
     """
     path = Path(path)
     store = open_store(path)
-    known, names = _splits(store, kind.folder)
+    known, names, others = _splits(store, kind.folder)
     if known:
         split = choose_split(path, known, split)
     elif split is not None:
@@ -111,6 +111,7 @@ def open_pixels(
     alone = {images[stem]: f"has no labels in {top}{kind.folder}/" for stem in sorted(images.keys() - labels.keys())}
     alone |= {labels[stem]: f"has no image in {top}{IMAGES}/" for stem in sorted(labels.keys() - images.keys())}
     found = ImageSet(path, split, [images[stem] for stem in both], None, list(classes), store)
+    found = replace(found, notes=passed_over_note(path, others))
     return kind(found, [labels[stem] for stem in both], void, alone)
 
 
@@ -119,10 +120,14 @@ def pixel_splits(path: str | Path) -> list[str]:
     return _splits(open_store(Path(path)), PixelSet.folder)[0]
 
 
-def _splits(store: Store, folder: str) -> tuple[list[str], list[str]]:
-    """Splits, and the names of all files that may be images or labels."""
-    names = [n for n in store.names() if is_image(n) and not hidden(n)]
-    return sorted({n.split("/")[0] for n in names if n.count("/") == 2 and n.split("/")[1] in (IMAGES, folder)}), names
+def _splits(store: Store, folder: str) -> tuple[list[str], list[str], list[str]]:
+    """Splits, the names of all files that may be images or labels, and those of the others."""
+    names: list[str] = []
+    others: list[str] = []
+    for name in store.names():
+        (names if is_image(name) and not hidden(name) else others).append(name)
+    known = {n.split("/")[0] for n in names if n.count("/") == 2 and n.split("/")[1] in (IMAGES, folder)}
+    return sorted(known), names, others
 
 
 def decode_ids(data: bytes, name: str, modes: tuple[str, ...] = MODES) -> np.ndarray:

@@ -77,7 +77,10 @@ def usage(
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
     known = None if images.labels is None else torch.tensor(head_labels(images, model.vit).indices)
     chosen = spread(len(images), limit)
-    advance = (progress or Progress()).start("looking", len(chosen))
+    progress = progress or Progress()
+    for line in images.notes:
+        progress.say(line)
+    advance = progress.start("looking", len(chosen))
     shares, costs, losses, names = [], [], [], []
     sizes = [view.input_size(), dense.input_size()]
     loaders = [Loader(images, Preprocess.of(model.vit, size)) for size in dict.fromkeys(sizes)]
