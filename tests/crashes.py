@@ -147,7 +147,7 @@ def trials(total: int, most: int) -> Iterator[tuple[int, str]]:
     if total <= most:
         yield from ((last, way) for last in range(1, total + 1) for way in WAYS)
     else:
-        yield from ((1 + (2 * i + 1) * total // (2 * most), WAYS[i % len(WAYS)]) for i in range(most))
+        yield from ((1 + (2 * i + 1) * total // (2 * most), WAYS[(i + total) % len(WAYS)]) for i in range(most))
 
 
 def enumerate_points(
