@@ -42,6 +42,16 @@ class Executor(Protocol):
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """How a block's attention ran."""
+
+    count: Count  #           tokens of each image that were computed
+    kernel: str
+    read: frozenset[str]  #   what reducers read of it
+    heads_skipped: bool  #    heads that are off were not computed
+
+
+@dataclass(frozen=True)
 class Whole:
     """timm's own forward, with its hooks, and no operator of ours."""
 
@@ -99,16 +109,13 @@ class Parts:
     def run(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
         """What the block's own forward would do."""
         start, read = tokens, step.readings(tokens)
-        skip = self._skips_heads(step, read)
-        tokens, attended, kernel = step.call(self.attention, step.block, tokens, read, skip)
+        tokens, mixed = step.call(self.attention, step.block, tokens, read, self._skips_heads(step, read))
         tokens, deciding = step.reduce("attn", tokens)
         middle = self.laid_out(step, tokens.without(READINGS))
         tokens, updated = step.call(self.mlp, step.block, middle)
-        return tokens, self.record(step, (start, middle, tokens), (attended, updated), kernel, read, skip, deciding)
+        return tokens, self.record(step, (start, middle, tokens), mixed, updated, deciding)
 
-    def attention(
-        self, block: TimmBlock, tokens: Tokens, read: frozenset[str], skip: bool
-    ) -> tuple[Tokens, Count, str]:
+    def attention(self, block: TimmBlock, tokens: Tokens, read: frozenset[str], skip: bool) -> tuple[Tokens, Mixed]:
         """``x + attn(norm1(x))``; with what reducers read, which needs attention to run for all images."""
         seen: list[Attended] = []
         gates = self.gates or Gates()
@@ -126,7 +133,7 @@ class Parts:
         if tokens.rows is not None:
             readings = {name: tokens.rows.unpack(value) for name, value in readings.items()}
         readings = {name: value[:, tokens.num_prefix :] for name, value in readings.items()}
-        return changed(tokens, x=x, **readings), count, seen[0].kernel if seen else "none"
+        return changed(tokens, x=x, **readings), Mixed(count, seen[0].kernel if seen else "none", read, skip)
 
     def mlp(self, block: TimmBlock, tokens: Tokens) -> tuple[Tokens, Count]:
         """``x + mlp(norm2(x))``."""
@@ -139,27 +146,20 @@ class Parts:
         return changed(tokens, x=x, mask=None), count
 
     def record(
-        self,
-        step: Step,
-        seen: tuple[Tokens, Tokens, Tokens],
-        counts: tuple[Count, Count],
-        kernel: str,
-        read: frozenset[str],
-        skip: bool,
-        deciding: int,
+        self, step: Step, seen: tuple[Tokens, Tokens, Tokens], mixed: Mixed, updated: Count, deciding: int
     ) -> BlockTrace:
-        """What ran: tokens at the start, before the MLP and at the end; tokens computed in attention and in the MLP."""
-        (start, middle, end), (attended, updated), gates = seen, counts, self.gates or Gates()
-        cost, before = block_cost(step.block), start.length
-        overhead = self.gating + deciding + reading_macs(step.block, read, kernel) * before
+        """What ran. seen: tokens at the start, before the MLP, at the end; updated: how many the MLP computed."""
+        (start, middle, end), gates, cost = seen, self.gates or Gates(), block_cost(step.block)
+        before, kernel = start.length, mixed.kernel
+        overhead = self.gating + deciding + reading_macs(step.block, mixed.read, kernel) * before
         return BlockTrace(
             cost=cost,
-            queries=attended,
-            keys=attended,
+            queries=mixed.count,
+            keys=mixed.count,
             mlp=updated,
-            attn=gates.attn if self.skips and not read else None,
+            attn=gates.attn if self.skips and not mixed.read else None,
             mlp_on=gates.mlp if self.skips else None,
-            heads=gates.head.mean(1) if gates.head is not None and skip else None,
+            heads=gates.head.mean(1) if gates.head is not None and mixed.heads_skipped else None,
             own=gates.own,
             planned=(before, end.length),
             overhead=overhead,
