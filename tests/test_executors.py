@@ -147,7 +147,7 @@ def test_a_block_of_which_nothing_is_asked_is_timms(vit):
     assert heard == [0]
     model = AdaptiveViT(vit)
     start, every = model.encode(make_images(vit, 2))
-    out, ran = Whole()(lower(vit, model.plan, whole=True, masked=False)[1], start)
+    out, ran = Whole().execute(lower(vit, model.plan, whole=True, masked=False)[1], start)
     assert torch.equal(out.x, vit.blocks[1](start.x))
     assert ran.macs() == every.blocks[1].macs() == ran.macs(nominal=True)
     assert trace.blocks[0].macs() == ran.macs()

@@ -39,6 +39,6 @@ def run(steps: tuple[Step, ...], execution: Execution, tokens: Tokens) -> tuple[
     for step in steps:
         tokens, deciding = step.reduce("block", tokens)
         executor = executor_for(step, tokens, execution)
-        tokens, record = executor(step, tokens)
+        tokens, record = executor.execute(step, tokens)
         ran.append(record.with_overhead(deciding))
     return padded(tokens), tuple(ran)

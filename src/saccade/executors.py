@@ -38,7 +38,7 @@ from saccade.trace import BlockTrace, Count
 class Executor(Protocol):
     """A way to run a block."""
 
-    def __call__(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]: ...
+    def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Mixed:
 class Whole:
     """timm's own forward, with its hooks, and no operator of ours."""
 
-    def __call__(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
+    def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
         n = tokens.length
         kernel = "fused" if step.block.attn.fused_attn else "unfused"
         ran = BlockTrace(block_cost(step.block), n, n, n, (n, n), 0, kernel, unread(tokens))
@@ -68,7 +68,7 @@ class PrefixOnly:
 
     execution: Execution
 
-    def __call__(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
+    def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
         block, left, tokens = step.block, step.left(tokens), padded(tokens)
         prefix, before = tokens.num_prefix, tokens.x.shape[1]
         how: dict[str, Any] = {"queries": prefix, "alive": live_keys(tokens), "execution": self.execution}
@@ -97,7 +97,7 @@ class Parts:
     skips: ClassVar[bool] = True  # whether branches of images that are off are left out …
     packs: ClassVar[bool] = True  # … and single tokens
 
-    def __call__(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
+    def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
         require_plain(step.block, Block, f"blocks[{step.index}]")
         return through(step.block, partial(self.run, step), self.laid_out(step, tokens))
 

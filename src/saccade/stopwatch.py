@@ -154,9 +154,9 @@ def share_that_pays(block: TimmBlock, tokens: Tokens, gates: Gates, clock: Clock
         half = Gates(patch=mask, attn=both, mlp=both, places=None if gates.places is None else places)
     step, rules = Step(Plan(), 0, block, False, False, False), Execution()
     ways = {
-        "masked": partial(Masked(rules, half), step, sample),
-        "half": partial((Gathered if half.whole_rows else Rows)(rules, half), step, sample),
-        "whole": partial(Masked(rules, Gates()), step, sample),
+        "masked": partial(Masked(rules, half).execute, step, sample),
+        "half": partial((Gathered if half.whole_rows else Rows)(rules, half).execute, step, sample),
+        "whole": partial(Masked(rules, Gates()).execute, step, sample),
     }
     best = _timed(ways, device, clock)
     part = images_that_run(half) if not gates.some_rows else rows_that_run(sample, half)
