@@ -13,10 +13,10 @@ from collections.abc import Callable
 import timm
 import torch
 
-from saccade.allocator import steady_allocator
-from saccade.attention import attend, class_attention
-from saccade.decide import best_edges
-from saccade.stopwatch import faster_attention
+from saccade.evaluation.stopwatch import faster_attention
+from saccade.execution.attention import attend, class_attention
+from saccade.methods.common.matching import best_edges
+from saccade.runners.allocator import steady_allocator
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ import timm
 import torch
 
 import saccade
-from saccade.allocator import steady_allocator
-from saccade.measure.speed import Runner, bench
+from saccade.evaluation.speed import Runner, bench
+from saccade.runners.allocator import steady_allocator
 
 SETTINGS = ("evit(0.7)", "tome(r=13)", "imagepiece() | evit(0.8)", "grid(32)", "random(0.7)")
 FLOORS = {  # at batch 8 and 32, from the project's acceptance list

@@ -17,12 +17,13 @@ from itertools import pairwise
 import torch
 
 import saccade
-from saccade.allocator import steady_allocator
-from saccade.attention import attend
-from saccade.measure.speed import Runner, bench
-from saccade.plan import Reducer, registry
-from saccade.reduction import reduce
-from saccade.tokens import Tokens
+from saccade.core.plan import Reducer
+from saccade.core.reduction import reduce
+from saccade.core.registry import registry
+from saccade.core.tokens import Tokens
+from saccade.evaluation.speed import Runner, bench
+from saccade.execution.attention import attend
+from saccade.runners.allocator import steady_allocator
 
 # setting -> (speed-up, speed-up ÷ MAC ratio) asked for at batch 8 and more, on DeiT-S (the project's acceptance list)
 TARGETS = {

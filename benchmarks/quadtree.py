@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 import saccade
-import saccade.ragged
-from saccade.allocator import steady_allocator
+import saccade.core.packing
 from saccade.data import Loader, Preprocess, open_images
 from saccade.model import AdaptiveViT
-from saccade.tokenizers.mosaic import Geometry
-from saccade.tokenizers.selection import split_most
+from saccade.runners.allocator import steady_allocator
+from saccade.tokenizers.mosaic.geometry import Geometry
+from saccade.tokenizers.mosaic.selection import split_most
 
 SCORERS = (
     "random",
@@ -194,11 +194,11 @@ def against(entries: list[Entry], rounds: int, padded: bool = False) -> None:
 
 
 def _without_packing(way: Callable[[], object]) -> object:
-    kept, saccade.ragged.WORTH = saccade.ragged.WORTH, 0.0
+    kept, saccade.core.packing.MAX_LIVE_SHARE = saccade.core.packing.MAX_LIVE_SHARE, 0.0
     try:
         return way()
     finally:
-        saccade.ragged.WORTH = kept
+        saccade.core.packing.MAX_LIVE_SHARE = kept
 
 
 def quartiles(ways: list[Callable[[], object]], rounds: int) -> list[float]:

@@ -1,7 +1,7 @@
 """Does what is left out save time? Fixed and ragged counts, branches, heads, all of AdaViT's axes at once.
 
     python benchmarks/ragged.py [--model deit_small_patch16_224] [--batch 8 32] [--dtype fp32] [--seconds 60]
-    python benchmarks/ragged.py --heads       which heads are worth skipping (``heads.WORTH``)
+    python benchmarks/ragged.py --heads       which heads are worth skipping (``heads.MAX_HEAD_SHARE``)
 
 Every way is timed interleaved with the dense model, whose last block is shortened, and with timm's own forward, which
 computes it whole: medians of ratios, run by run. MAC ratios are of what ran, against the dense model here.
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 import saccade
-import saccade.ragged
-from saccade.allocator import steady_allocator
-from saccade.attention import attend
-from saccade.choose import keep_where
-from saccade.gates import Gates
-from saccade.measure.speed import DTYPES
-from saccade.plan import Gater, Method, Plan, Reducer
-from saccade.reduction import Reduction
-from saccade.tokens import Tokens
+import saccade.core.packing
+from saccade.core.gates import Gates
+from saccade.core.plan import Gater, Method, Plan, Reducer
+from saccade.core.reduction import Reduction
+from saccade.core.tokens import Tokens
+from saccade.evaluation.speed import DTYPES
+from saccade.execution.attention import attend
+from saccade.methods.common.sampling import keep_where
+from saccade.runners.allocator import steady_allocator
 
 Way = Callable[[Tensor], Tensor]
 WHOLE, MASKED, PADDED, PACKED = (
@@ -108,14 +108,14 @@ def ways_of(model: saccade.AdaptiveViT) -> dict[str, tuple[saccade.AdaptiveViT, 
         return lambda images: view(images).logits
 
     def padded(images: Tensor) -> Tensor:
-        kept, saccade.ragged.WORTH = saccade.ragged.WORTH, 0.0
+        kept, saccade.core.packing.MAX_LIVE_SHARE = saccade.core.packing.MAX_LIVE_SHARE, 0.0
         try:
             return ragged(images).logits
         finally:
-            saccade.ragged.WORTH = kept
+            saccade.core.packing.MAX_LIVE_SHARE = kept
 
     def masked(images: Tensor) -> Tensor:
-        return axes.head(axes._encode(images, whole=False, sparse=False)[0])
+        return axes.forward_head(axes._forward_tokens(images, whole=False, sparse=False)[0])
 
     dense, blocks = model.at("dense").eval(), tuple(range(model.backbone.depth - 1))
     views = {"dense": dense, "evit(0.7)": model.at("evit(0.7)").eval()}

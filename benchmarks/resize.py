@@ -20,9 +20,9 @@ from timm.layers import resample_patch_embed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import saccade
-from saccade.tokenizers import constants
-from saccade.tokenizers.embed import PRESETS, resize_kernel
-from saccade.tokenizers.matrices import pi_matrix
+from saccade.core import constant_cache as constants
+from saccade.tokenizers.resize.matrices import pi_matrix
+from saccade.tokenizers.resize.resampling import PRESETS, resize_kernel
 
 SIZES = (8, 10, 12, 15, 16, 20, 24, 30, 40, 48)
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import saccade
 from saccade.training.config import Source
-from saccade.training.student import Student, open_source
+from saccade.training.multi_setting import MultiSettingModel
+from saccade.training.starting import open_source
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     settings = ["dense", *(arguments.setting or ["evit(0.5)", "tome(r=6)", "imagepiece()", "grid(16, size=112)"])]
 
-    student = Student(open_source(Source(name=arguments.model, size=arguments.size)), settings).train()
+    student = MultiSettingModel(open_source(Source(name=arguments.model, size=arguments.size)), settings).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
     images = torch.randn(arguments.batch, 3, arguments.size, arguments.size)
     labels = torch.randint(0, student.vit.num_classes, (arguments.batch,))

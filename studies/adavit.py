@@ -36,12 +36,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saccade
-from saccade.allocator import steady_allocator
 from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, class_indices, open_images
 from saccade.errors import UserError
-from saccade.files import write_json, write_text
-from saccade.measure.calibrate import bisect, by_count, fixed_levels, logit, sigmoid, with_threshold
-from saccade.measure.stats import bootstrap
+from saccade.evaluation.calibrate import bisect, by_count, fixed_levels, logit, sigmoid, with_threshold
+from saccade.evaluation.stats import bootstrap
+from saccade.runners.allocator import steady_allocator
+from saccade.storage.files import write_json, write_text
 
 SHARE = 0.5  # of the dense model's executed MACs
 USAGE = 0.7  # of each axis, where training is held to that and not to MACs
@@ -397,7 +397,7 @@ def _gmacs(model: saccade.AdaptiveViT, setting: str) -> float:
 
 def _usage(view: saccade.AdaptiveViT, images: Tensor) -> Tensor:
     """Shares of patches, heads and branches that each image uses in the blocks that decide, [B, 3]."""
-    blocks = [b.gates for b in view.encode(images, sparse=False)[1].blocks if b.gates is not None]
+    blocks = [b.gates for b in view.forward_tokens(images, sparse=False)[1].blocks if b.gates is not None]
 
     def mean(gates: list[Tensor | None]) -> Tensor:
         given = [g.float().view(len(images), -1).mean(1) for g in gates if g is not None]

@@ -34,11 +34,11 @@ from torch import Tensor
 import saccade
 from saccade.data import CACHE_BYTES, Loader, Preprocess, class_indices, open_images
 from saccade.errors import UserError
-from saccade.files import write_json
-from saccade.measure.accuracy import spread
-from saccade.measure.calibrate import calibrate
-from saccade.measure.candidates import price
-from saccade.measure.stats import bootstrap
+from saccade.evaluation.accuracy import spread
+from saccade.evaluation.calibrate import calibrate
+from saccade.evaluation.candidates import price
+from saccade.evaluation.stats import bootstrap
+from saccade.storage.files import write_json
 
 GOALS = (0.205, 0.24, 0.28)  # 10^9 MACs; trained at the middle one
 TUNE = 96  # training images that thresholds are found on

@@ -25,12 +25,12 @@ from safetensors.torch import load_file, save_file
 
 import saccade
 from saccade.data import Loaders
-from saccade.files import write_json
-from saccade.measure.accuracy import spread
-from saccade.measure.stats import Interval
-from saccade.tasks.boxes import open_boxes
-from saccade.tasks.detector import Found, squashed
-from saccade.tasks.precision import average_precision, find, truths, with_spread
+from saccade.evaluation.accuracy import spread
+from saccade.evaluation.stats import Interval
+from saccade.storage.files import write_json
+from saccade.tasks.detection.average_precision import average_precision, find, truths, with_spread
+from saccade.tasks.detection.detection_data import open_boxes
+from saccade.tasks.detection.detector import Found, squashed
 
 TRAINED = (12, 16, 20, 32)
 TESTED = (10, 12, 16, 20, 24, 32)

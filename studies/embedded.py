@@ -15,10 +15,10 @@ import shutil
 from pathlib import Path
 
 import saccade
-from saccade.checkpoint import save
-from saccade.files import write_json, write_text
-from saccade.measure.accuracy import Score
-from saccade.measure.stats import Interval
+from saccade.backbones.saving import save
+from saccade.evaluation.accuracy import Score
+from saccade.evaluation.stats import Interval
+from saccade.storage.files import write_json, write_text
 
 CARD = """# The built-in model
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 import saccade
 from saccade.data import ImageSet, class_indices, open_images
-from saccade.files import write_text
-from saccade.measure.accuracy import spread
-from saccade.measure.stats import bootstrap, proportion
+from saccade.evaluation.accuracy import spread
+from saccade.evaluation.stats import bootstrap, proportion
+from saccade.storage.files import write_text
 
 SIZES = (10, 16, 20, 32, 40)  # patch sizes trained for: 256, 100, 64, 25 and 16 tokens
 BEYOND = (80,)  # 4 tokens; seen by no run

@@ -38,12 +38,12 @@ import saccade
 from saccade.analysis import analyze
 from saccade.data import CACHE_BYTES, Loader, Preprocess, class_indices, open_images
 from saccade.data.corrupt import corrupted, corruption
-from saccade.files import write_json
-from saccade.measure.accuracy import spread
-from saccade.measure.candidates import price
-from saccade.measure.speed import bench
-from saccade.measure.stats import Interval, bootstrap, proportion
+from saccade.evaluation.accuracy import spread
+from saccade.evaluation.candidates import price
+from saccade.evaluation.speed import bench
+from saccade.evaluation.stats import Interval, bootstrap, proportion
 from saccade.model import AdaptiveViT
+from saccade.storage.files import write_json
 
 KEEPS = (0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 MASKS = (0, 7, 15, 25, 50)

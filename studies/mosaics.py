@@ -24,9 +24,9 @@ from torch import Tensor
 
 import saccade
 from saccade.data import ImageSet, class_indices, open_images
-from saccade.files import write_text
-from saccade.measure.stats import bootstrap
+from saccade.evaluation.stats import bootstrap
 from saccade.model import AdaptiveViT
+from saccade.storage.files import write_text
 
 INPUTS = {224: (16, 32), 256: (16, 32, 64)}
 TOKENS = {64: 128, 100: 160, 169: 208}  # and the pixels of the photo that has as many in a uniform grid

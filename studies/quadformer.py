@@ -38,8 +38,8 @@ from torch import Tensor
 
 import saccade
 from saccade.data import ImageSet, Loader, Preprocess, class_indices, open_images
-from saccade.files import write_text
-from saccade.measure.stats import bootstrap
+from saccade.evaluation.stats import bootstrap
+from saccade.storage.files import write_text
 from saccade.tokenizers.scorers import given, register_scorer
 from saccade.tokenizers.scorers.gradcam import class_maps
 from saccade.tokenizers.scorers.networks import Network

@@ -16,12 +16,13 @@ from collections.abc import Callable
 
 import saccade
 from saccade.data import open_images
-from saccade.files import write_json
-from saccade.measure.accuracy import Judge, paired, score, spread
-from saccade.measure.candidates import price
-from saccade.measure.stats import bootstrap, mcnemar
+from saccade.evaluation.accuracy import paired, score, spread
+from saccade.evaluation.candidates import price
+from saccade.evaluation.evaluator import Evaluator
+from saccade.evaluation.stats import bootstrap, mcnemar
 from saccade.model import AdaptiveViT
-from saccade.progress import Progress
+from saccade.storage.files import write_json
+from saccade.terminal.progress import Progress
 
 METHODS: dict[str, Callable[[float], str]] = {  # one knob each, from 0 (most) to 1 (least reduction)
     "re-tokenize, then prune": lambda k: f"imagepiece(keep={k:.3f})",
@@ -62,7 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = saccade.create_model(arguments.model, weights=arguments.weights)
     images = open_images(arguments.data)
-    judge, places = Judge(model, images), spread(len(images), arguments.limit)
+    judge, places = Evaluator(model, images), spread(len(images), arguments.limit)
     rows = []
     with Progress(shown=True) as progress:
         run = progress.start("dense", len(places) * (1 + len(arguments.ratio) * len(METHODS)))

@@ -25,10 +25,10 @@ from jobs import train_all
 from safetensors.torch import load_file, save_file
 
 import saccade
-from saccade.files import write_json
-from saccade.measure.stats import Interval
-from saccade.tasks.miou import Counts, count, interval, iou, mean_iou
-from saccade.tasks.pixels import open_pixels
+from saccade.evaluation.stats import Interval
+from saccade.storage.files import write_json
+from saccade.tasks.segmentation.mean_iou import Counts, count, interval, iou, mean_iou
+from saccade.tasks.segmentation.segmentation_data import open_pixels
 from saccade.training.config import read_config
 
 SIZE = (192, 256)

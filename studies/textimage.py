@@ -27,15 +27,15 @@ from torch import Tensor
 
 import saccade
 from saccade.data import ImageSet, Loader, Preprocess, open_images
-from saccade.files import write_json
-from saccade.measure.stats import Interval, bootstrap, proportion
-from saccade.progress import Progress
-from saccade.tasks.pairs import captioned
-from saccade.tasks.space import Space
-from saccade.tasks.text import TextTower
-from saccade.tasks.textimage import shared
+from saccade.evaluation.stats import Interval, bootstrap, proportion
+from saccade.storage.files import write_json
+from saccade.tasks.image_text.image_text_data import captioned
+from saccade.tasks.image_text.image_text_task import shared
+from saccade.tasks.image_text.text_tower import TextTower
+from saccade.tasks.image_text.two_tower import Space
+from saccade.terminal.progress import Progress
 from saccade.training.config import Optim
-from saccade.training.optim import rate
+from saccade.training.optimizer import rate
 
 PATCHES = (10, 16, 20, 32)
 FIXED = 16

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 import saccade
 from saccade.data import open_images
-from saccade.files import write_json
-from saccade.measure.stats import Interval, bootstrap, proportion
+from saccade.evaluation.stats import Interval, bootstrap, proportion
+from saccade.storage.files import write_json
 
 SETTINGS = {
     "dense": "dense",

@@ -17,14 +17,14 @@ from data_helpers import encode, picture, write_folder
 from kills import look
 from oracles import make_images, make_vit
 from saccade.data import open_images
-from saccade.data.cache import Decoded
-from saccade.files import is_our_picture, write_picture
-from saccade.measure import publish
-from saccade.measure import tune as searching
-from saccade.measure.candidates import Candidate, Priced, price
+from saccade.data.decoded import Decoded
+from saccade.evaluation import report as publish
+from saccade.evaluation import tune as searching
+from saccade.evaluation.candidates import Candidate, Priced, price
 from saccade.model import AdaptiveViT
-from saccade.training.state import newest, read_state
-from saccade.training.watch import read_table
+from saccade.storage.files import is_our_picture, write_picture
+from saccade.training.checkpoints import newest, read_state
+from saccade.training.logging import read_table
 
 Work = tuple[Callable[[], object], Callable[[], object], Callable[[], object]]  # before, the work, after
 TINY = {"depth": 1, "embed_dim": 16, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
@@ -205,7 +205,7 @@ def tune_over(root: Path) -> Work:
             assert whole(folder / name) == first[name] or len(whole(folder / name)) > 100
         told = run(folder)
         check()
-        assert json.loads(whole(folder / "frontier.json"))["verdict"] == told.verdict
+        assert json.loads(whole(folder / "frontier.json"))["verdict"] == told.recommendation
         assert str(saccade.load(folder / "model", runner=None).setting) == told.setting
         assert not litter(folder), litter(folder)
 

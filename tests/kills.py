@@ -19,7 +19,7 @@ import torch
 
 import saccade
 from saccade.training import train as script
-from saccade.training.state import newest, read_state
+from saccade.training.checkpoints import newest, read_state
 
 CONFIG = {
     "model": {

@@ -15,13 +15,14 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from saccade import counter
-from saccade.gates import Gates
+from saccade.core import operator_counter as counter
+from saccade.core.gates import Gates
+from saccade.core.plan import Gater, Method, Plan
+from saccade.core.reduction import Reduction, SoftReduction
+from saccade.core.tokens import Tokens
 from saccade.model import AdaptiveViT
-from saccade.plan import Gater, Method, Plan
-from saccade.reduction import Reduction, SoftReduction
-from saccade.tokens import Tokens
 
 # Families of timm, shrunk: three blocks of width 96 on sixteen patches.
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -200,7 +201,7 @@ def prune_by_hand(
 def retokenize_by_hand(
     x: Tensor, score: Tensor, metric: Tensor, size: list[float], p: float, merge: float, prefix: int = 1
 ) -> tuple[Tensor, list[float], list[tuple[int, int]]]:
-    """ImagePiece (spec §1.8, step 4): the best pairs among the least attended tokens; also the pairs (source, into)."""
+    """ImagePiece (step 4): the best pairs among the least attended tokens; also the pairs (source, into)."""
     patches = list(range(prefix, len(x)))
     bottom = sorted(patches, key=lambda i: float(score[i]))[: math.floor(round(p * len(patches), 9))]
     side_a, side_b = bottom[0::2], bottom[1::2]
@@ -227,7 +228,7 @@ def retokenize_by_hand(
 def reduce_by_hand(tokens: Tokens, r: Reduction) -> Tokens:
     """What ``reduce`` has to give for a hard reduction: loops over images, slots and members."""
     images = range(len(tokens.x))
-    fields = ("size", "valid", "mask", "key", "cls_attn", "received")
+    fields = ("size", "valid", "gate_mask", "key", "cls_attn", "attn_received")
     has = {name: getattr(tokens, name) for name in fields if getattr(tokens, name) is not None}
     merges = r.src is not None
     if merges and "size" not in has:
@@ -253,16 +254,16 @@ def reduce_by_hand(tokens: Tokens, r: Reduction) -> Tokens:
                     new[name].append(sum(s * part for s, part in zip(share, parts, strict=True)))
                 else:
                     total = sum(float(part) for part in parts)
-                    new[name].append(torch.tensor(min(total, 1.0) if name == "mask" else total))
-        if r.rest is not None:
-            rest, share = r.rest[b].tolist(), r.rest_weight[b].tolist()
+                    new[name].append(torch.tensor(min(total, 1.0) if name == "gate_mask" else total))
+        if r.fuse is not None:
+            rest, share = r.fuse[b].tolist(), r.fuse_weight[b].tolist()
             members.append(rest)
             rows.append(sum(s * patches[i] for s, i in zip(share, rest, strict=True)))
             for name, value in has.items():
                 if name == "key":
                     parts = sum(s * value[b, i] for s, i in zip(share, rest, strict=True))
                     new[name].append(parts / sum(share))
-                elif name in ("cls_attn", "received"):
+                elif name in ("cls_attn", "attn_received"):
                     new[name].append(sum(value[b, i] for i in rest))
                 else:
                     new[name].append(torch.ones((), dtype=value.dtype))
@@ -299,8 +300,8 @@ def random_reduction(images: int, patches: int, seed: int, *, merge: bool, fuse:
         keep,
         src=src if merge else None,
         dst=dst.long() if merge else None,
-        rest=rest if fused else None,
-        rest_weight=weights if fused else None,
+        fuse=rest if fused else None,
+        fuse_weight=weights if fused else None,
     )
 
 
@@ -352,3 +353,21 @@ def vit_macs(counts: list[int], patches: int, width: int, patch_size: int = 16, 
     before = [patches + 1, *counts[:-1]]
     blocks = sum(block_macs(n, m, width) for n, m in zip(before, counts, strict=True))
     return patches * 3 * patch_size**2 * width + blocks + width * classes
+
+
+G = 1e9
+
+
+def nominal_gmacs(name: str, setting: str, **kwargs) -> float:
+    """GMACs of one image by the trace of a run on the meta device: shapes only, so that large models are free."""
+    with torch.device("meta"):
+        model = AdaptiveViT(timm.create_model(name, **kwargs).eval(), setting)
+        trace = model(torch.empty(1, 3, *model.input_size())).trace
+    return (trace.embed + trace.head + sum(block.macs(nominal=True) for block in trace.blocks)) / G
+
+
+def busy_images(vit, count: int = 3, size: tuple[int, int] | None = None, seed: int = 0) -> Tensor:
+    """Noise that is strong in some places and weak in others, so that mosaics of all kinds of blocks come out."""
+    noise = make_images(vit, count, size, seed)
+    field = torch.rand(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed + 1)) ** 4
+    return noise * F.interpolate(field, size=noise.shape[-2:], mode="bilinear")

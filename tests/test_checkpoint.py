@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 
 import saccade
 from oracles import FAMILIES, make_images, make_vit, randomise
-from saccade import checkpoint, model_folder
-from saccade.checkpoint import check_savable, create_model, load, load_weights, save
+from saccade import checkpoint
+from saccade.backbones.saving import check_savable, save
+from saccade.checkpoint import create_model, load, load_weights
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
+from saccade.storage import model_folder
 
 SETTINGS = [
     "",
@@ -372,7 +374,7 @@ def test_real_weights_load(data_dir):
     plain.load_state_dict(load_file(file), strict=True)
     images = make_images(plain, 2)
     with torch.no_grad():
-        assert torch.equal(model.at("").head(model.at("").encode(images)[0]), plain(images))
+        assert torch.equal(model.at("").forward_head(model.at("").forward_tokens(images)[0]), plain(images))
         found = model(images)
     assert found.trace.tokens() == [197] * 3 + [139] * 3 + [98] * 3 + [69] * 3 and found.logits.isfinite().all()
 
@@ -432,7 +434,7 @@ def test_what_makes_number_types_of_its_own_wants_fp32(tmp_path):
 
 def test_training_goes_on_in_fp32(tmp_path):
     from saccade.training.config import Source
-    from saccade.training.student import open_source
+    from saccade.training.starting import open_source
 
     AdaptiveViT(make_vit()).bfloat16().save(tmp_path / "m")
     assert {p.dtype for p in open_source(Source(name=str(tmp_path / "m"))).parameters()} == {torch.float32}

@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 import saccade
 from data_helpers import encode, picture, write_folder
 from saccade.cli import main
-from saccade.measure import publish, speed, sweep
+from saccade.evaluation import report as publish
+from saccade.evaluation import speed, sweep
 from saccade.training import config
-from test_measure import shorten
+from small_runs import shorten
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 3}

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oracles import make_vit
+from saccade.core.registry import list_methods, registry
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
-from saccade.plan import list_methods, registry
 from saccade.setting import LONGEST, MOST, MOST_SETTINGS, Call, Setting, expand
 
 names = st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=8).filter(
@@ -347,10 +347,10 @@ class TestEntry:
         for value in (1, 16, 0.5, "a", None, (1, 2), ()):
             for knob in entry.knobs:
                 try:
-                    assert entry.stops(backbone, (), {knob: value}) in (True, False)
+                    assert entry.accepts(backbone, (), {knob: value}) in (True, False)
                 except UserError as error:
                     assert name in str(error)
-        assert entry.stops(backbone, (), {"zzz": 1})  # for building to refuse
+        assert entry.accepts(backbone, (), {"zzz": 1})  # for building to refuse
 
     def test_refuses_unknown_knobs_and_too_many(self, name):
         with pytest.raises(UserError, match=f"^{name} has no knob 'zzz'"):

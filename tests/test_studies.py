@@ -16,11 +16,11 @@ import dense
 
 import saccade
 from oracles import make_vit
-from saccade.measure.candidates import price
-from saccade.measure.stats import bootstrap
+from saccade.evaluation.candidates import price
+from saccade.evaluation.stats import bootstrap
 from saccade.model import AdaptiveViT
-from saccade.tasks.miou import Counts, interval, mean_iou
-from saccade.tasks.segment import segmenter
+from saccade.tasks.segmentation.mean_iou import Counts, interval, mean_iou
+from saccade.tasks.segmentation.segmenter import segmenter
 
 
 def counts(seed: int, images: int = 12, classes: int = 3) -> Counts:

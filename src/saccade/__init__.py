@@ -13,49 +13,51 @@ import builtins
 from importlib import import_module
 from typing import Any
 
+from saccade.renamed.finder import install
+
 __version__ = "0.1.0"
 
 _HOME = {
     "AdaptiveViT": "model",
-    "Output": "model",
+    "Output": "core.output",
     "create_model": "checkpoint",
     "load": "checkpoint",
-    "save": "checkpoint",
-    "flexify": "flexible",
-    "convert": "flexible",
-    "fit_stem": "stem",
+    "save": "backbones.saving",
+    "flexify": "conversion.flexify",
+    "convert": "conversion.flexify",
+    "fit_stem": "conversion.stem_fit",
     "Setting": "setting",
-    "Tokens": "tokens",
-    "Reduction": "reduction",
-    "SoftReduction": "reduction",
-    "reduce": "reduction",
-    "Gates": "gates",
-    "Plan": "plan",
-    "Reducer": "plan",
-    "Gater": "plan",
-    "Method": "plan",
-    "Tokenizer": "plan",
-    "register": "plan",
+    "Tokens": "core.tokens",
+    "Reduction": "core.reduction",
+    "SoftReduction": "core.reduction",
+    "reduce": "core.reduction",
+    "Gates": "core.gates",
+    "Plan": "core.plan",
+    "Reducer": "core.plan",
+    "Gater": "core.plan",
+    "Method": "core.plan",
+    "Tokenizer": "core.plan",
+    "register": "core.registry",
     "register_scorer": "tokenizers.scorers",
-    "save_mosaic": "tokenizers.mosaic_files",
-    "load_mosaic": "tokenizers.mosaic_files",
-    "list": "listing:list_methods",  # the verbs of the command, by the same names
-    "eval": "measure.sweep:evaluate",
-    "bench": "measure.speed",
-    "autotune": "stopwatch",
-    "calibrate": "measure.calibrate",
-    "tune": "measure.publish",
+    "save_mosaic": "tokenizers.mosaic.mosaic_files",
+    "load_mosaic": "tokenizers.mosaic.mosaic_files",
+    "list": "terminal.listing:list_methods",  # the verbs of the command, by the same names
+    "eval": "evaluation.sweep:evaluate",
+    "bench": "evaluation.speed",
+    "autotune": "evaluation.stopwatch",
+    "calibrate": "evaluation.calibrate",
+    "tune": "evaluation.report",
     "analyze": "analysis",
     "train": "training.train",
-    "segment": "tasks.miou:evaluate_segmentation",
-    "detect": "tasks.precision:evaluate_detection",
-    "zeroshot": "tasks.zeroshot:evaluate_words",
-    "view": "views",
-    "predict": "predictor",
-    "Predictor": "predictor",
-    "Prediction": "prediction",
-    "Trace": "trace",
-    "Execution": "policy",
+    "segment": "tasks.segmentation.mean_iou:evaluate_segmentation",
+    "detect": "tasks.detection.average_precision:evaluate_detection",
+    "zeroshot": "tasks.image_text.zero_shot:evaluate_words",
+    "view": "reports",
+    "predict": "prediction.predictor",
+    "Predictor": "prediction.predictor",
+    "Prediction": "prediction.predictions",
+    "Trace": "core.record",
+    "Execution": "execution.policy",
     "UserError": "errors",
 }
 
@@ -68,3 +70,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'saccade' has no attribute {name!r}")
     module, _, attribute = _HOME[name].partition(":")
     return getattr(import_module(f"saccade.{module}"), attribute or name)
+
+
+install()

@@ -7,48 +7,44 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import timm
 import torch
-from torch import Tensor
+from torch import nn
 
-from saccade.architecture import arguments, build, table_size
-from saccade.backbone import backbone_of, class_names_of, resize_of, set_class_names, set_resize
-from saccade.errors import UserError, nearest
-from saccade.files import check_folder, shortened
-from saccade.folder_config import CONFIG, FORMAT, FolderConfig, Ours, closed, parse, read_bytes
-from saccade.locks import owning
+from saccade.backbones.rebuilding import check_name, rebuild_vit, restore_class_names, restore_flexible
+from saccade.backbones.saving import LEARNED, folder_state, save
+from saccade.core.hooks import copied
+from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.model import build as build_setting
-from saccade.model_folder import WAIT, WeightsFile, seen, weights_file, write
-from saccade.plan import ViT
 from saccade.setting import Setting
-from saccade.tokenizers.embed import ResizeSpec
-from saccade.weights import (
-    check,
+from saccade.storage.files import shortened
+from saccade.storage.folder_config import CONFIG, FolderConfig, closed, parse, read_bytes
+from saccade.storage.locks import owning
+from saccade.storage.model_folder import WAIT, WeightsFile, seen, weights_file
+from saccade.storage.weights import (
     check_tensors,
     line,
     load_weights,
     number_type,
     read_header,
     read_weights,
-    require_keepable,
-    shapes,
 )
 
 if TYPE_CHECKING:
-    from saccade.runner import Runner
+    from saccade.runners.runner import Runner
 
+__all__ = ["check_name", "create_model", "load", "save"]
 SAVED = "saved"  # the runner that the folder names
-LEARNED = "learned."  # before the names of what methods learn
 TRIES, PATIENCE = 20, 3  # of a folder that is replaced while it is read, in all and before its writers have to wait
 # What a folder may hold beside a classifier: a subclass of AdaptiveViT for each task.
 MODELS = {
     "classify": "saccade.model:AdaptiveViT",
-    "segment": "saccade.tasks.segment:Segmenter",
-    "detect": "saccade.tasks.detector:Detector",
-    "textimage": "saccade.tasks.space:TextImage",
+    "segment": "saccade.tasks.segmentation.segmenter:Segmenter",
+    "detect": "saccade.tasks.detection.detector:Detector",
+    "textimage": "saccade.tasks.image_text.two_tower:TextImage",
 }
 
 
@@ -79,42 +75,6 @@ def create_model(
     if weights is not None:
         load_weights(vit, weights)
     return model.eval()
-
-
-def check_name(name: str) -> None:
-    """Raises UserError unless timm has a model of this name."""
-    if ":" in name:  # "hf-hub:owner/name", "local-dir:folder"
-        raise UserError(
-            f"{name!r} is an address and not a name: download it, then give the architecture that its config.json "
-            "names, with weights='model.safetensors' and that config's model_args"
-        )
-    if name.split(".")[0] not in timm.list_models():
-        raise UserError(f"timm {timm.__version__} has no model {name!r}{_close(name)}")
-
-
-def check_savable(model: AdaptiveViT) -> None:
-    """Raises UserError where ``save`` would, for the model's sake: what no folder can hold. Before the work is done."""
-    require_keepable(_state(model))
-    _config(model, {})
-
-
-def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
-    """Write a model folder, whole or not at all; ``extra`` is kept under its name in the config.
-
-    ``vit.*`` without its prefix opens in plain timm, strictly. ``config.json`` is timm's, with ours under one key; it
-    names the weights by their checksum, and its arrival is the moment at which a folder that was there changes. Weights
-    keep their number type: what was saved after ``.half()`` or ``.bfloat16()`` loads so.
-
-    Raises:
-        UserError: a model that no folder can hold, a folder that holds something else or that another process writes
-            in, a disk that is full, and whatever else the system objects to. What was there is there still.
-    """
-    target = Path(folder)
-    check_folder(target)
-    state = {k: v.detach().cpu().contiguous() for k, v in _state(model).items()}
-    require_keepable(state)
-    config = _config(model, extra)
-    write(target, state, config)
 
 
 @torch.inference_mode(False)
@@ -164,9 +124,9 @@ def _filled(
     """The model of a config with its weights. Raises UserError where the file is not, or no longer, the config's."""
     file, task = weights.file, config.saccade.task
     header = read_header(file)
-    vit = _vit(config, header, str(file))
-    _make_flexible(vit, config.saccade, path)
-    _name_classes(vit, config)
+    vit = rebuild_vit(config, header, str(file))
+    restore_flexible(vit, config.saccade, path)
+    restore_class_names(vit, config)
     module, _, kind = MODELS[task].partition(":")
     with closed("" if setting is not None else str(path)):
         model = AdaptiveViT(vit, config.saccade.setting if setting is None else setting)
@@ -182,30 +142,12 @@ def _filled(
 
 def _runner(ours: Mapping[str, Any], path: Path) -> Runner | None:
     """How the folder says that it is run; None: it says nothing. Raises UserError for what is no runner."""
-    from saccade.runner import Runner
+    from saccade.runners.runner import Runner
 
     try:
         return Runner.of(ours["runner"]) if ours.get("runner") is not None else None
     except UserError as error:
         raise UserError(f"{shortened(path / CONFIG)}: {error}") from None
-
-
-def _vit(config: FolderConfig, header: Mapping[str, torch.Size], file: str) -> ViT:
-    """The timm module, without values; its shapes have been compared with the header before memory is taken."""
-    check_name(config.architecture)
-    args = config.args.model_dump(exclude_unset=True)
-    try:
-        with torch.device("meta"):
-            vit = build(config.architecture, args)
-    except Exception as error:
-        raise UserError(f"timm cannot create {config.architecture!r}: {line(error)}") from None
-    backbone_of(vit)
-    own = {f"vit.{k}": v for k, v in vit.state_dict().items()}
-    check(shapes(own), {k: v for k, v in header.items() if k.startswith("vit.")}, type(vit).__name__, file)
-    vit.to_empty(device="cpu")
-    told = config.pretrained_cfg.model_dump(exclude_unset=True, exclude_none=True)
-    vit.pretrained_cfg = {**vit.pretrained_cfg, **told}
-    return vit.eval()
 
 
 def _harmless(model: AdaptiveViT, setting: str, path: Path) -> bool:
@@ -218,15 +160,8 @@ def _harmless(model: AdaptiveViT, setting: str, path: Path) -> bool:
     return True
 
 
-def _state(model: AdaptiveViT) -> dict[str, Tensor]:
-    """All weights by their names in a folder: what methods learn is there once, whichever settings name them."""
-    views = ("tokenizer.", "plan.")
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith(views)}
-    return state | {LEARNED + k: v for k, v in model.learned.items()}
-
-
 def _fill_all(model: AdaptiveViT, file: Path, untrained: bool) -> None:
-    """The inverse of ``_state``. What methods have learned that this setting does not name is kept for others.
+    """The inverse of ``folder_state``. What methods have learned that this setting does not name is kept for others.
 
     untrained: what the setting learns may be missing (it is not the folder's own); then it starts as it always does.
     """
@@ -234,7 +169,7 @@ def _fill_all(model: AdaptiveViT, file: Path, untrained: bool) -> None:
     others = {k: v for k, v in state.items() if k.startswith(LEARNED) and k[len(LEARNED) :] not in model.learned}
     if (kind := number_type({k: v for k, v in state.items() if k.startswith("vit.")})) is not None:
         model.to(kind)
-    parts = {k: v for k, v in _state(model).items() if k in state or not (untrained and k.startswith(LEARNED))}
+    parts = {k: v for k, v in folder_state(model).items() if k in state or not (untrained and k.startswith(LEARNED))}
     check_tensors(parts, {k: v for k, v in state.items() if k not in others}, type(model).__name__, str(file))
     with torch.no_grad():
         for name, own in parts.items():
@@ -242,72 +177,103 @@ def _fill_all(model: AdaptiveViT, file: Path, untrained: bool) -> None:
     model.learned.update({k.removeprefix(LEARNED): v for k, v in others.items()})
 
 
-def _name(vit: ViT) -> str:
-    """timm's name of the architecture."""
-    if not (name := vit.pretrained_cfg.get("architecture")):
-        raise UserError("this ViT does not know its timm name (pretrained_cfg['architecture']): use create_model")
-    return name
+Source = str | os.PathLike | nn.Module  # a timm name, a model folder, a timm ViT, an AdaptiveViT
 
 
-def _config(model: AdaptiveViT, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """All of ``config.json`` but the seal: timm's part, which rebuilds the timm module, and ours."""
-    vit = model.vit
-    ours: dict[str, Any] = {"format": FORMAT, "setting": str(model.setting), **model.describe()}
-    if model.trained:
-        ours["settings"] = list(model.trained)
-    if model.runner is not None:
-        ours["runner"] = model.runner.to_dict()
-    name, cfg = _name(vit), dict(vit.pretrained_cfg)
-    kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "tag", "license")
-    size = [vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size]
-    return {
-        "architecture": name,
-        "num_classes": vit.num_classes,
-        **_class_names(vit),
-        "model_args": arguments(vit, name),
-        "pretrained_cfg": {"input_size": size, **{k: cfg[k] for k in kept if cfg.get(k) is not None}},
-        "saccade": {**ours, **_flexible(vit), **extra},
-    }
+M = TypeVar("M", bound=AdaptiveViT)
 
 
-def _class_names(vit: ViT) -> dict[str, Any]:
-    """What the head's classes are called, under the names at which timm writes them on its hub."""
-    names = class_names_of(vit)
-    if names is None:
-        return {}
-    known = vit.pretrained_cfg.get("label_descriptions") or {}
-    described = {name: known[name] for name in names if name in known}
-    return {"label_names": list(names), **({"label_descriptions": described} if described else {})}
+ADDRESSES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's, for which ``check_name`` says what to do
 
 
-def _name_classes(vit: ViT, config: FolderConfig) -> None:
-    """Inverse of ``_class_names``. Folders of before have the names that they were trained on, as ``classes``."""
-    names = config.label_names
-    if names is None and config.saccade.task == "classify":
-        before = (config.saccade.__pydantic_extra__ or {}).get("classes")
-        if isinstance(before, list) and all(isinstance(name, str) for name in before):
-            names = before if len(before) == len({*before}) == vit.num_classes else None
-    if names:
-        set_class_names(vit, names, config.label_descriptions)
+def open_model(
+    source: Source,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | torch.device | None = None,
+    *,
+    trained: bool = True,
+    deployed: bool = False,
+) -> AdaptiveViT:
+    """The model that a source names, in evaluation mode unless it is one.
+
+    Args:
+        source: a timm name, with ``weights`` or ``pretrained``; a folder that Saccade wrote; a timm ViT or an
+            AdaptiveViT, which is taken as it is, and copied where it gets other weights or another device.
+        weights: a safetensors file with timm's keys.
+        pretrained: timm's own weights, from the hub.
+        device: "cpu", "cuda:1", …; "auto": a GPU where there is one. None: where a model is; for others "auto".
+        trained: refuse a name without weights.
+        deployed: run a folder's model as the folder recommends; else as it is, in fp32 and eager.
+
+    Raises:
+        UserError: none of these; weights that are missing, too many or do not fit; a device that is not there.
+    """
+    if weights is not None and pretrained:
+        raise UserError("give one of --weights and --pretrained (in Python: weights=, pretrained=)")
+    if isinstance(source, nn.Module):
+        model = _module(source, weights, pretrained, device)
+        return model if deployed or model.runner is None else model.deploy(None)
+    name = os.fspath(source)
+    if not isinstance(name, str):
+        raise UserError(f"a model is a timm name, a folder or a module, not {name!r:.60}")
+    if os.path.isdir(name):
+        if weights is not None or pretrained:
+            raise UserError(f"{name!r} is a model folder and has its weights: leave out --weights and --pretrained")
+        model = load(name) if deployed else load(name, runner=None)
+    elif not name.startswith(ADDRESSES) and (os.sep in name or name.endswith(CONFIG) or isinstance(source, Path)):
+        raise UserError(f"there is no model folder {name!r}")
+    else:
+        check_name(name)
+        if trained and not (weights or pretrained):
+            raise UserError(
+                f"{name} would have random weights: give --weights FILE or --pretrained "
+                "(in Python: weights=, pretrained=True)"
+            )
+        model = create_model(name, weights=weights, pretrained=pretrained)
+    return model.to(open_device("auto" if device is None else device))
 
 
-def _flexible(vit: ViT) -> dict[str, Any]:
-    """How kernel and positions were resized in training, and the input size where the table does not tell it."""
-    spec, size = resize_of(vit), vit.patch_embed.img_size
-    facts = {} if spec is None else {"resize": spec.to_dict()}
-    return facts if table_size(vit) == tuple(size) else {**facts, "input_size": list(size)}
+def open_dense(
+    source: Source, weights: str | os.PathLike | None = None, pretrained: bool = False, device: str | None = None
+) -> AdaptiveViT:
+    """A source's model without reductions, to make another of: random weights will do, and a CPU does for a name."""
+    device = device if isinstance(source, nn.Module) else device or "cpu"
+    return open_model(source, weights, pretrained, device, trained=False).deploy(None).at("dense")
 
 
-def _make_flexible(vit: ViT, ours: Ours, path: Path) -> None:
-    """Inverse of ``_flexible``. A folder without these facts is of an ordinary ViT. Raises UserError for bad ones."""
-    vit.pretrained_cfg.pop("resize", None)  # its place is among ours
-    if "resize" in ours.model_fields_set:
-        try:
-            set_resize(vit, ResizeSpec.from_dict(ours.resize))
-        except UserError as error:
-            raise UserError(f"{str(path / CONFIG)!r} has a malformed resize spec: {error}") from None
-    vit.patch_embed.img_size = ours.input_size or tuple(vit.patch_embed.img_size)
+def open_task(source: Source, kind: type[M], what: str, train: str, device: str | torch.device | None = None) -> M:
+    """The model of a task. Raises UserError, naming the way to train one, where the source is another model."""
+    model = open_model(source, device=device)
+    if not isinstance(model, kind):
+        named = repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"this {type(source).__name__}"
+        raise UserError(f"{named} holds no {what}: train one with `saccade train {train}`")
+    return model
 
 
-def _close(name: str) -> str:
-    return nearest(name, timm.list_models("*vit*") + timm.list_models("deit*"))[:200]
+def open_device(name: str | torch.device) -> torch.device:
+    """A device that works here; ``auto`` is a GPU where there is one. Raises UserError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {str(name)!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from None
+    return device
+
+
+def _module(
+    module: nn.Module, weights: str | os.PathLike | None, pretrained: bool, device: str | torch.device | None
+) -> AdaptiveViT:
+    if pretrained:
+        raise UserError("pretrained weights are for a name: give one, or a ViT that has its weights")
+    if weights is not None:
+        module = copied(module)
+        load_weights(module.vit if isinstance(module, AdaptiveViT) else module, weights)
+    model = module if isinstance(module, AdaptiveViT) else AdaptiveViT(module)
+    if device is None or (there := open_device(device)) == (here := next(model.parameters()).device):
+        return model
+    if there.type == here.type and there.index is None:  # "cuda", and it is on one
+        return model
+    return (model if weights is not None else copied(model)).to(there)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -9,23 +10,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from saccade.backbone import backbone_of, class_names_of, head_macs
-from saccade.encoder import encode
+from saccade.backbones.timm_names import TimmNames
+from saccade.backbones.vit import backbone_of, class_names_of, head_macs
+from saccade.core.hooks import FEATURES, HEAD, any_hooked, around, replaced, require_head
+from saccade.core.init import outside
+from saccade.core.lazy import unread
+from saccade.core.output import LazyOutput, Output
+from saccade.core.plan import Backbone, Method, Plan, Tokenizer
+from saccade.core.record import Trace
+from saccade.core.registry import registry
+from saccade.core.timm_types import ViT
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError, nearest
-from saccade.fresh import outside
-from saccade.hooks import FEATURES, HEAD, any_hooked, around, replaced, require_head
-from saccade.lazy import unread
-from saccade.output import LazyOutput, Output
-from saccade.plan import Backbone, Method, Plan, Tokenizer, ViT, registry
-from saccade.policy import AUTO, Execution
+from saccade.execution.loop import encode
+from saccade.execution.policy import AUTO, Execution
 from saccade.setting import Call, Setting
-from saccade.timm_names import TimmNames
 from saccade.tokenizers.grid import Grid, grid
-from saccade.tokens import Tokens
-from saccade.trace import Trace
 
 if TYPE_CHECKING:
-    from saccade.runner import Deployment, Runner
+    from saccade.runners.runner import Deployment, Runner
 
 View = TypeVar("View", bound="AdaptiveViT")
 
@@ -93,15 +96,16 @@ class AdaptiveViT(TimmNames):
 
         The first forward makes a copy of the weights in the runner's number type, and compiles where it says so. This
         model's own weights, ``state_dict`` and ``save`` stay what they are; ``encode`` and ``train()`` do not use it.
-        On Linux the process keeps freed memory from then on (``saccade.allocator.steady_allocator``).
+        On Linux the process keeps freed memory from then on (``saccade.runners.allocator.steady_allocator``).
 
         Args:
-            runner: ``"bf16"``, ``"bf16 compiled"``, … (``saccade.runner.Runner``); None or "eager": the plain way.
+            runner: ``"bf16"``, ``"bf16 compiled"``, … (``saccade.runners.runner.Runner``); None or "eager": the plain
+            way.
 
         Raises:
             UserError: a runner that does not exist, or a task whose model has no other way to run.
         """
-        from saccade.runner import Deployment, Runner
+        from saccade.runners.runner import Deployment, Runner
 
         view = self.at(self.setting)
         view._deployment = None if runner is None else Deployment(Runner.of(runner))
@@ -132,38 +136,31 @@ class AdaptiveViT(TimmNames):
         ran: list[tuple[Tokens, Trace]] = []
 
         def logits(images: Tensor) -> Tensor:
-            ran.append(self._encode(images, whole=not self._reads_prefix_only()))
-            return self.head(ran[-1][0])
+            ran.append(self._forward_tokens(images, whole=not self._reads_prefix_only()))
+            return self.forward_head(ran[-1][0])
 
         return Output(around(self.vit, logits, images), *ran[-1])
 
-    def encode(self, images: Tensor, *, sparse: bool | None = None) -> tuple[Tokens, Trace]:
+    def forward_tokens(self, images: Tensor, *, sparse: bool | None = None) -> tuple[Tokens, Trace]:
         """All tokens after the whole last block (before the final norm), with the final owner map, and the trace.
 
         Args:
             sparse: gates skip what is off; None: except in training, which multiplies instead.
         """
-        return self._encode(images, whole=True, sparse=sparse)
+        return self._forward_tokens(images, whole=True, sparse=sparse)
 
-    def _encode(
+    def _forward_tokens(
         self, images: Tensor, *, whole: bool, sparse: bool | None = None, dense: bool = False
     ) -> tuple[Tokens, Trace]:
         self._check(images)
         start = self.tokenizer(self.vit, images)
         if dense:
-            start = replace(start, left=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
+            start = replace(start, dropped_features=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
         skip = not self.training if sparse is None else sparse
         tokens, blocks = encode(self.vit, start, self.plan, whole=whole, sparse=skip, execution=self.execution)
         embed = self.tokenizer.macs(self.vit, start)
         head = head_macs(self.vit, tokens.x.shape[1])
-        return tokens, Trace(blocks, embed, head, images.shape[0], unread(start), start.grid, tokens.notes)
-
-    def head(self, tokens: Tokens) -> Tensor:
-        """Final norm, pooling and classifier: tokens -> logits [B, K].
-
-        Pools over patches count a token as often as it has patches in it, and never count padding.
-        """
-        return self.pooled_head(self.vit.norm(tokens.x), tokens)
+        return tokens, Trace(blocks, embed, head, images.shape[0], unread(start), start.grid, tokens.state)
 
     def pooled_head(self, x: Tensor, tokens: Tokens, pre_logits: bool = False) -> Tensor:
         """``head`` of tokens whose normed values are x; ``pre_logits``: what the classifier reads, [B, D]."""
@@ -181,21 +178,21 @@ class AdaptiveViT(TimmNames):
             bias = replace(tokens, proportional=True).key_bias()[:, x.shape[1] - patches.shape[1] :].to(x.dtype)  # type: ignore[index]
             pooled = vit.attn_pool(patches, attn_mask=bias[:, None, None, :])
         else:  # average
-            share = tokens.of_all(weights, float(vit.pool_include_prefix))
+            share = tokens.pad_prefix(weights, float(vit.pool_include_prefix))
             share = (share / share.sum(1, keepdim=True)).to(x.dtype)
             pooled = (share.unsqueeze(-1) * x).sum(1)
         read = vit.head_drop(vit.fc_norm(pooled))
         return read if pre_logits else vit.head(read)
 
-    def dense(self, images: Tensor) -> Tensor:
+    def feature_map(self, images: Tensor) -> Tensor:
         """Features of the full grid [B, D, gh, gw], normed: a merged cell has its token's, a dropped one its last."""
         return self.features(images)[0]
 
     def features(self, images: Tensor) -> tuple[Tensor, Tokens, Trace]:
         """The dense map [B, D, gh, gw], the tokens that it was spread from, and the trace; no head has run yet."""
-        tokens, trace = self._encode(images, whole=True, dense=True)
-        assert tokens.left is not None
-        features = self.vit.norm(tokens.cells(tokens.patches, tokens.left))
+        tokens, trace = self._forward_tokens(images, whole=True, dense=True)
+        assert tokens.dropped_features is not None
+        features = self.vit.norm(tokens.scatter_to_grid(tokens.patches, tokens.dropped_features))
         return features.transpose(1, 2).unflatten(2, tokens.grid), tokens, replace(trace, head=0)
 
     def input_size(self) -> tuple[int, int]:
@@ -203,8 +200,8 @@ class AdaptiveViT(TimmNames):
         return self.tokenizer.input_size(self.backbone.input_size)
 
     def freeze(self, setting: str | Setting | None = None) -> ViT:
-        """A plain timm ViT of a plain grid's patch and input size; see :func:`saccade.flexible.freeze`."""
-        from saccade.flexible import freeze
+        """A plain timm ViT of a plain grid's patch and input size; see :func:`saccade.backbones.freeze.freeze`."""
+        from saccade.backbones.freeze import freeze
 
         return freeze(self, setting)
 
@@ -219,7 +216,7 @@ class AdaptiveViT(TimmNames):
 
     def save(self, folder: str) -> None:
         """Write ``model.safetensors`` and ``config.json``; see :func:`saccade.load`."""
-        from saccade.checkpoint import save
+        from saccade.backbones.saving import save
 
         save(self, folder)
 
@@ -238,6 +235,21 @@ class AdaptiveViT(TimmNames):
         size = f" in batches of {runner.batch}" if runner.compiled and runner.batch else ""
         made = f", compiled{size} at the first call" if runner.compiled else ""
         return f"{said}, runs in {runner.dtype}{made} (fp32 in and out; plain: model.deploy(None))"
+
+    def dense(self, images: Tensor) -> Tensor:
+        """The old name of ``feature_map``."""
+        _renamed("dense", "feature_map")
+        return self.feature_map(images)
+
+    def encode(self, images: Tensor, *, sparse: bool | None = None) -> tuple[Tokens, Trace]:
+        """The old name of ``forward_tokens``."""
+        _renamed("encode", "forward_tokens")
+        return self.forward_tokens(images, sparse=sparse)
+
+    def head(self, tokens: Tokens) -> Tensor:
+        """The old name of ``forward_head``."""
+        _renamed("head", "forward_head")
+        return self.forward_head(tokens)
 
     def _reads_prefix_only(self) -> bool:
         """Whether only the prefix is read of the last block's output, by hooks and a user's own forward too."""
@@ -305,3 +317,7 @@ def share(module: nn.Module, name: str, learned: dict[str, Tensor]) -> None:
 
 def _tokenizer_first(setting: Setting, tokenizer: Call) -> Setting:
     return Setting((tokenizer, *(call for call in setting.calls if call is not tokenizer)))
+
+
+def _renamed(old: str, new: str) -> None:
+    warnings.warn(f"AdaptiveViT.{old} is {new} now", DeprecationWarning, stacklevel=3)

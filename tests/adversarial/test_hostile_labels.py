@@ -14,13 +14,13 @@ from PIL import Image
 from attack import attempt, damaged, listening, reached, twisted
 from data_helpers import encode, picture, write_folder
 from saccade.errors import UserError
-from saccade.tasks.boxes import read_coco
-from saccade.tasks.coco_panoptic import open_panoptic
-from saccade.tasks.pairs import open_pairs
-from saccade.tasks.pixels import VOID, decode_ids, open_pixels
-from saccade.tasks.text import read_table, save_table
-from saccade.tokenizers.mosaic import Geometry, Mosaic
-from saccade.tokenizers.mosaic_files import load_mosaic, save_mosaic
+from saccade.tasks.detection.detection_data import read_coco
+from saccade.tasks.image_text.image_text_data import open_pairs
+from saccade.tasks.image_text.text_tower import read_table, save_table
+from saccade.tasks.segmentation.coco_panoptic import open_panoptic
+from saccade.tasks.segmentation.segmentation_data import VOID, decode_ids, open_pixels
+from saccade.tokenizers.mosaic.geometry import Geometry, Mosaic
+from saccade.tokenizers.mosaic.mosaic_files import load_mosaic, save_mosaic
 
 MAP = np.array([[0, 1, 2, 255], [1, 1, 0, 0], [2, 2, 1, 1]], dtype=np.uint8).repeat(4, 0).repeat(4, 1)
 CLASSES = ("road", "car", "sky")

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from attack import attempt
 from oracles import make_images, make_vit
+from saccade.core.registry import registry
 from saccade.errors import UserError
-from saccade.measure.sweep import expanded
+from saccade.evaluation.sweep import expanded
 from saccade.model import AdaptiveViT
-from saccade.plan import registry
 from saccade.setting import Setting, expand
 
 MODEL = AdaptiveViT(make_vit(depth=3, embed_dim=24, num_heads=2, img_size=64, num_classes=5))

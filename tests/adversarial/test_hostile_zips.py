@@ -17,9 +17,9 @@ from attack import attempt, damaged, listening, reached
 from data_helpers import encode, picture
 from saccade.data import ImageError, open_images
 from saccade.errors import UserError
-from saccade.tasks.boxes import read_coco
-from saccade.tasks.pairs import open_pairs
-from saccade.tasks.pixels import open_pixels
+from saccade.tasks.detection.detection_data import read_coco
+from saccade.tasks.image_text.image_text_data import open_pairs
+from saccade.tasks.segmentation.segmentation_data import open_pixels
 
 NAMES = [f"{c}/{i}.png" for c in "ab" for i in range(2)]
 FILES = {name: encode(picture(20, 16, seed=k)) for k, name in enumerate(NAMES)}

@@ -26,9 +26,9 @@ import saccade
 from crash_works import few
 from data_helpers import encode, picture, write_folder
 from kills import look
-from saccade import locks
 from saccade.cli import main
-from saccade.measure import tune as searching
+from saccade.evaluation import tune as searching
+from saccade.storage import locks
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 3}
 TRAIN = ["run.steps=2", "run.batch=8", "run.device=cpu", "run.threads=1", "data.workers=0", "run.save_every=1"]

@@ -4,7 +4,8 @@
     def name(study: Study, *, knob: int = 3) -> Finding:
         \"\"\"What it asks, in a sentence (paper).\"\"\"
 
-A finding is lines, numbers and parts (``saccade.views.parts``); pages and JSON are made of them here, for all alike.
+A finding is lines, numbers and parts (``saccade.reports.report_blocks``); pages and JSON are made of them here, for all
+alike.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from pkgutil import iter_modules
 from typing import Any
 
 from saccade.analysis.study import Finding, Study, usual
+from saccade.checkpoint import Source, open_model
 from saccade.data import ImageSet, Preprocess, open_images
 from saccade.data.store import TooLong, read_regular
 from saccade.errors import UserError, nearest
-from saccade.files import check_folder, json_text, write_json, write_texts
-from saccade.measure.accuracy import spread
-from saccade.measure.cache import Cache
-from saccade.measure.publish import circumstances, model_name
-from saccade.measure.sweep import expanded
+from saccade.evaluation.accuracy import spread
+from saccade.evaluation.circumstances import circumstances, model_name
+from saccade.evaluation.prediction_cache import Cache
+from saccade.evaluation.sweep import expanded
 from saccade.model import AdaptiveViT
-from saccade.opening import Source, open_model
-from saccade.progress import Progress
-from saccade.results import Result
-from saccade.run_folder import ANALYZE, owned
+from saccade.reports.analysis_report import AnalysisReport, render_analysis
+from saccade.reports.report_blocks import render_parts
 from saccade.setting import Call, Setting
-from saccade.tables import Column, Table
-from saccade.views.analysis import AnalysisReport, render_analysis
-from saccade.views.parts import render_parts
+from saccade.storage.files import check_folder, json_text, write_json, write_texts
+from saccade.storage.run_folder import ANALYZE, owned
+from saccade.terminal.progress import Progress
+from saccade.terminal.results import Result
+from saccade.terminal.text_table import Column, Table
 
 MOST_BYTES = 256 * 2**20  # of a finding that is read again: pages hold pictures
 Misfit = Callable[[AdaptiveViT, ImageSet], str | None]
@@ -129,7 +130,7 @@ def analyze(
 
     Args:
         model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
-            ``saccade.opening.open_model``.
+            ``saccade.checkpoint.open_model``.
         data: a folder or zip of images (see ``saccade.data.open_images``).
         settings: those to compare, ranges too; none: dense and what the weights were trained for, or what tokenizers
             offer. The first is the one that others are held against.

@@ -22,9 +22,9 @@ from saccade.analysis.study import Finding, Study
 from saccade.data import ImageSet
 from saccade.data.store import TooLong, read_regular
 from saccade.errors import UserError, nearest
-from saccade.measure.stats import proportion
+from saccade.evaluation.stats import proportion
 from saccade.model import AdaptiveViT
-from saccade.views.parts import Cell, Table
+from saccade.reports.report_blocks import Cell, Table
 
 MOST_BYTES = 16 * 2**20  # of a table of classes
 NAME = re.compile(r"(?P<shape>[A-Za-z_ ]+?)[0-9]*-(?P<texture>[A-Za-z_ ]+?)[0-9]*$")

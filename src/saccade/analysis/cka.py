@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from saccade.analysis import register
 from saccade.analysis.layers import cell_map, levels
 from saccade.analysis.study import Finding, Study
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.tokens import Tokens
-from saccade.views.parts import Heat, Part, Paths
-from saccade.views.words import number
+from saccade.reports.formatting import number
+from saccade.reports.report_blocks import Heat, Part, Paths
 
 LEAST = 4  # images in a batch: below, HSIC₁ is not defined
 LONG = 10.0  # times the median length of a layer's tokens, from which on one token decides
@@ -166,8 +166,10 @@ def _measure(study: Study, unit: bool) -> tuple[Tensor, Tensor | None, list[int]
 
 def _unit(tokens: Tokens) -> Tokens:
     """Every token at length 1, dropped ones too."""
-    assert tokens.left is not None
-    return replace(tokens, x=F.normalize(tokens.x, dim=-1), left=F.normalize(tokens.left, dim=-1))
+    assert tokens.dropped_features is not None
+    return replace(
+        tokens, x=F.normalize(tokens.x, dim=-1), dropped_features=F.normalize(tokens.dropped_features, dim=-1)
+    )
 
 
 def _between(cka: Tensor, counts: Sequence[int], chosen: Sequence[int]) -> float | None:

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from saccade.analysis import register
 from saccade.analysis.layers import levels
 from saccade.analysis.study import Finding, Study, readable
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.measure.stats import proportion
+from saccade.evaluation.stats import proportion
 from saccade.model import AdaptiveViT
-from saccade.tokens import Tokens
-from saccade.views.overlay import draw_overlay
-from saccade.views.parts import Cell, Pictures, Table
+from saccade.reports.overlay import draw_overlay
+from saccade.reports.report_blocks import Cell, Pictures, Table
 
 NEAR = 1.5  # cells between the middles of neighbours at most, diagonally too, and half a cell's width
 
@@ -29,7 +29,7 @@ def alike(anchor: Tensor, tokens: Tokens) -> Tensor:
     cosine = F.cosine_similarity(anchor.float().unsqueeze(1), tokens.patches.float(), dim=-1)
     if tokens.valid is not None:
         cosine = cosine.masked_fill(~tokens.valid, -1.0)
-    return tokens.cells(cosine.unsqueeze(-1), torch.nan).squeeze(-1)
+    return tokens.scatter_to_grid(cosine.unsqueeze(-1), torch.nan).squeeze(-1)
 
 
 def near(grid: tuple[int, int], place: tuple[float, float]) -> Tensor:
@@ -141,8 +141,10 @@ def _maps(
         found = {name: tokens[min(layer, len(tokens) - 1)] for name, tokens in every.items()}
     own = found[first]
     row, column = (min(int(v * n), n - 1) for v, n in zip(token, own.grid, strict=True))
-    assert own.left is not None
-    cell = own.cells(own.patches, own.left)[:, row * own.grid[1] + column]  # [B, D], its last where it was dropped
+    assert own.dropped_features is not None
+    cell = own.scatter_to_grid(own.patches, own.dropped_features)[
+        :, row * own.grid[1] + column
+    ]  # [B, D], its last where it was dropped
     maps = {name: (alike(cell, tokens).cpu(), tokens) for name, tokens in found.items()}
     return maps, ((row + 0.5) / own.grid[0], (column + 0.5) / own.grid[1])
 

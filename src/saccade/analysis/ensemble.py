@@ -16,18 +16,18 @@ from saccade.analysis import register
 from saccade.analysis.study import Answers, Finding, Study, no_classes
 from saccade.data import ImageSet, head_labels
 from saccade.errors import UserError
-from saccade.measure.race import shuffled_halves
-from saccade.measure.stats import Interval, paired_difference, proportion
-from saccade.measure.sweep import expanded
+from saccade.evaluation.stats import Interval, paired_difference, proportion
+from saccade.evaluation.successive_halving import shuffled_halves
+from saccade.evaluation.sweep import expanded
 from saccade.model import AdaptiveViT
-from saccade.views.parts import Cell, Part, Table
+from saccade.reports.report_blocks import Cell, Part, Table
 
 LEAST = 20  # images: half of them choose the rival, the others compare
 MOST = 200  # combinations
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Comparison:
     """One ensemble against single runs of the same model, on the images that chose nothing."""
 
     members: tuple[str, ...]
@@ -40,14 +40,14 @@ class Verdict:
     word: str  #                      "wins", "loses" or "not decided"
 
 
-def judge(
+def compare(
     members: tuple[str, ...],
     hits: dict[str, Tensor],
     together: Tensor,
     gmacs: dict[str, float],
     choose: Tensor,
     report: Tensor,
-) -> Verdict:
+) -> Comparison:
     """Compare an ensemble's hits ``together`` [n] with those of single runs [n] each, by name.
 
     It loses where a single run that costs no more is better, and wins where it is better than that one and than a run
@@ -68,7 +68,7 @@ def judge(
         word = "loses"
     elif dearer_delta is not None and dearer_delta.low > 0 and (delta is None or delta.low > 0):
         word = "wins"
-    return Verdict(members, cost, proportion(together[report]), rival, delta, dearer, dearer_delta, word)
+    return Comparison(members, cost, proportion(together[report]), rival, delta, dearer, dearer_delta, word)
 
 
 def no_labels(model: AdaptiveViT, images: ImageSet) -> str | None:
@@ -107,7 +107,7 @@ def ensemble(study: Study, *, sizes: tuple[int, ...] = (2, 3), rivals: tuple[str
     truth = torch.tensor(head_labels(study.images, study.model.vit).indices)[said.places]
     choose, report = (torch.tensor(half) for half in shuffled_halves(len(truth), seed, truth))
     hits = {name: p.argmax(1) == truth for name, p in said.probabilities.items()}
-    found = [judge(g, hits, _mean(said, g).argmax(1) == truth, said.gmacs, choose, report) for g in groups]
+    found = [compare(g, hits, _mean(said, g).argmax(1) == truth, said.gmacs, choose, report) for g in groups]
 
     counts = {word: sum(v.word == word for v in found) for word in ("loses", "wins", "not decided")}
     line = (
@@ -153,7 +153,7 @@ def _share(top1: Interval) -> Cell:
     return top1.mean, f"{100 * top1.mean:.1f} [{100 * top1.low:.1f}, {100 * top1.high:.1f}]"
 
 
-def _cells(v: Verdict, gmacs: dict[str, float]) -> list[Cell]:
+def _cells(v: Comparison, gmacs: dict[str, float]) -> list[Cell]:
     def delta(d: Interval | None, name: str | None) -> Cell:
         if d is None or name is None:
             return None, ""
@@ -165,5 +165,5 @@ def _cells(v: Verdict, gmacs: dict[str, float]) -> list[Cell]:
     return [own, _share(v.top1), delta(v.delta, v.rival), delta(v.dearer_delta, v.dearer), (order[v.word], v.word)]
 
 
-def _plain(v: Verdict) -> dict[str, Any]:
+def _plain(v: Comparison) -> dict[str, Any]:
     return {k: vars(f) if isinstance(f, Interval) else f for k, f in vars(v).items()}

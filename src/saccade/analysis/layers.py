@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.encoder import encode
-from saccade.measure.defined import require_finite
+from saccade.core.packing import padded
+from saccade.core.plan import Plan
+from saccade.core.tokens import Tokens
+from saccade.evaluation.defined import require_finite
+from saccade.execution.loop import encode
 from saccade.model import AdaptiveViT
-from saccade.plan import Plan
-from saccade.ragged import padded
-from saccade.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Watched(Plan):
         super().__init__(plan.methods)
         self.seen: list[Seen] = []
 
-    def rests(self, block: int, n: int) -> bool:
+    def is_identity(self, block: int, n: int) -> bool:
         return False  # every block is looked at
 
     def reduce(self, block: int, site: str, tokens: Tokens, sparse: bool = True) -> tuple[Tokens, int]:
         after, cost = super().reduce(block, site, tokens, sparse)
-        if after.alive is not None:  # a gradient is asked of the answer, not of the policy
-            after = replace(after, alive=after.alive.detach())
+        if after.keep_mask is not None:  # a gradient is asked of the answer, not of the policy
+            after = replace(after, keep_mask=after.keep_mask.detach())
         before = padded(tokens)
         self.seen.append(Seen(block, site, before, before if after is tokens else padded(after)))
         return after, cost
@@ -54,7 +54,7 @@ def watch(model: AdaptiveViT, images: Tensor, *, sparse: bool = True) -> tuple[l
     Raises UserError where these are not finite: what is made of them would be a figure of nothing.
     """
     start = model.tokenizer(model.vit, images)
-    start = replace(start, left=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
+    start = replace(start, dropped_features=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
     plan = Watched(model.plan)
     tokens, _ = encode(model.vit, start, plan, whole=True, sparse=sparse, execution=model.execution)
     require_finite(tokens.x.detach(), model.setting, "tokens")
@@ -69,6 +69,6 @@ def levels(model: AdaptiveViT, images: Tensor) -> list[Tokens]:
 
 def cell_map(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
     """Patch features on a grid, [B, D, gh, gw]: a cell has its token's, or a dropped one's last; then averages."""
-    assert tokens.left is not None
-    cells = tokens.cells(tokens.patches, tokens.left).transpose(1, 2).unflatten(2, tokens.grid)
+    assert tokens.dropped_features is not None
+    cells = tokens.scatter_to_grid(tokens.patches, tokens.dropped_features).transpose(1, 2).unflatten(2, tokens.grid)
     return cells if tokens.grid == grid else F.adaptive_avg_pool2d(cells, grid)

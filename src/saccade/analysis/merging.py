@@ -17,14 +17,14 @@ from torch.nn import functional as F
 from saccade.analysis import register
 from saccade.analysis.layers import Seen, Watched
 from saccade.analysis.study import Finding, Study
-from saccade.encoder import encode
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.knobs import one_of
-from saccade.measure.defined import require_finite
-from saccade.measure.stats import Interval
+from saccade.evaluation.defined import require_finite
+from saccade.evaluation.stats import Interval
+from saccade.execution.loop import encode
+from saccade.methods.common.arguments import one_of
 from saccade.model import AdaptiveViT
-from saccade.tokens import Tokens
-from saccade.views.parts import Cell, Table
+from saccade.reports.report_blocks import Cell, Table
 
 TOPS = (0.15, 0.2, 0.3, 0.7)  # shares of the most attended tokens, as in the paper's Table 7
 DRAWS = 2000
@@ -35,7 +35,7 @@ class Judged(Watched):
 
     def __init__(self, model: AdaptiveViT) -> None:
         super().__init__(model.plan)
-        self.score = "cls_attn" if model.backbone.has_class_token else "received"
+        self.score = "cls_attn" if model.backbone.has_class_token else "attn_received"
 
     def readings(self, block: int, n: int) -> frozenset[str]:
         return super().readings(block, n) | {self.score, "key"}
@@ -92,7 +92,7 @@ def count(model: AdaptiveViT, images: Tensor, p: float = 0.3, metric: str = "key
 def present(tokens: Tokens) -> Tensor:
     """Which patch tokens are no padding and not dropped, [B, N] bool."""
     there = torch.ones(tokens.x.shape[0], tokens.num_patches, dtype=torch.bool, device=tokens.x.device)
-    for known in (tokens.valid, tokens.alive):
+    for known in (tokens.valid, tokens.keep_mask):
         there = there if known is None else there & (known > 0)
     return there
 
@@ -103,7 +103,7 @@ def ranked(score: Tensor, alive: Tensor) -> Tensor:
 
 
 def part(share: float, amount: Tensor) -> Tensor:
-    """⌊share · amount⌋, as ``decide.part_of`` rounds."""
+    """⌊share · amount⌋, as ``matching.floor_share`` rounds."""
     return (share * amount.double() * 1e9).round().div(1e9).floor()
 
 

@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 from saccade.analysis import register
 from saccade.analysis.layers import Seen, watch
 from saccade.analysis.study import Finding, Study, no_classes, readable
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.measure.defined import require_choice, require_finite
-from saccade.measure.stats import Interval, bootstrap
+from saccade.evaluation.defined import require_choice, require_finite
+from saccade.evaluation.stats import Interval, bootstrap
 from saccade.model import AdaptiveViT
-from saccade.tokens import Tokens
-from saccade.views.overlay import draw_overlay
-from saccade.views.parts import Pictures, Table
+from saccade.reports.overlay import draw_overlay
+from saccade.reports.report_blocks import Pictures, Table
 
 
 class Caught(TorchFunctionMode):
@@ -60,7 +60,7 @@ def rollout(model: AdaptiveViT, images: Tensor, target: int) -> tuple[Tensor, To
     with torch.enable_grad(), Caught() as caught:
         seen, last = watch(model, images.detach().clone().requires_grad_(), sparse=False)
         shares = list(caught.shares)  # the head may attend too, but not to the image's tokens among themselves
-        logits = require_choice(require_finite(model.head(last), model.setting), model.setting)
+        logits = require_choice(require_finite(model.forward_head(last), model.setting), model.setting)
         logit = logits[0, target]
     gradients = torch.autograd.grad(logit, shares, allow_unused=True, materialize_grads=True)
     if not all(bool(g.isfinite().all()) for g in gradients):
@@ -93,7 +93,7 @@ def carry(event: Seen) -> Tensor:
 def over_cells(relevance: Tensor, tokens: Tokens) -> Tensor:
     """Each cell's share of all patch tokens' relevance [P+N] -> [G], sum 1: a token's is spread over its cells."""
     own = relevance[tokens.num_prefix :] / tokens.area()[0].clamp(min=1)
-    cells = tokens.cells(own[None, :, None])[0, :, 0]
+    cells = tokens.scatter_to_grid(own[None, :, None])[0, :, 0]
     return cells / cells.sum().clamp(min=1e-30)
 
 

@@ -11,14 +11,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from saccade.core.registry import registry
 from saccade.data import ImageError, ImageSet, Loader, Preprocess
 from saccade.errors import UserError
-from saccade.measure.accuracy import check_head, spread
-from saccade.measure.defined import require_choice, require_finite
+from saccade.evaluation.accuracy import spread
+from saccade.evaluation.defined import require_choice, require_finite
+from saccade.evaluation.evaluator import check_head
 from saccade.model import AdaptiveViT
-from saccade.plan import registry
-from saccade.progress import Progress
-from saccade.views.parts import Part
+from saccade.reports.report_blocks import Part
+from saccade.terminal.progress import Progress
 
 FEW = 4  # settings compared where none are named
 

@@ -6,20 +6,12 @@ import io
 import os
 import sys
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from saccade.cli.application import INTERRUPTED, Misuse, app
 from saccade.errors import UserError
-
-Misuse: Any = typer.BadParameter.__bases__[0]  # the parser's class for all usage errors; its home moves
-INTERRUPTED = 130
-
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 
 
 def _version(wanted: bool) -> None:
@@ -90,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:  # a full disk, a name that is too long: no mistake of the program
-        from saccade.files import shortened, system_reason
+        from saccade.storage.files import shortened, system_reason
 
         if (reason := system_reason(error)) is None:
             raise

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import (
     Data,
     Device,
@@ -50,7 +50,7 @@ def command(
     Example: saccade analyze vit_tiny_patch16_224 photos/ --pretrained -s "grid(16)" -s "grid(28)" --what cka
     """
     from saccade.analysis import analyze
-    from saccade.progress import Progress
+    from saccade.terminal.progress import Progress
 
     vit = open_model(model, weights, pretrained, device, threads)
     with Progress(shown=True) as progress, kept_in(out, "cache/*.json"):

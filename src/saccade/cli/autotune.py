@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import Device, Json, Model, Pretrained, Settings, Threads, Weights, open_model, print_json
 
 
@@ -29,9 +29,9 @@ def command(
 
     Example: saccade autotune deit_small_patch16_224 -s "topk(0.5)" -s "adavit(0.7)"
     """
-    from saccade.policy import cache_file
-    from saccade.progress import Progress
-    from saccade.stopwatch import autotune
+    from saccade.evaluation.stopwatch import autotune
+    from saccade.execution.policy import cache_file
+    from saccade.terminal.progress import Progress
 
     vit = open_model(model, weights, pretrained, device, threads, trained=False)
     with Progress(shown=True) as progress:

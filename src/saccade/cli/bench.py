@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import (
     Device,
     Json,
@@ -44,11 +44,11 @@ def command(
     """
     import torch
 
-    from saccade.measure.speed import bench
-    from saccade.measure.sweep import expanded
-    from saccade.policy import Execution
-    from saccade.progress import Progress
-    from saccade.runner import Runner
+    from saccade.evaluation.speed import bench
+    from saccade.evaluation.sweep import expanded
+    from saccade.execution.policy import Execution
+    from saccade.runners.runner import Runner
+    from saccade.terminal.progress import Progress
 
     vit = open_model(model, weights, pretrained, device, threads, trained=False)
     runner = Runner(dtype, compile)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import (
     Data,
     Device,
@@ -45,11 +45,11 @@ def command(
     Example: saccade calibrate runs/dynamic/model photos/ -s "dynamicvit(0.7)" --gmacs 0.8 --out calibrated
     """
 
-    from saccade.checkpoint import check_savable
-    from saccade.measure.calibrate import calibrate
-    from saccade.model_folder import check_place
-    from saccade.progress import Progress
-    from saccade.run_folder import check_apart
+    from saccade.backbones.saving import check_savable
+    from saccade.evaluation.calibrate import calibrate
+    from saccade.storage.model_folder import check_place
+    from saccade.storage.run_folder import check_apart
+    from saccade.terminal.progress import Progress
 
     if out is not None:
         check_place(out)

@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from saccade.model import AdaptiveViT
-    from saccade.results import Result
+    from saccade.terminal.results import Result
 
 INTERRUPTED = 130  # exit code
 MODEL, IMAGES, MACHINE = "Model", "Images", "Machine and output"  # panels of --help
@@ -76,8 +76,8 @@ def open_model(
     *,
     trained: bool = True,
 ) -> AdaptiveViT:
-    """The model that MODEL, --weights and --pretrained name, on its device; see ``saccade.opening``."""
-    from saccade import opening
+    """The model that MODEL, --weights and --pretrained name, on its device; see ``saccade.checkpoint``."""
+    from saccade import checkpoint as opening
 
     use_threads(threads)
     return opening.open_model(name, weights, pretrained, device, trained=trained)
@@ -98,7 +98,7 @@ def print_json(value: Any) -> None:
 
 def print_result(found: Result, title: str = "") -> None:
     """A result's table on standard output, under another title where one is given."""
-    from saccade.tables import print_table
+    from saccade.terminal.text_table import print_table
 
     table = found.table()
     print_table(replace(table, title=title or table.title))

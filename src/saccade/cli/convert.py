@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import Json, Pretrained, Weights, open_model, print_json
 
 
@@ -29,9 +29,9 @@ def command(
 
     Example: saccade convert vit_small_patch14_dinov2 --patch 14:16 --out dino16 --pretrained
     """
-    from saccade.flexible import convert
-    from saccade.model_folder import check_place
-    from saccade.run_folder import check_apart
+    from saccade.conversion.flexify import convert
+    from saccade.storage.model_folder import check_place
+    from saccade.storage.run_folder import check_apart
 
     check_place(out)
     check_apart(out, [source, weights])

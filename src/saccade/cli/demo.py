@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import Json, kept_in, open_model
 
 
@@ -21,8 +21,8 @@ def command(
     """The main job in under three minutes, offline: a small elastic ViT on images that are drawn by our own code."""
     from saccade.assets import folder
     from saccade.cli.tune import show
-    from saccade.measure.publish import tune
-    from saccade.progress import Progress
+    from saccade.evaluation.report import tune
+    from saccade.terminal.progress import Progress
 
     vit = open_model(model or folder("scenes"), weights)
     with Progress(shown=True) as progress, kept_in(out):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import (
     Device,
     Json,
@@ -22,7 +22,7 @@ from saccade.cli.common import (
 from saccade.errors import UserError
 
 if TYPE_CHECKING:
-    from saccade.tasks.detector import Detector
+    from saccade.tasks.detection.detector import Detector
 
 
 @app.command("detect")
@@ -47,12 +47,12 @@ def command(
 
     Example: saccade detect runs/detect/model scenes --limit 1000 -s "grid(12)" -s "grid(32)"
     """
-    from saccade.data.decode import EXTENSIONS
-    from saccade.opening import open_task
-    from saccade.progress import Progress
-    from saccade.tasks.boxes import open_boxes
-    from saccade.tasks.detector import Detector
-    from saccade.tasks.precision import evaluate_detection
+    from saccade.checkpoint import open_task
+    from saccade.storage.image_names import EXTENSIONS
+    from saccade.tasks.detection.average_precision import evaluate_detection
+    from saccade.tasks.detection.detection_data import open_boxes
+    from saccade.tasks.detection.detector import Detector
+    from saccade.terminal.progress import Progress
 
     use_threads(threads)
     found = open_task(model, Detector, "detector", "detect", device)
@@ -73,8 +73,8 @@ def _draw(
     model: Detector, photo: str, settings: list[str], ask: list[str] | None, least: float, out: str, json: bool
 ) -> None:
     from saccade.data import decode
-    from saccade.files import check_picture, write_picture
-    from saccade.tasks.detector import draw, look
+    from saccade.storage.files import check_picture, write_picture
+    from saccade.tasks.detection.detector import draw, look
 
     if len(settings) > 1:
         raise UserError(f"a photo is drawn under one setting and {len(settings)} were given; run it once for each")

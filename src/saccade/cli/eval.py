@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import (
     Data,
     Device,
@@ -62,8 +62,9 @@ def command(
 
     Example: saccade eval vit_tiny_patch16_224 photos/ --pretrained -s "grid(8..40)" --out runs/sweep
     """
-    from saccade.measure.sweep import evaluate, untrained_note
-    from saccade.progress import Progress
+    from saccade.evaluation.sweep import evaluate
+    from saccade.evaluation.sweep_result import untrained_note
+    from saccade.terminal.progress import Progress
 
     vit = open_model(model, weights, pretrained, device, threads)
     if vit.describe().get("task") == "segment":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import Json, print_json
 
 
@@ -12,8 +12,8 @@ def command(json: Json = False) -> None:
 
     Example: saccade list
     """
-    from saccade.listing import list_methods
-    from saccade.tables import print_table
+    from saccade.terminal.listing import list_methods
+    from saccade.terminal.text_table import print_table
 
     found = list_methods()
     if json:

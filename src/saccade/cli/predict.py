@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import Device, Json, Model, Pretrained, Threads, Weights, use_threads
 
 
@@ -37,11 +37,11 @@ def command(
 
     Example: saccade predict vit_tiny_patch16_224 photos/ --pretrained --top 3
     """
+    from saccade.data.inputs import notes
     from saccade.errors import UserError
-    from saccade.inputs import notes
-    from saccade.prediction_files import EmbeddingFile, PredictionFolder, printer
-    from saccade.predictor import Predictor
-    from saccade.run_folder import check_apart
+    from saccade.prediction.prediction_files import EmbeddingFile, PredictionFolder, printer
+    from saccade.prediction.predictor import Predictor
+    from saccade.storage.run_folder import check_apart
 
     if json and csv:
         raise UserError("give one of --json and --csv")

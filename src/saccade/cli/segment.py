@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import (
     Device,
     Json,
@@ -22,7 +22,7 @@ from saccade.cli.common import (
 from saccade.errors import UserError
 
 if TYPE_CHECKING:
-    from saccade.tasks.segment import Segmenter
+    from saccade.tasks.segmentation.segmenter import Segmenter
 
 
 @app.command("segment")
@@ -53,13 +53,13 @@ def command(
 
     Example: saccade segment runs/train/model camvid.zip -s "grid(12)" -s "grid(32)" -s "tome(r=13)"
     """
-    from saccade.data.decode import EXTENSIONS
-    from saccade.opening import open_task
-    from saccade.progress import Progress
-    from saccade.tables import print_table
-    from saccade.tasks.miou import Segmentation, evaluate_segmentation
-    from saccade.tasks.panoptic import PanopticScores, evaluate_panoptic
-    from saccade.tasks.segment import HOW, Segmenter
+    from saccade.checkpoint import open_task
+    from saccade.storage.image_names import EXTENSIONS
+    from saccade.tasks.segmentation.mean_iou import Segmentation, evaluate_segmentation
+    from saccade.tasks.segmentation.panoptic_quality import PanopticScores, evaluate_panoptic
+    from saccade.tasks.segmentation.segmenter import HOW, Segmenter
+    from saccade.terminal.progress import Progress
+    from saccade.terminal.text_table import print_table
 
     use_threads(threads)
     found = open_task(model, Segmenter, "segmentation model", "segment", device)
@@ -89,8 +89,8 @@ def command(
 
 def _draw(model: Segmenter, photo: str, settings: list[str], out: str, json: bool) -> None:
     from saccade.data import decode
-    from saccade.files import check_picture, write_picture
-    from saccade.tasks.miou import paint
+    from saccade.storage.files import check_picture, write_picture
+    from saccade.tasks.segmentation.mean_iou import paint
 
     if len(settings) > 1:
         raise UserError(f"a photo is drawn under one setting and {len(settings)} were given; run it once for each")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import Json, Pretrained, Weights, open_model, print_json
 
 
@@ -26,11 +26,11 @@ def command(
 
     Example: saccade stem vit_tiny_patch16_224 photos/ --out stemmed --pretrained
     """
-    from saccade.checkpoint import check_savable, save
-    from saccade.model_folder import check_place
-    from saccade.progress import Progress
-    from saccade.run_folder import check_apart
-    from saccade.stem import fit_stem, read_images, token_error
+    from saccade.backbones.saving import check_savable, save
+    from saccade.conversion.stem_fit import fit_stem, read_images, token_error
+    from saccade.storage.model_folder import check_place
+    from saccade.storage.run_folder import check_apart
+    from saccade.terminal.progress import Progress
 
     check_place(out)
     check_apart(out, [source, data, weights])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import Json, kept_in, print_failures, print_json, print_result
 
 
@@ -28,7 +28,7 @@ def command(
 
     Example: saccade train finetune model.weights=w.safetensors data.path=photos.zip "sampling.settings=['evit(0.5)']"
     """
-    from saccade.progress import Progress
+    from saccade.terminal.progress import Progress
     from saccade.training.config import read_config, shipped
 
     settled = read_config(config, changes or [])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import (
     Data,
     Device,
@@ -27,7 +27,7 @@ from saccade.cli.common import (
 from saccade.errors import UserError
 
 if TYPE_CHECKING:
-    from saccade.measure.publish import TuneResult
+    from saccade.evaluation.report import TuneResult
 
 QUICK = 2.0  # minutes
 
@@ -65,8 +65,8 @@ def command(
 
     Example: saccade tune vit_tiny_patch16_224 photos/ --pretrained --target 1.5x --out runs/photos
     """
-    from saccade.measure.publish import tune
-    from saccade.progress import Progress
+    from saccade.evaluation.report import tune
+    from saccade.terminal.progress import Progress
 
     if quick and minutes is not None:
         raise UserError("give one of --quick and --minutes")
@@ -99,7 +99,7 @@ def command(
 def show(tuned: TuneResult, json: bool = False) -> None:
     """The answer and the table on standard output."""
     if json:
-        found = {"verdict": tuned.verdict, "met": tuned.met, "setting": tuned.setting, "runner": tuned.runner}
+        found = {"verdict": tuned.recommendation, "met": tuned.met, "setting": tuned.setting, "runner": tuned.runner}
         found |= {"folder": str(tuned.folder), "left_out": tuned.left_out}
         print_json({**found, "rows": [vars(row) for row in tuned.rows]})
         return

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import Device, Json, Model, Pretrained, Settings, Weights, open_model, print_json
 
 
@@ -28,9 +28,10 @@ def command(
     """
     import os
 
+    from saccade.analysis.usage import usage
     from saccade.errors import UserError
-    from saccade.progress import Progress
-    from saccade.views import usage, view
+    from saccade.reports import view
+    from saccade.terminal.progress import Progress
 
     if len(setting) > 1:
         raise UserError(f"view draws one setting and {len(setting)} were given; run it once for each")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from saccade.cli import app
+from saccade.cli.application import app
 from saccade.cli.common import (
     Device,
     Json,
@@ -44,8 +44,8 @@ def command(
 
     Example: saccade zeroshot runs/flexilit/model photos.zip --split test -s "grid(10)" -s "grid(32)"
     """
-    from saccade.progress import Progress
-    from saccade.tasks.zeroshot import evaluate_words
+    from saccade.tasks.image_text.zero_shot import evaluate_words
+    from saccade.terminal.progress import Progress
 
     use_threads(threads)
     with Progress(shown=True) as progress:

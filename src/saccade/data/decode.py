@@ -15,10 +15,6 @@ from saccade.data.work import Stream, TooMuchWork, check_work, sparing_exif
 from saccade.errors import UserError, one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
-)
 MAX_PIXELS = 64_000_000
 BYTES_PER_PIXEL = 8
 

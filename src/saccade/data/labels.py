@@ -10,10 +10,10 @@ from functools import cache
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils import natural_key
 
-from saccade.backbone import class_names_of
+from saccade.backbones.vit import class_names_of
+from saccade.core.timm_types import ViT
 from saccade.data.source import ImageSet, are_numbers
 from saccade.errors import UserError
-from saccade.plan import ViT
 
 IMAGENET = 1000
 SHOWN = 4  # names in a message

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from saccade.errors import UserError
+from saccade.storage.image_names import CHECK, KINDS, TEST, _word, kind_of
 
-TRAIN, CHECK, TEST = "training", "validation", "test"
-KINDS = {
-    **dict.fromkeys(("train", "training", "trainset", "trainingset", "trn"), TRAIN),
-    **dict.fromkeys(("val", "valid", "validation", "validate", "valset", "validset", "validationset"), CHECK),
-    **dict.fromkeys(("dev", "devset", "development", "eval", "evaluation", "evalset"), CHECK),
-    **dict.fromkeys(("heldout", "holdout", "minival"), CHECK),
-    **dict.fromkeys(("test", "testing", "testset", "tst"), TEST),
-}
 ORDER = tuple(KINDS)
 USUAL = "val, valid, validation, dev, eval, held-out or test"
-
-
-def kind_of(split: str) -> str | None:
-    """What a split of this name is for: ``TRAIN``, ``CHECK``, ``TEST``; None for any other name.
-
-    Capitals, years and marks between words make no difference: Valid, val2017 and held_out are for checking.
-    """
-    return KINDS.get(_word(split))
 
 
 def held_out(known: Iterable[str], *kinds: str) -> str | None:
@@ -78,7 +62,3 @@ def _place(name: str) -> float:
     """A number in [0, 1) that depends on the name alone."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _word(split: str) -> str:
-    return re.sub(r"[\W\d_]+", "", split.casefold())

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.choose import choose, logit
+from saccade.core.gates import Gates
+from saccade.core.init import draw, init_module
+from saccade.core.plan import Backbone, Gater, Method
+from saccade.core.record import Trace
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.fresh import draw, fresh
-from saccade.gates import Gates
-from saccade.knobs import one_of
-from saccade.plan import Backbone, Gater, Method, blocks, fraction, register
-from saccade.tokens import Tokens
-from saccade.trace import Trace
+from saccade.methods.common.arguments import blocks, fraction, one_of
+from saccade.methods.common.sampling import choose, logit
 
 AXES = ("patch", "head", "block")
 FORMS = ("released", "paper")
@@ -49,7 +50,7 @@ class Decide(Gater):
         self.dim, self.form, self.own = dim, form, own
         self.tau, self.threshold, self.noise = tau, threshold, noise
         self.outputs = dict(outputs)
-        layers = fresh(lambda: nn.ModuleDict({axis: nn.Linear(dim, count) for axis, count in outputs.items()}))
+        layers = init_module(lambda: nn.ModuleDict({axis: nn.Linear(dim, count) for axis, count in outputs.items()}))
         self.layers: Any = layers
 
     def macs(self, n: int) -> int:
@@ -71,7 +72,7 @@ class Decide(Gater):
             noise, threshold = (self.noise, 0.5) if self.training else (0.0, self.threshold)
             chosen = choose(logits, noise, self.tau, threshold)
             gates |= {"attn": chosen[:, 0], "mlp": chosen[:, 1]} if axis == "block" else {axis: chosen}
-        return Gates(**gates, own=self.own)
+        return Gates(**gates, partial=self.own)
 
 
 def _mean(x: Tensor, weights: Tensor | None) -> Tensor:
@@ -103,7 +104,7 @@ class AdaViT(Method):
         if self.budget is not None:
             kind, value = self.budget
             whole = trace.macs(nominal=True).mean() if kind == "share" else 1e9
-            return {"budget": self.weight * (trace.wanted().mean() / (value * whole) - 1).square().float()}
+            return {"budget": self.weight * (trace.target_macs().mean() / (value * whole) - 1).square().float()}
         gates = [found for at in self.at if at < len(trace.blocks) and (found := trace.blocks[at].gates) is not None]
         used = {axis: [mean for g in gates if (mean := usage_of(g, axis)) is not None] for axis in self.usage}
         misses = [(torch.stack(used[axis]).mean() - self.usage[axis]) ** 2 for axis in self.usage if used[axis]]
@@ -136,7 +137,8 @@ def adavit(
     """Decide for each image which patches, heads and branches of a block run (arXiv 2111.15668); it has to be trained.
 
     Skipping is exact on every axis. Where each image of a batch has its own heads, they are skipped only if enough of
-    them are off for that to be faster (``heads.worth``): ``Trace.macs`` counts what ran, ``wanted`` what was wanted.
+    them are off for that to be faster (``heads.should_skip_heads``): ``Trace.macs`` counts what ran, ``wanted`` what
+    was wanted.
 
     Args:
         usage: share of each axis that training aims at, one for all or one for each of ``axes``.

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.decide import BipartiteMerge, leave, part_of
-from saccade.knobs import switch, whole
-from saccade.plan import Backbone, Method, Reducer, fraction, register
-from saccade.reduction import Reduction
-from saccade.tokens import Tokens
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import fraction, switch, whole
+from saccade.methods.common.matching import BipartiteMerge, floor_share, leave
 
 
 class MergeWindows(Reducer):
@@ -33,7 +34,7 @@ class MergeWindows(Reducer):
 
     def forward(self, tokens: Tokens) -> Reduction | None:
         height, width = tokens.grid
-        merged = part_of(self.share, (height // 2) * (width // 2))
+        merged = floor_share(self.share, (height // 2) * (width // 2))
         if tokens.num_patches != height * width or merged == 0:
             return None
         cells = torch.arange(height * width, device=tokens.x.device).view(height, width)
@@ -62,7 +63,7 @@ class MergeAnywhere(BipartiteMerge):
         self.share = share
 
     def count(self, n: int) -> int:
-        return n - min(part_of(self.share, n), n // 2)
+        return n - min(floor_share(self.share, n), n // 2)
 
 
 @register("algm", menu=lambda backbone: [f"algm({a}, {b})" for a, b in ((0.25, 0.2), (0.5, 0.3), (0.75, 0.4))])

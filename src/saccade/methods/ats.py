@@ -11,11 +11,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from saccade.choose import keep_where, there, with_best
-from saccade.decide import check_score, share_of
-from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction
-from saccade.tokens import Tokens
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.matching import ceil_share, check_score
+from saccade.methods.common.sampling import keep_where, there, with_best
 
 
 class Sample(Reducer):
@@ -26,7 +28,7 @@ class Sample(Reducer):
     def __init__(self, keep: float, reading: str) -> None:
         super().__init__()
         self.keep, self.reading = keep, reading
-        self.read = frozenset({reading, "value"})
+        self.read = frozenset({reading, "value_norm"})
 
     def count(self, n: int) -> int | None:
         return None
@@ -34,15 +36,15 @@ class Sample(Reducer):
     @torch.no_grad()
     def forward(self, tokens: Tokens) -> Reduction:
         attention: Tensor = getattr(tokens, self.reading)
-        assert tokens.value is not None
-        score = there(tokens, attention.float() * tokens.value)
+        assert tokens.value_norm is not None
+        score = there(tokens, attention.float() * tokens.value_norm)
         chosen = sample(score, levels(tokens, self.keep))
         return keep_where(with_best(chosen * (score > -torch.inf), score) > 0)
 
 
 def levels(tokens: Tokens, keep: float) -> Tensor:
     """⌈keep · n⌉ equally spaced levels in (0, 1) for the n tokens of each image, [B, L]; the last one is repeated."""
-    most = share_of(keep, tokens.num_patches)
+    most = ceil_share(keep, tokens.num_patches)
     place = torch.arange(most, device=tokens.x.device, dtype=torch.float64).expand(tokens.x.shape[0], -1)
     if tokens.valid is None:
         return (place + 0.5) / most

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.choose import keep_where, there, with_best
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.record import Trace
+from saccade.core.reduction import Reduction
+from saccade.core.registry import register
+from saccade.core.timm_types import ViT
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.plan import Backbone, Method, Reducer, ViT, blocks, register
-from saccade.reduction import Reduction
-from saccade.tokens import Tokens
-from saccade.trace import Trace
+from saccade.methods.common.arguments import blocks
+from saccade.methods.common.sampling import keep_where, there, with_best
 
 EPSILON = 0.01  # a token halts when no more than this is left of its probability
 SPREAD = 1.0  # of the prior, in blocks
@@ -50,22 +53,22 @@ class Halt(Reducer):
     def forward(self, tokens: Tokens) -> Reduction:
         prefix, x = tokens.num_prefix, tokens.x.float()
         images, cells = tokens.owner.shape
-        noted = tokens.notes.get(LEFT, x.new_zeros(images, prefix + cells, 0))
+        noted = tokens.state.get(LEFT, x.new_zeros(images, prefix + cells, 0))
         before = noted[..., -1] if noted.shape[-1] else x.new_ones(images, prefix + cells)
         of_tokens = torch.cat([before[:, :prefix], _mean_of_cells(tokens, before[:, prefix:])], dim=1)
         goal = of_tokens - (self.gamma * x[..., 0] + self.beta).sigmoid()
         after = goal.where(goal > EPSILON, 0.0)  # the last part is all that is left
 
         spent = (of_tokens - after)[:, :prefix, None]
-        output = tokens.notes.get(OUTPUT, 0.0) + spent * x[:, :prefix]
-        of_cells = tokens.cells(after[:, prefix:, None], dropped=before[:, prefix:, None])
+        output = tokens.state.get(OUTPUT, 0.0) + spent * x[:, :prefix]
+        of_cells = tokens.scatter_to_grid(after[:, prefix:, None], dropped=before[:, prefix:, None])
         left = torch.cat([noted, torch.cat([after[:, :prefix, None], of_cells], dim=1)], dim=-1)
 
         goal = goal[:, prefix:]
         score = there(tokens, goal.detach())
         gate = with_best((score > EPSILON).float() + (goal - goal.detach()), score)
         found = keep_where(gate > 0, gate if self.training else None)
-        return Reduction(found.keep, valid=found.valid, gate=found.gate, notes={LEFT: left, OUTPUT: output})
+        return Reduction(found.keep, valid=found.valid, gate=found.gate, state={LEFT: left, OUTPUT: output})
 
 
 def _mean_of_cells(tokens: Tokens, values: Tensor) -> Tensor:
@@ -83,19 +86,19 @@ class AViT(Method):
         self.ponder, self.prior, self.target = ponder, prior, target
 
     def head(self, vit: ViT, tokens: Tokens) -> Tensor | None:
-        if OUTPUT not in tokens.notes or vit.global_pool != "token":
+        if OUTPUT not in tokens.state or vit.global_pool != "token":
             return None
         x, prefix = tokens.x, tokens.num_prefix
-        left = tokens.notes[LEFT][:, :prefix, -1:]  # is spent on the last block
-        mixed = (tokens.notes[OUTPUT] + left * x[:, :prefix].float()).to(x.dtype)
+        left = tokens.state[LEFT][:, :prefix, -1:]  # is spent on the last block
+        mixed = (tokens.state[OUTPUT] + left * x[:, :prefix].float()).to(x.dtype)
         return vit.forward_head(vit.norm(mixed))
 
     def loss(self, trace: Trace) -> dict[str, Tensor]:
         """Blocks computed and the part that the last one got (ACT's ponder cost), mean over patches; and the KL
         divergence of the mean halting distribution from a Gaussian around the target; times their weights."""
-        if LEFT not in trace.notes or trace.images == 0 or all(block.kept is None for block in trace.blocks):
+        if LEFT not in trace.state or trace.images == 0 or all(block.kept is None for block in trace.blocks):
             return {}
-        left = trace.notes[LEFT][:, -trace.first.shape[1] :]  # [B, G, …]
+        left = trace.state[LEFT][:, -trace.first.shape[1] :]  # [B, G, …]
         owned = trace.blocks[-1].owner >= 0  # not dropped by another method
         share = (owned / owned.sum().clamp(min=1)).unsqueeze(-1)
         depth = len(trace.blocks)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saccade.core.init import init_module
+from saccade.core.plan import Backbone, Method
+from saccade.core.registry import register
+from saccade.core.timm_types import ViT
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.fresh import fresh
-from saccade.plan import Backbone, Method, ViT, register
-from saccade.tokens import Tokens
 
 HEADS = ("shared", "own")
 
@@ -56,7 +58,7 @@ def depth(backbone: Backbone, blocks: int | None = None, head: str = "shared") -
 
 
 def _head(backbone: Backbone) -> nn.Module:
-    classify = fresh(lambda: nn.Linear(backbone.dim, backbone.num_classes))
+    classify = init_module(lambda: nn.Linear(backbone.dim, backbone.num_classes))
     generator = torch.Generator("cpu").manual_seed(0)  # the same every time
     nn.init.trunc_normal_(classify.weight, std=0.02, generator=generator)
     return nn.Sequential(nn.LayerNorm(backbone.dim, eps=1e-6, dtype=torch.float32), classify)

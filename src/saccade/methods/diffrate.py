@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.decide import METRICS, check_score, cosines, feature_of
-from saccade.knobs import one_of, schedule
-from saccade.plan import Backbone, Method, Reducer, register
-from saccade.reduction import Reduction, rows
-from saccade.tokens import Tokens
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction, rows
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import one_of, schedule
+from saccade.methods.common.matching import METRICS, check_score, cosines, feature_of
 
 
 class Thin(Reducer):

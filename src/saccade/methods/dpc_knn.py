@@ -12,14 +12,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from saccade.budget import fit
-from saccade.cluster import gathered, highest, nearest, squared_distances
-from saccade.decide import share_of
-from saccade.fresh import draw
-from saccade.knobs import switch, whole
-from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction
-from saccade.tokens import Tokens
+from saccade.core.init import draw
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import blocks, fraction, switch, whole
+from saccade.methods.common.budget import fit
+from saccade.methods.common.clustering import gathered, highest, nearest, squared_distances
+from saccade.methods.common.matching import ceil_share
 
 
 class DensityPeaks(Reducer):
@@ -33,7 +34,7 @@ class DensityPeaks(Reducer):
         self.score = None if score is None else nn.Parameter(score)
 
     def count(self, n: int) -> int:
-        return share_of(self.keep, n)
+        return ceil_share(self.keep, n)
 
     def macs(self, n: int) -> int:
         return n * n * self.dim

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.choose import choose, keep_where, logit, there, with_best
+from saccade.core.init import init_module
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.record import Trace
+from saccade.core.reduction import Reduction
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.fresh import fresh
-from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction
-from saccade.tokens import Tokens
-from saccade.trace import Trace
+from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.sampling import choose, keep_where, logit, there, with_best
 
 START = 0.95  # share that is kept before anything is learned
 
@@ -41,8 +43,8 @@ class Predictor(nn.Module):
         super().__init__()
         self.dim = dim
         self.norm = nn.LayerNorm(dim)
-        self.inner = fresh(lambda: nn.Linear(dim, dim), seed)
-        layers: Any = fresh(lambda: outer(dim), seed + 1)
+        self.inner = init_module(lambda: nn.Linear(dim, dim), seed)
+        layers: Any = init_module(lambda: outer(dim), seed + 1)
         nn.init.constant_(layers[-1].bias, logit(START))
         self.outer: Any = layers
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from saccade.decide import KeepAttended, check_score
+from saccade.core.plan import Backbone, Method
+from saccade.core.registry import register
 from saccade.errors import UserError
-from saccade.plan import Backbone, Method, blocks, fraction, register
+from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.matching import KeepAttended, check_score
 
 
 def _menu(backbone: Backbone) -> list[str]:

@@ -14,23 +14,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.budget import fit
-from saccade.decide import (
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction, rows
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import blocks, fraction, one_of, switch
+from saccade.methods.common.budget import fit
+from saccade.methods.common.matching import (
     METRICS,
     KeepAttended,
     best_proposals,
     check_score,
     feature_of,
+    floor_share,
     leave,
-    part_of,
     products,
     scramble,
     units,
 )
-from saccade.knobs import one_of, switch
-from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction, rows
-from saccade.tokens import Tokens
 
 SPLITS = ("alternate", "random", "halves")
 OF = ("tokens", "bottom", "first")
@@ -38,7 +39,7 @@ PER = ("token", "patch")
 
 
 @dataclass(frozen=True)
-class Reading:
+class Interpretation:
     """How the paper is read where it leaves a choice; the knobs of ``imagepiece`` say what they mean."""
 
     metric: str = "key"
@@ -53,16 +54,16 @@ class Reading:
 class Retokenize(Reducer):
     """Merge, among the ⌊p · n⌋ least attended tokens only, the ⌊merge · n⌋ most similar pairs."""
 
-    def __init__(self, p: float, merge: float, reading: Reading, width: int, first: int) -> None:
+    def __init__(self, p: float, merge: float, reading: Interpretation, width: int, first: int) -> None:
         super().__init__()
         self.p, self.merge, self.reading, self.width, self.first = p, merge, reading, width, first
         self.read = frozenset({reading.score, "key"} if reading.metric == "key" else {reading.score})
 
     def _sizes(self, n: int) -> tuple[int, int]:
         """(bottom, r): tokens judged meaningless, and pairs among them that merge."""
-        bottom = part_of(self.p, n)
+        bottom = floor_share(self.p, n)
         whole = {"tokens": n, "bottom": bottom, "first": self.first}[self.reading.of]
-        return bottom, min(part_of(self.merge, whole), (bottom + 1) // 2 if bottom > 1 else 0)
+        return bottom, min(floor_share(self.merge, whole), (bottom + 1) // 2 if bottom > 1 else 0)
 
     def count(self, n: int) -> int:
         return n - self._sizes(n)[1]
@@ -156,7 +157,7 @@ def imagepiece(
         one_of("imagepiece", knob, word, known)
     for knob, on in (("weighted", weighted), ("fuse", fuse), ("proportional", proportional)):
         switch("imagepiece", knob, on)
-    reading = Reading(metric, weighted, proportional, check_score("imagepiece", score, backbone), per, of, split)
+    reading = Interpretation(metric, weighted, proportional, check_score("imagepiece", score, backbone), per, of, split)
     prunes = blocks("imagepiece", prune_at, backbone.stages(), backbone.depth)
     between = tuple(i for i in range(max(prunes, default=0)) if i not in prunes)
     merges = blocks("imagepiece", merge_at, between, backbone.depth)

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 import torch
 
-from saccade.decide import cosines
-from saccade.knobs import switch, whole
-from saccade.plan import Backbone, Method, Reducer, blocks, register
-from saccade.reduction import Reduction
-from saccade.tokens import Tokens
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import blocks, switch, whole
+from saccade.methods.common.matching import cosines
 
 
 class KeepEvery(Reducer):

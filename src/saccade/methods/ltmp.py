@@ -14,14 +14,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from saccade.choose import keep_where, present, there, with_best
-from saccade.decide import cosines
+from saccade.core.gates import straight_through
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.record import Trace
+from saccade.core.reduction import Reduction, rows
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.gates import straight_through
-from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction, rows
-from saccade.tokens import Tokens
-from saccade.trace import Trace
+from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.matching import cosines
+from saccade.methods.common.sampling import keep_where, present, there, with_best
 
 WIDTH = 0.1  # of the sigmoid whose gradient the thresholds get, as published
 STRIDES = (1, 2, 4)  # of the places that A and B take turns in, block after block: what ToMe's reordering comes to
@@ -71,13 +73,13 @@ class Merge(Reducer):
         chosen = here & (gate > 0)
         into = b.gather(1, partner)
         dst = (chosen.cumsum(1) - 1).gather(1, into).clamp(min=0)
-        return replace(keep_where(chosen, gate if self.training else None), src=a, dst=dst, moved=moved)
+        return replace(keep_where(chosen, gate if self.training else None), src=a, dst=dst, merge_gate=moved)
 
 
 class Prune(Reducer):
     """Drop the tokens that receive less attention than a share of the mean over tokens."""
 
-    read = frozenset({"received"})
+    read = frozenset({"attn_received"})
 
     ragged = True
 
@@ -89,9 +91,9 @@ class Prune(Reducer):
         return None
 
     def forward(self, tokens: Tokens) -> Reduction:
-        assert tokens.received is not None
+        assert tokens.attn_received is not None
         count = tokens.num_prefix + present(tokens).sum(1, keepdim=True)
-        score = there(tokens, tokens.received.detach().float() * count)  # 1 on average over all tokens
+        score = there(tokens, tokens.attn_received.detach().float() * count)  # 1 on average over all tokens
         gate = with_best(straight_through((score - self.threshold.float()) / WIDTH), score)
         return keep_where(gate > 0, gate if self.training else None)
 
@@ -107,7 +109,7 @@ class Thresholds(Method):
         """``weight`` times (share of the MACs that is wanted - share aimed at)² (paper, eq. 9)."""
         if trace.images == 0 or all(block.kept is None for block in trace.blocks):
             return {}
-        ratio = trace.wanted().mean() / trace.macs(nominal=True).mean()
+        ratio = trace.target_macs().mean() / trace.macs(nominal=True).mean()
         return {"budget": (self.weight * (ratio - self.share).square()).float()}
 
 

@@ -12,12 +12,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from saccade.budget import fit
-from saccade.decide import best_proposals, cosines, leave, part_of
-from saccade.knobs import whole
-from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction, rows
-from saccade.tokens import Tokens
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction, rows
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import blocks, fraction, whole
+from saccade.methods.common.budget import fit
+from saccade.methods.common.matching import best_proposals, cosines, floor_share, leave
 
 
 class Attract(Reducer):
@@ -27,21 +28,21 @@ class Attract(Reducer):
     value in the image, which changes no choice.
     """
 
-    read = frozenset({"received"})
+    read = frozenset({"attn_received"})
 
     def __init__(self, r: int, share: float | None, info: float, size: float, dim: int) -> None:
         super().__init__()
         self.r, self.share, self.info, self.size, self.dim = r, share, info, size, dim
 
     def count(self, n: int) -> int:
-        return n - min(self.r if self.share is None else part_of(self.share, n), n // 2)
+        return n - min(self.r if self.share is None else floor_share(self.share, n), n // 2)
 
     def macs(self, n: int) -> int:
         return (n // 2) * (n - n // 2) * self.dim
 
     def forward(self, tokens: Tokens) -> Reduction:
-        assert tokens.received is not None
-        n, attended = tokens.num_patches, tokens.received.clamp(min=1e-12)
+        assert tokens.attn_received is not None
+        n, attended = tokens.num_patches, tokens.attn_received.clamp(min=1e-12)
         ones = torch.ones_like(attended)
         size = ones if tokens.size is None else tokens.size
         r = n - self.count(n)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from saccade.decide import mixture
+from saccade.core.init import draw, init_module
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import SoftReduction
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.fresh import draw, fresh
-from saccade.knobs import whole
-from saccade.plan import Backbone, Method, Reducer, register
-from saccade.reduction import SoftReduction
-from saccade.tokens import Tokens
+from saccade.methods.common.arguments import whole
+from saccade.methods.common.matching import mixture
 
 
 class Merge(Reducer):
@@ -21,7 +22,7 @@ class Merge(Reducer):
     def __init__(self, tokens: int, scale: float, dim: int, seed: int) -> None:
         super().__init__()
         self.tokens, self.scale, self.dim = tokens, scale, dim
-        self.norm = fresh(lambda: nn.LayerNorm(dim))
+        self.norm = init_module(lambda: nn.LayerNorm(dim))
         self.queries = nn.Parameter(draw((tokens, dim), 1.0, seed))
 
     def count(self, n: int) -> int:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.budget import fit
-from saccade.decide import METRICS, best_proposals, cosines, feature_of, leave, part_of
-from saccade.knobs import one_of, switch
-from saccade.plan import Backbone, Method, Reducer, fraction, register
-from saccade.reduction import Reduction, rows
-from saccade.tokens import Tokens
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction, rows
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import fraction, one_of, switch
+from saccade.methods.common.budget import fit
+from saccade.methods.common.matching import METRICS, best_proposals, cosines, feature_of, floor_share, leave
 
 
 class EnergyMerge(Reducer):
@@ -28,7 +29,7 @@ class EnergyMerge(Reducer):
         self.read = frozenset({"key"} if metric == "key" else ())
 
     def count(self, n: int) -> int:
-        return n - min(part_of(1 - self.keep, n), n // 2)
+        return n - min(floor_share(1 - self.keep, n), n // 2)
 
     def macs(self, n: int) -> int:
         return n * n * self.width

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from saccade.choose import there
-from saccade.decide import share_of
-from saccade.knobs import one_of
-from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction
-from saccade.tokens import Tokens
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import blocks, fraction, one_of
+from saccade.methods.common.matching import ceil_share
+from saccade.methods.common.sampling import there
 
 NORMS = {"l1": 1.0, "l2": 2.0, "linf": torch.inf}
 
@@ -28,7 +29,7 @@ class KeepCentral(Reducer):
         self.keep, self.norm = keep, norm
 
     def count(self, n: int) -> int:
-        return share_of(self.keep, n)
+        return ceil_share(self.keep, n)
 
     @torch.no_grad()
     def forward(self, tokens: Tokens) -> Reduction:

@@ -6,11 +6,13 @@ from collections.abc import Iterable
 
 import torch
 
-from saccade.decide import scramble, share_of
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction
-from saccade.tokens import Tokens
+from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.matching import ceil_share, scramble
 
 
 class KeepRandom(Reducer):
@@ -21,7 +23,7 @@ class KeepRandom(Reducer):
         self.keep, self.seed = keep, seed
 
     def count(self, n: int) -> int:
-        return share_of(self.keep, n)
+        return ceil_share(self.keep, n)
 
     def forward(self, tokens: Tokens) -> Reduction:
         n = tokens.num_patches

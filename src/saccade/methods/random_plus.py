@@ -10,11 +10,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from saccade.decide import scramble
-from saccade.gates import Gates
-from saccade.knobs import one_of, whole
-from saccade.plan import Backbone, Gater, Method, blocks, fraction, register
-from saccade.tokens import Tokens
+from saccade.core.gates import Gates
+from saccade.core.plan import Backbone, Gater, Method
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import blocks, fraction, one_of, whole
+from saccade.methods.common.matching import scramble
 
 AXES = ("patch", "head", "block")
 

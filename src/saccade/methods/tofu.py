@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from saccade.budget import fit
-from saccade.decide import BipartiteMerge
-from saccade.knobs import exact_schedule, schedule, whole
-from saccade.plan import Backbone, Method, register
-from saccade.reduction import Reduction
-from saccade.tokens import Tokens
+from saccade.core.plan import Backbone, Method
+from saccade.core.reduction import Reduction
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import exact_schedule, schedule, whole
+from saccade.methods.common.budget import fit
+from saccade.methods.common.matching import BipartiteMerge
 
 
 class Prune(BipartiteMerge):
@@ -31,7 +32,7 @@ class Mlerp(BipartiteMerge):
         assert merge.src is not None and merge.dst is not None
         length = tokens.patches.float().norm(dim=-1)
         longest = length.gather(1, merge.keep).scatter_reduce(1, merge.dst, length.gather(1, merge.src), "amax")
-        return replace(merge, norm=longest)
+        return replace(merge, target_norm=longest)
 
 
 def _menu(backbone: Backbone) -> list[str]:

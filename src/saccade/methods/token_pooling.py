@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.budget import fit
-from saccade.cluster import cheapest, gathered, highest, nearest, only, squared_distances, squared_distances_to
-from saccade.decide import share_of
-from saccade.knobs import one_of, switch, whole
-from saccade.plan import Backbone, Method, Reducer, blocks, fraction, register
-from saccade.reduction import Reduction, rows
-from saccade.tokens import Tokens
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import Reduction, rows
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
+from saccade.methods.common.arguments import blocks, fraction, one_of, switch, whole
+from saccade.methods.common.budget import fit
+from saccade.methods.common.clustering import (
+    cheapest,
+    gathered,
+    highest,
+    nearest,
+    only,
+    squared_distances,
+    squared_distances_to,
+)
+from saccade.methods.common.matching import ceil_share
 
 CENTRES = ("medoid", "mean")
 STARTS = ("weight", "even")
@@ -35,10 +44,10 @@ class Pool(Reducer):
         super().__init__()
         self.keep, self.dim, self.centre, self.weighted = keep, dim, centre, weighted
         self.iterations, self.start, self.proportional = iterations, start, proportional
-        self.read = frozenset({"received"} if weighted or start == "weight" else ())
+        self.read = frozenset({"attn_received"} if weighted or start == "weight" else ())
 
     def count(self, n: int) -> int:
-        return share_of(self.keep, n)
+        return ceil_share(self.keep, n)
 
     def macs(self, n: int) -> int:
         m = self.count(n)
@@ -47,8 +56,8 @@ class Pool(Reducer):
     def forward(self, tokens: Tokens) -> Reduction:
         n, m = tokens.num_patches, self.count(tokens.num_patches)
         significance = tokens.patches.new_ones(tokens.x.shape[0], n, dtype=torch.float32)
-        if tokens.received is not None and self.read:
-            significance = tokens.received.clamp(min=1e-12)
+        if tokens.attn_received is not None and self.read:
+            significance = tokens.attn_received.clamp(min=1e-12)
         weight = significance if self.weighted else torch.ones_like(significance)
         start = significance if self.start == "weight" else self._even(significance, m)
         centres = highest(start.detach(), m, tokens.valid)

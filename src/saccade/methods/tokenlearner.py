@@ -9,13 +9,14 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from saccade.decide import mixture
+from saccade.core.init import init_module
+from saccade.core.plan import Backbone, Method, Reducer
+from saccade.core.reduction import SoftReduction
+from saccade.core.registry import register
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.fresh import fresh
-from saccade.knobs import one_of, whole
-from saccade.plan import Backbone, Method, Reducer, register
-from saccade.reduction import SoftReduction
-from saccade.tokens import Tokens
+from saccade.methods.common.arguments import one_of, whole
+from saccade.methods.common.matching import mixture
 
 HIDDEN = 64  # of the MLPs
 VERSIONS = ("1.1", "1.0")
@@ -42,7 +43,7 @@ class Learn(Reducer):
 
     def make_maps(self, seed: int) -> nn.Module:
         """What scores every place for each new token."""
-        return fresh(lambda: mlp(self.dim, self.tokens, bias=False), seed)  # the softmax would cancel it
+        return init_module(lambda: mlp(self.dim, self.tokens, bias=False), seed)  # the softmax would cancel it
 
     def count(self, n: int) -> int:
         return min(n, self.tokens)
@@ -77,7 +78,7 @@ class LearnByConvolution(Learn):
             convs = [nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths)]
             return nn.Sequential(convs[0], nn.GELU(), convs[1], nn.GELU(), convs[2], nn.GELU(), convs[3])
 
-        return fresh(layers, seed)
+        return init_module(layers, seed)
 
     def macs_of_maps(self, n: int) -> int:
         return 9 * n * self.tokens * (self.dim + 3 * self.tokens)
@@ -105,15 +106,15 @@ class Fuse(Reducer):
         super().__init__()
         self.tokens = tokens
         self.norm, self.norm_mixed = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.mix = fresh(lambda: nn.Linear(tokens, tokens), seed)
+        self.mix = init_module(lambda: nn.Linear(tokens, tokens), seed)
         nn.init.zeros_(self.mix.weight)  # so that at first nothing is added
-        self.maps = fresh(lambda: mlp(dim, tokens), seed + 1)
+        self.maps = init_module(lambda: mlp(dim, tokens), seed + 1)
 
     def count(self, n: int) -> int | None:
         return None  # back to as many as there were
 
     def forward(self, tokens: Tokens) -> SoftReduction | None:
-        if tokens.before is None:
+        if tokens.unmixed is None:
             return None
         if tokens.num_patches != self.tokens:
             raise UserError(
@@ -121,8 +122,8 @@ class Fuse(Reducer):
                 "method may reduce them in between"
             )
         mixed = self.mix(self.norm(tokens.patches).transpose(1, 2)).transpose(1, 2)
-        share = self.maps(tokens.before.patches).sigmoid()  # [B, N, S]
-        return SoftReduction(share, self.norm_mixed(mixed), onto=tokens.before)
+        share = self.maps(tokens.unmixed.patches).sigmoid()  # [B, N, S]
+        return SoftReduction(share, self.norm_mixed(mixed), onto=tokens.unmixed)
 
 
 # No menu: untrained, it destroys what the model knows. `tune` tries the settings that weights were trained for.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from saccade.budget import fit
-from saccade.decide import METRICS, BipartiteMerge
-from saccade.knobs import exact_schedule, one_of, schedule, switch
-from saccade.plan import Backbone, Method, register
+from saccade.core.plan import Backbone, Method
+from saccade.core.registry import register
+from saccade.methods.common.arguments import exact_schedule, one_of, schedule, switch
+from saccade.methods.common.budget import fit
+from saccade.methods.common.matching import METRICS, BipartiteMerge
 
 resolve = partial(schedule, "tome")
 

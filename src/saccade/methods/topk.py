@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.choose import there
-from saccade.decide import share_of
+from saccade.core.gates import Gates, Places
+from saccade.core.hooks import plain_linear
+from saccade.core.plan import Backbone, Gater, Method
+from saccade.core.registry import register
+from saccade.core.timm_types import TimmBlock
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.gates import Gates, Places
-from saccade.hooks import plain_linear
-from saccade.plan import Backbone, Gater, Method, TimmBlock, blocks, fraction, register
-from saccade.tokens import Tokens
+from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.matching import ceil_share
+from saccade.methods.common.sampling import there
 
 ASKS = ("class", "mean")
 
@@ -35,7 +38,7 @@ class Choose(Gater):
         return 2 * self.dim * self.attn_dim + n * self.dim
 
     @torch.no_grad()
-    def of(self, block: TimmBlock, tokens: Tokens) -> Gates:
+    def gates_for(self, block: TimmBlock, tokens: Tokens) -> Gates:
         x = block.norm1(tokens.x)
         if self.asks == "class" and tokens.num_prefix == 1:
             asker, patches = x.split([1, tokens.num_patches], dim=1)
@@ -44,9 +47,9 @@ class Choose(Gater):
             asker = x[:, :1] if self.asks == "class" else patches.mean(1, keepdim=True)
         score = asked(block.attn, asker, patches)
         score = there(tokens, score if score.dtype == torch.float32 else score.float())
-        chosen = score.argsort(dim=1, descending=True, stable=True)[:, : share_of(self.keep, tokens.num_patches)]
+        chosen = score.argsort(dim=1, descending=True, stable=True)[:, : ceil_share(self.keep, tokens.num_patches)]
         mask: Any = Places(chosen, tokens.num_patches)
-        return Gates(mask, places=chosen if tokens.valid is None and tokens.alive is None else None)
+        return Gates(mask, patch_indices=chosen if tokens.valid is None and tokens.keep_mask is None else None)
 
 
 def asked(attn: Any, asker: Tensor, x: Tensor) -> Tensor:

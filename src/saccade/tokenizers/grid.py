@@ -15,13 +15,16 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.core.hooks import around, exact, kernel_of, layer_in, require_plain
+from saccade.core.plan import Backbone, Tokenizer
+from saccade.core.provenance import Cells
+from saccade.core.registry import register
+from saccade.core.timm_types import ViT
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.hooks import around, exact, kernel_of, layer_in, require_plain
-from saccade.plan import Backbone, Tokenizer, ViT, fraction, register
-from saccade.provenance import Cells
-from saccade.tokenizers.embed import METHODS, RHO, ResizeSpec, choose, resize_kernel, resize_positions
-from saccade.tokenizers.kept import kept
-from saccade.tokens import Tokens
+from saccade.methods.common.arguments import fraction
+from saccade.tokenizers.resize.resampling import METHODS, RHO, ResizeSpec, choose, resize_kernel, resize_positions
+from saccade.tokenizers.resize.weight_cache import cached_weight
 
 Size = int | tuple[int, int]
 # Patches of a row of so many strides' pixels, by what is done with the rest.
@@ -87,7 +90,7 @@ class Grid(Tokenizer):
         """The weights' kernel at this patch size, [D, C, ph, pw]. UserError where there is no kernel to resize."""
         ways = self.spec, self.how, self.rho
         filters = kernel_of(vit.patch_embed.proj, "grid")
-        return kept(vit, "kernel", (self.patch, *ways), filters, lambda w: resize_kernel(w, self.patch, *ways))
+        return cached_weight(vit, "kernel", (self.patch, *ways), filters, lambda w: resize_kernel(w, self.patch, *ways))
 
     def weights(self, vit: ViT, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         """Kernel [D, C, ph, pw] and positions [1, P + gh * gw, D] of a ViT at this patch size and on this grid."""
@@ -130,7 +133,7 @@ def grid_positions(vit: ViT, grid: tuple[int, int], spec: ResizeSpec) -> Tensor 
         return None
     old, prefix = tuple(vit.patch_embed.grid_size), 0 if vit.no_embed_class else vit.num_prefix_tokens
     make = partial(resize_positions, old=old, new=grid, num_prefix=prefix, spec=spec)
-    return kept(vit, "positions", (grid, old, spec), vit.pos_embed, make)
+    return cached_weight(vit, "positions", (grid, old, spec), vit.pos_embed, make)
 
 
 def place(vit: ViT, x: Tensor, positions: Tensor | None) -> Tensor:
@@ -168,7 +171,7 @@ def _steps(backbone: Backbone, patch: Size | None, size: Size | None, stride: Si
     return all((s - p) % step == 0 for s, p, step in zip(pixels, sides, steps, strict=True))
 
 
-@register("grid", kind="tokenizer", menu=_menu, steps=_steps, baseline=True)
+@register("grid", kind="tokenizer", menu=_menu, range_filter=_steps, baseline=True)
 def grid(
     backbone: Backbone,
     patch: Size | None = None,

@@ -15,19 +15,21 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.core.constant_cache import full_precision
+from saccade.core.hooks import around, require_plain
+from saccade.core.plan import Backbone, Tokenizer
+from saccade.core.registry import register
+from saccade.core.timm_types import ViT
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.hooks import around, require_plain
-from saccade.knobs import one_of, switch
-from saccade.plan import Backbone, Tokenizer, ViT, register
-from saccade.tokenizers.constants import full_precision
-from saccade.tokenizers.embedding import POSITIONS, Detail, leaf_positions
+from saccade.methods.common.arguments import one_of, switch
 from saccade.tokenizers.grid import grid, place
-from saccade.tokenizers.mosaic import Geometry, Mosaic
-from saccade.tokenizers.pyramid import RESAMPLERS, fitted, pyramid, read_leaves
+from saccade.tokenizers.mosaic.geometry import Geometry, Mosaic
+from saccade.tokenizers.mosaic.leaf_embedding import POSITIONS, Detail, leaf_positions
+from saccade.tokenizers.mosaic.pyramid import RESAMPLERS, fitted, pyramid, read_leaves
+from saccade.tokenizers.mosaic.selection import Budget
 from saccade.tokenizers.scorers.base import Scene, Scorer, build_scorer
 from saccade.tokenizers.scorers.gate import credit
-from saccade.tokenizers.selection import Budget
-from saccade.tokens import Tokens
 
 Size = int | tuple[int, int]
 
@@ -174,7 +176,7 @@ def _steps(
     return tokens is None or g.nearest(tokens) == tokens
 
 
-@register("quadtree", kind="tokenizer", menu=_menu, steps=_steps)
+@register("quadtree", kind="tokenizer", menu=_menu, range_filter=_steps)
 def quadtree(
     backbone: Backbone,
     tokens: int | None = None,

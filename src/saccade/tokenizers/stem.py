@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.core.init import init_module
+from saccade.core.plan import Backbone, Tokenizer
+from saccade.core.provenance import Cells
+from saccade.core.registry import register
+from saccade.core.timm_types import ViT
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.fresh import fresh
-from saccade.plan import Backbone, Tokenizer, ViT, register
-from saccade.provenance import Cells
-from saccade.tokenizers.embed import ResizeSpec, choose
 from saccade.tokenizers.grid import grid_positions, place
-from saccade.tokens import Tokens
+from saccade.tokenizers.resize.resampling import ResizeSpec, choose
 
 SIDES = (8, 16, 32)  # pixels from one token to the next that four convolutions reach
 Size = int | tuple[int, int]
@@ -103,7 +105,7 @@ def stem(backbone: Backbone, patch: Size | None = None, size: Size | None = None
     pixels = None if size is None else _pair("size", size, 8192)
     spec = choose("stem", None, backbone.resize)
     make = partial(Stem, backbone.channels, backbone.dim, side, sides, pixels, spec)
-    made = fresh(make)
+    made = init_module(make)
     with torch.no_grad():
         for conv in made.convs:
             conv.weight.mul_(math.sqrt(2))  # type: ignore[operator]  # a ReLU lets half of the variance through

@@ -12,18 +12,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from saccade.data.store import TooLong, read_regular
 from saccade.errors import UserError, nearest
-from saccade.training.augment import Augment
+from saccade.training.augmentation import Augment
 
 MOST_BYTES = 2**20  # of a config
 TASKS = {  # what a run is about -> module:class
-    "classify": "saccade.training.classify:Classify",
-    "segment": "saccade.training.segment:Segment",
-    "detect": "saccade.tasks.detect:Detect",
-    "textimage": "saccade.tasks.textimage:Pairing",
+    "classify": "saccade.tasks.classification.classification_task:Classify",
+    "segment": "saccade.tasks.segmentation.segmentation_task:Segment",
+    "detect": "saccade.tasks.detection.detection_task:Detect",
+    "textimage": "saccade.tasks.image_text.image_text_task:Pairing",
 }
 
 
 class Section(BaseModel):
+    """A part of the config: frozen, and nothing that it does not name."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -56,13 +58,17 @@ class Segment(Section):
     void: int = Field(255, ge=0, le=65535)  #    the value that is no class
     head: Literal["linear", "mask"] = "mask"  #  one linear map, or Segmenter's mask transformer
     layers: int = Field(2, ge=1, le=48)  #       of the mask transformer
-    how: Literal["fit", "whole", "slide"] = "fit"  # how checks look at images: see saccade.tasks.segment.look
+    how: Literal["fit", "whole", "slide"] = (
+        "fit"  # how checks look at images: see saccade.tasks.segmentation.segmenter.look
+    )
 
 
 class Texts(Section):
     """How texts become vectors (detect, textimage)."""
 
-    table: str | None = None  # embeddings made elsewhere (saccade.tasks.text.save_table); None: a tower of bytes
+    table: str | None = (
+        None  # embeddings made elsewhere (saccade.tasks.image_text.text_tower.save_table); None: a tower of bytes
+    )
     width: int = Field(128, ge=1)
     depth: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.counter import counted_macs
+from saccade.core.operator_counter import counted_macs
+from saccade.core.output import Output
 from saccade.data import Preprocess
-from saccade.model import AdaptiveViT, Output
+from saccade.model import AdaptiveViT
 from saccade.training.config import Distill
 
 
 @dataclass(frozen=True)
-class Opinion:
+class TeacherOutput:
     """What a teacher makes of a batch."""
 
     logits: Tensor  #   [b, K]
@@ -34,7 +35,7 @@ class Teacher:
         self.macs = counted_macs(lambda: self(image))
         self.width: int = module.num_features  # type: ignore[assignment]
 
-    def __call__(self, images: Tensor) -> Opinion:
+    def __call__(self, images: Tensor) -> TeacherOutput:
         """Images as the student's normalisation left them, [b, 3, h, w] -> its opinion, without gradient."""
         with torch.no_grad():
             seen = sized(images, self.own.size)
@@ -47,7 +48,7 @@ class Teacher:
             features = self.module.forward_features(seen)  # type: ignore[operator]
             pooled = self.module.forward_head(features, pre_logits=True)  # type: ignore[operator]
             logits = self.module.forward_head(features)  # type: ignore[operator]
-            return Opinion(logits if self.order is None else logits[:, self.order], pooled)
+            return TeacherOutput(logits if self.order is None else logits[:, self.order], pooled)
 
 
 def sized(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -74,7 +75,7 @@ def terms(
     model: AdaptiveViT,
     out: Output,
     targets: Tensor,
-    taught: Opinion | None,
+    teacher_out: TeacherOutput | None,
     rule: Distill,
     project: nn.Module,
     full: int,
@@ -87,17 +88,17 @@ def terms(
         project: brings features to the teacher's width.
     """
     logp = out.logits.float().log_softmax(-1)
-    share = 0.0 if taught is None else rule.weight
+    share = 0.0 if teacher_out is None else rule.weight
     found = {"label": (1 - share) * -(targets * logp).sum() / full}
-    if taught is not None:
-        found["teacher"] = share * from_teacher(out.logits.float(), taught.logits.float(), rule) / full
+    if teacher_out is not None:
+        found["teacher"] = share * from_teacher(out.logits.float(), teacher_out.logits.float(), rule) / full
         if rule.features:
-            likeness = F.cosine_similarity(project(pooled(model, out)).float(), taught.features.float(), dim=-1)
+            likeness = F.cosine_similarity(project(pooled(model, out)).float(), teacher_out.features.float(), dim=-1)
             found["features"] = rule.features * (1 - likeness).sum() / full
     return found
 
 
-def asked(model: AdaptiveViT, out: Output, share: float) -> dict[str, Tensor]:
+def method_losses(model: AdaptiveViT, out: Output, share: float) -> dict[str, Tensor]:
     """What the methods of a setting ask for, times ``share`` of a whole batch."""
     found: dict[str, Tensor] = {}
     for method in model.plan.methods:

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 import saccade
 from saccade.data import Failures, ImageError
-from saccade.files import write_text
-from saccade.progress import Progress
-from saccade.training.check import as_row, from_rows
+from saccade.reports import Checked, Sample, Share, TrainingReport, render_training
+from saccade.storage.files import write_text
+from saccade.terminal.progress import Progress
+from saccade.training.batch_stream import Views
 from saccade.training.config import Config
-from saccade.training.feed import Views
-from saccade.training.learner import Learner
+from saccade.training.logging import Row
 from saccade.training.loss import sized
-from saccade.training.watch import Row
-from saccade.views import Checked, Sample, Share, TrainingReport, render_training
+from saccade.training.train_step import TrainStep
+from saccade.training.validation import as_row, from_rows
 
 SAMPLES, SHOWN = 3, 5  # images, and settings, of which the report shows pictures
 DATA_BOUND = 0.2  # share of the time spent waiting for images
@@ -35,7 +35,7 @@ class Summary:
         config: Config,
         folder: Path,
         command: str,
-        learner: Learner,
+        learner: TrainStep,
         facts: dict[str, Any],
     ) -> None:
         self.config, self.folder, self.command, self.learner = config, folder, command, learner
@@ -49,7 +49,7 @@ class Summary:
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must remember."""
         own = {name: getattr(self, name) for name in ("best", "seconds", "waited", "images", "notes")}
-        return {**own, "spent": self.learner.spent, "taught": self.learner.taught}
+        return {**own, "spent": self.learner.spent, "taught": self.learner.teacher_gmacs}
 
     def note(self, lines: Sequence[str], progress: Progress) -> None:
         """Lines to say now and to repeat in the report."""
@@ -136,8 +136,8 @@ class Summary:
             "batch": f"{run.batch} in {run.accumulate} parts, seed {run.seed}",
             "versions": f"saccade {saccade.__version__}, torch {torch.__version__}, timm {timm.__version__}",
         }
-        if self.learner.taught:
-            facts["teacher"] = f"{self.config.distill.teacher}, {self.learner.taught:,.0f} GMACs"
+        if self.learner.teacher_gmacs:
+            facts["teacher"] = f"{self.config.distill.teacher}, {self.learner.teacher_gmacs:,.0f} GMACs"
         if failures:
             facts["not read"] = str(failures)
         return facts
@@ -163,7 +163,7 @@ class Summary:
         return samples[:SAMPLES]
 
 
-def equality(learner: Learner, views: Views) -> list[str]:
+def equality(learner: TrainStep, views: Views) -> list[str]:
     """How far each setting of a student that starts from its teacher is from it, before the first step."""
     teacher, student = learner.teacher, learner.student
     assert teacher is not None
@@ -171,12 +171,12 @@ def equality(learner: Learner, views: Views) -> list[str]:
     student.eval()
     images = learner.preprocess.normalise(views.images.to(student.device))
     with torch.no_grad():
-        told = teacher(images).logits.float().log_softmax(-1)
+        teacher_logits = teacher(images).logits.float().log_softmax(-1)
         lines = []
         for name, view in zip(learner.config.sampling.settings, student.views, strict=True):
             said = view(sized(images, learner.preprocess.size)).logits.float().log_softmax(-1)
-            kl = F.kl_div(said, told, reduction="batchmean", log_target=True).item()
-            same = (said.argmax(-1) == told.argmax(-1)).float().mean().item()
+            kl = F.kl_div(said, teacher_logits, reduction="batchmean", log_target=True).item()
+            same = (said.argmax(-1) == teacher_logits.argmax(-1)).float().mean().item()
             lines.append(f"Before the first step: KL(teacher ‖ {name}) {kl:.2g}, same best class {same:.1%}.")
     student.train(mode)
     return lines

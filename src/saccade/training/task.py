@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from saccade.data import ImageSet, Preprocess
 from saccade.errors import UserError
-from saccade.measure.stats import Interval
+from saccade.evaluation.stats import Interval
 from saccade.model import AdaptiveViT
-from saccade.progress import Progress
+from saccade.reports import token_map
+from saccade.terminal.progress import Progress
 from saccade.training.config import TASKS, Config
-from saccade.views import token_map
 
 if TYPE_CHECKING:
-    from saccade.training.loss import Opinion, Teacher
-    from saccade.training.student import Student
+    from saccade.training.loss import Teacher, TeacherOutput
+    from saccade.training.multi_setting import MultiSettingModel
 
 Tick = Callable[[int], None]  # so many more images are done
 
@@ -92,7 +92,7 @@ class Task(ABC):
         """Do once what need not be done for every batch; how many images can be trained on."""
         return len(self.images)
 
-    def teach(self, student: Student) -> None:
+    def teach(self, student: MultiSettingModel) -> None:
         """Open the teacher that the config names."""
         if self.config.distill.teacher not in ("", "self"):
             raise UserError(f"task={self.config.task!r} learns from no teacher but 'self': leave out distill.teacher")
@@ -109,17 +109,17 @@ class Task(ABC):
         return images, labels
 
     @abstractmethod
-    def terms(self, model: AdaptiveViT, out: Any, targets: Tensor, taught: Any, full: int) -> dict[str, Tensor]:
+    def terms(self, model: AdaptiveViT, out: Any, targets: Tensor, teacher_out: Any, full: int) -> dict[str, Tensor]:
         """The parts of the loss by name, each already weighted, summed over images and divided by ``full`` images.
 
         ``full`` is the size of a whole batch: an image that could not be read adds nothing, on whichever rank it was.
 
         Args:
             model: the student under one setting, and ``out`` what it gave.
-            taught: the teacher's ``Opinion``, or what ``opinion`` made of the largest setting; None: labels only.
+            taught: the teacher's ``TeacherOutput``, or what ``opinion`` made of the largest setting; None: labels only.
         """
 
-    def opinion(self, model: AdaptiveViT, out: Any) -> Opinion:
+    def teacher_output(self, model: AdaptiveViT, out: Any) -> TeacherOutput:
         """What one setting can teach another, without gradient."""
         raise UserError(f"task={self.config.task!r} cannot teach itself: leave out distill.teacher")
 

@@ -10,33 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saccade import tables
-from saccade.checkpoint import check_savable, load, save
+from saccade.backbones.saving import check_savable, save
+from saccade.checkpoint import Source, load
 from saccade.errors import UserError
-from saccade.files import write_json
 from saccade.model import AdaptiveViT
-from saccade.opening import Source
-from saccade.progress import Progress
-from saccade.results import Result
-from saccade.run_folder import TRAIN, taking
-from saccade.training.arguments import with_arguments
-from saccade.training.augment import isolated
-from saccade.training.check import as_row, check
+from saccade.reports import Checked
+from saccade.storage.files import write_json
+from saccade.storage.run_folder import TRAIN, taking
+from saccade.terminal import text_table as tables
+from saccade.terminal.progress import Progress
+from saccade.terminal.results import Result
+from saccade.training.augmentation import isolated
+from saccade.training.batch_stream import BatchStream
+from saccade.training.checkpoints import newest, publish, read_last, write_state
 from saccade.training.config import Config, read_config
 from saccade.training.devices import Stopping, open_fabric
-from saccade.training.feed import Feed
-from saccade.training.learner import Learner
-from saccade.training.sets import check_data
-from saccade.training.state import newest, publish, read_last, write_state
-from saccade.training.student import Student
+from saccade.training.image_sets import check_data
+from saccade.training.logging import Board, Meter, Table
+from saccade.training.multi_setting import MultiSettingModel
 from saccade.training.summary import Summary, equality
 from saccade.training.task import open_task
-from saccade.training.watch import Board, Meter, Table
-from saccade.views import Checked
+from saccade.training.train_arguments import with_arguments
+from saccade.training.train_step import TrainStep
+from saccade.training.validation import as_row, check
 
 
 @dataclass(frozen=True, repr=False)
-class Trained(Result):
+class TrainResult(Result):
     """What ``train`` hands back."""
 
     model: AdaptiveViT  #      under the first setting: the best checked one, or the last where nothing was checked
@@ -82,7 +82,7 @@ def train(
     resume: bool = False,
     command: str = "",
     progress: Progress | None = None,
-) -> Trained:
+) -> TrainResult:
     """Train one set of weights for one or several settings; writes a folder that can be looked at and resumed.
 
     ``out`` holds ``config.json``, ``metrics.csv``, ``checks.csv``, ``report.html``, ``checkpoints/`` and, in the end,
@@ -107,7 +107,9 @@ def train(
         return _train(config, Path(out), resume, command, progress or Progress(), stopping)
 
 
-def _train(config: Config, folder: Path, resume: bool, command: str, progress: Progress, stopping: Stopping) -> Trained:
+def _train(
+    config: Config, folder: Path, resume: bool, command: str, progress: Progress, stopping: Stopping
+) -> TrainResult:
     run = config.run
     fabric = open_fabric(run)
     world, first = fabric.world_size, fabric.global_rank == 0
@@ -121,7 +123,7 @@ def _train(config: Config, folder: Path, resume: bool, command: str, progress: P
 
 def _run(
     config: Config, folder: Path, resume: bool, command: str, progress: Progress, stopping: Stopping, fabric: Any
-) -> Trained:
+) -> TrainResult:
     run, settings = config.run, config.sampling.settings
     rank, world, first = fabric.global_rank, fabric.world_size, fabric.global_rank == 0
 
@@ -139,7 +141,7 @@ def _run(
     data = task.identity() if first else {}
     if first and last is not None:
         check_data(data, facts, folder)
-    student = Student(task.model(), settings).to(fabric.device)
+    student = MultiSettingModel(task.model(), settings).to(fabric.device)
     check_savable(student.views[0])
     if first:
         write_json(folder / "config.json", described)
@@ -148,12 +150,12 @@ def _run(
     usable = usable or task.ready(folder / "cache", progress)
     per_epoch = max(1, usable // run.batch)
     steps = run.steps or max(1, round(run.epochs * per_epoch))
-    learner = Learner(config, task, student, steps, config.optim.freeze * per_epoch, rank, world)
+    learner = TrainStep(config, task, student, steps, config.optim.freeze * per_epoch, rank, world)
     share = {"rank": rank, "world": world, "workers": config.data.workers}
-    feed = Feed(task.examples(learner.seen), batch=run.batch, seed=run.seed, **share)
+    feed = BatchStream(task.examples(learner.seen), batch=run.batch, seed=run.seed, **share)
     if last is not None:
         learner.restore(tensors)
-        learner.spent, learner.taught = facts["spent"], facts["taught"]
+        learner.spent, learner.teacher_gmacs = facts["spent"], facts["taught"]
 
     # What is watched, by the first process alone.
     summary = Summary(config, folder, command, learner, facts)
@@ -234,7 +236,7 @@ def _run(
         save(model, folder / "model", **summary.card(step, found))
     fabric.barrier()
     summary.write(metrics.rows, checks.rows, feed.failures, running=False)
-    return Trained(
+    return TrainResult(
         model=load(folder / "model"),
         folder=folder,
         step=step,

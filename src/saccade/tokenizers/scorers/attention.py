@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.attention import attend
-from saccade.costs import block_cost
-from saccade.hooks import hooked, plain_linear
-from saccade.knobs import whole
-from saccade.plan import Backbone, ViT
-from saccade.tokenizers.mosaic import Geometry
+from saccade.core.costs import block_cost
+from saccade.core.hooks import hooked, plain_linear
+from saccade.core.plan import Backbone
+from saccade.core.timm_types import ViT
+from saccade.execution.attention import attend
+from saccade.methods.common.arguments import whole
+from saccade.tokenizers.mosaic.geometry import Geometry
 from saccade.tokenizers.scorers.base import Scene, Scorer, pooled, register_scorer
 
 
@@ -45,7 +46,7 @@ class FirstLook(Scorer):
         x = vit.blocks[: self.blocks - 1](tokens.x)
         last = vit.blocks[self.blocks - 1]
         if vit.cls_token is None:
-            seen = attend(last.attn, last.norm1(x), read=frozenset({"received"})).received
+            seen = attend(last.attn, last.norm1(x), read=frozenset({"attn_received"})).attn_received
         else:
             queries = 1 if plain_linear(last.attn.qkv) and not hooked(last.attn) else None
             seen = attend(last.attn, last.norm1(x), queries=queries, read=frozenset({"cls_attn"})).cls_attn

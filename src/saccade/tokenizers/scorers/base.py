@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.core.plan import Backbone
+from saccade.core.timm_types import ViT
 from saccade.errors import UserError, nearest
-from saccade.plan import Backbone, ViT
 from saccade.setting import Setting
 from saccade.tokenizers.grid import Grid
-from saccade.tokenizers.mosaic import Geometry
+from saccade.tokenizers.mosaic.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saccade.core.plan import Backbone
+from saccade.core.timm_types import ViT
 from saccade.errors import UserError
-from saccade.knobs import one_of, whole
-from saccade.plan import Backbone, ViT, fraction
-from saccade.tokenizers.mosaic import Geometry
-from saccade.tokenizers.pyramid import bilinear
+from saccade.methods.common.arguments import fraction, one_of, whole
+from saccade.tokenizers.mosaic.geometry import Geometry
+from saccade.tokenizers.mosaic.pyramid import bilinear
 from saccade.tokenizers.scorers.base import Scene, Scorer, block_mean, normalisation, on_cells, register_scorer
 from saccade.tokenizers.scorers.networks import Network, open_network
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.fresh import fresh
-from saccade.knobs import whole
-from saccade.plan import Backbone, ViT
-from saccade.tokenizers.mosaic import Geometry, Mosaic, covering
+from saccade.core.init import init_module
+from saccade.core.plan import Backbone
+from saccade.core.timm_types import ViT
+from saccade.methods.common.arguments import whole
+from saccade.tokenizers.mosaic.geometry import Geometry, Mosaic, covering
+from saccade.tokenizers.mosaic.selection import over_path
 from saccade.tokenizers.scorers.base import Scene, Scorer, register_scorer
 from saccade.tokenizers.scorers.pixel import Pixel
-from saccade.tokenizers.selection import over_path
 
 LIMIT = 20.0  # of the factor's logarithm
 SIDE = 4  # a block is looked at as a thumbnail of so many pixels a side
@@ -32,8 +33,8 @@ class Gate(Scorer):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.base = Pixel("edge", "box")
-        self.hidden = fresh(lambda: nn.Linear(channels * SIDE**2 + 2, hidden))
-        self.out = fresh(lambda: nn.Linear(hidden, 1))
+        self.hidden = init_module(lambda: nn.Linear(channels * SIDE**2 + 2, hidden))
+        self.out = init_module(lambda: nn.Linear(hidden, 1))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 

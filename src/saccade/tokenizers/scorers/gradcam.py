@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.core.plan import Backbone
+from saccade.core.timm_types import ViT
 from saccade.errors import UserError
-from saccade.plan import Backbone, ViT
-from saccade.tokenizers.mosaic import Geometry
+from saccade.tokenizers.mosaic.geometry import Geometry
 from saccade.tokenizers.scorers.base import Scene, Scorer, current, pooled, register_scorer
 from saccade.tokenizers.scorers.networks import Network, open_network, skeleton
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from saccade.counter import counted_macs
+from saccade.core.operator_counter import counted_macs
 from saccade.errors import UserError, nearest
-from saccade.folder_config import check_open
+from saccade.storage.folder_config import check_open
 
 WEIGHTS = "'pretrained', 'random' or a safetensors file with the network's own keys"
 # Cuts of torchvision's ShuffleNets: the last of these parts that is kept, for each stride. The paper cuts before the
@@ -99,7 +99,7 @@ def _opened(name: str, stride: int | None, weights: str, blocks: int | None) -> 
     if weights in ("pretrained", "random"):
         state = None
     else:
-        from saccade.weights import read_weights
+        from saccade.storage.weights import read_weights
 
         state = read_weights(weights)
     try:

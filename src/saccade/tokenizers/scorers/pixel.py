@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.knobs import one_of
-from saccade.plan import Backbone
-from saccade.tokenizers.mosaic import Geometry
-from saccade.tokenizers.pyramid import bilinear
+from saccade.core.plan import Backbone
+from saccade.methods.common.arguments import one_of
+from saccade.tokenizers.mosaic.geometry import Geometry
+from saccade.tokenizers.mosaic.pyramid import bilinear
 from saccade.tokenizers.scorers.base import Scene, Scorer, block_mean, register_scorer
 
 # Powers of the block's edge that its mean squared error is multiplied by: the paper's text, its code, the whole error.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.decide import scramble
+from saccade.core.plan import Backbone
 from saccade.errors import UserError
-from saccade.knobs import whole
-from saccade.plan import Backbone
+from saccade.methods.common.arguments import whole
+from saccade.methods.common.matching import scramble
 from saccade.tokenizers.scorers.base import Scene, Scorer, current, pooled, register_scorer
 
 

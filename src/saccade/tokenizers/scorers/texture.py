@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saccade.knobs import one_of
-from saccade.plan import Backbone, ViT
-from saccade.tokenizers.mosaic import Geometry
+from saccade.core.plan import Backbone
+from saccade.core.timm_types import ViT
+from saccade.methods.common.arguments import one_of
+from saccade.tokenizers.mosaic.geometry import Geometry
 from saccade.tokenizers.scorers.base import Scene, Scorer, block_mean, register_scorer
 
 BINS = 512  # over 0 … 255, as published: 256 grey levels fall apart, in-between values of colour photos too

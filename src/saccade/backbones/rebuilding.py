@@ -1,0 +1,76 @@
+"""The timm ViT that a folder's config describes, and timm's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+
+from saccade.backbones.vit import backbone_of, set_class_names, set_resize
+from saccade.core.timm_types import ViT
+from saccade.errors import UserError, nearest
+from saccade.storage.architecture import build
+from saccade.storage.folder_config import CONFIG, FolderConfig, Ours
+from saccade.storage.weights import (
+    check,
+    line,
+    shapes,
+)
+from saccade.tokenizers.resize.resampling import ResizeSpec
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless timm has a model of this name."""
+    if ":" in name:  # "hf-hub:owner/name", "local-dir:folder"
+        raise UserError(
+            f"{name!r} is an address and not a name: download it, then give the architecture that its config.json "
+            "names, with weights='model.safetensors' and that config's model_args"
+        )
+    if name.split(".")[0] not in timm.list_models():
+        raise UserError(f"timm {timm.__version__} has no model {name!r}{_close(name)}")
+
+
+def rebuild_vit(config: FolderConfig, header: Mapping[str, torch.Size], file: str) -> ViT:
+    """The timm module, without values; its shapes have been compared with the header before memory is taken."""
+    check_name(config.architecture)
+    args = config.args.model_dump(exclude_unset=True)
+    try:
+        with torch.device("meta"):
+            vit = build(config.architecture, args)
+    except Exception as error:
+        raise UserError(f"timm cannot create {config.architecture!r}: {line(error)}") from None
+    backbone_of(vit)
+    own = {f"vit.{k}": v for k, v in vit.state_dict().items()}
+    check(shapes(own), {k: v for k, v in header.items() if k.startswith("vit.")}, type(vit).__name__, file)
+    vit.to_empty(device="cpu")
+    told = config.pretrained_cfg.model_dump(exclude_unset=True, exclude_none=True)
+    vit.pretrained_cfg = {**vit.pretrained_cfg, **told}
+    return vit.eval()
+
+
+def restore_class_names(vit: ViT, config: FolderConfig) -> None:
+    """Inverse of ``_class_names``. Folders of before have the names that they were trained on, as ``classes``."""
+    names = config.label_names
+    if names is None and config.saccade.task == "classify":
+        before = (config.saccade.__pydantic_extra__ or {}).get("classes")
+        if isinstance(before, list) and all(isinstance(name, str) for name in before):
+            names = before if len(before) == len({*before}) == vit.num_classes else None
+    if names:
+        set_class_names(vit, names, config.label_descriptions)
+
+
+def restore_flexible(vit: ViT, ours: Ours, path: Path) -> None:
+    """Inverse of ``_flexible``. A folder without these facts is of an ordinary ViT. Raises UserError for bad ones."""
+    vit.pretrained_cfg.pop("resize", None)  # its place is among ours
+    if "resize" in ours.model_fields_set:
+        try:
+            set_resize(vit, ResizeSpec.from_dict(ours.resize))
+        except UserError as error:
+            raise UserError(f"{str(path / CONFIG)!r} has a malformed resize spec: {error}") from None
+    vit.patch_embed.img_size = ours.input_size or tuple(vit.patch_embed.img_size)
+
+
+def _close(name: str) -> str:
+    return nearest(name, timm.list_models("*vit*") + timm.list_models("deit*"))[:200]

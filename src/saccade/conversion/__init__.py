@@ -1,0 +1,1 @@
+"""Conversions of weights: flexible patch sizes, other patch sizes, other layouts, a fitted stem."""

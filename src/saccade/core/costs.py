@@ -1,0 +1,62 @@
+"""MACs of a block: of its parts, and as they are wanted of gates that can be learned."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from saccade.core.gates import Gates
+from saccade.core.hooks import layer_in
+from saccade.core.lazy import changed
+from saccade.core.record import BlockCost
+from saccade.core.timm_types import TimmBlock
+from saccade.core.tokens import Tokens
+
+
+def wanted_macs(cost: BlockCost, start: Tokens, middle: Tokens, gates: Gates | None, overhead: int) -> Tensor | None:
+    """MACs [B] of a block that skips all that its masks leave out, differentiable; None where nothing is masked."""
+    if gates is None and start.keep_mask is None and middle.keep_mask is None:
+        return None
+    gates = gates or Gates()
+    attending, updated = (
+        taking_part(changed(start, gate_mask=gates.patch)),
+        taking_part(middle),
+    )  # its mask went where tokens went
+    attention = cost.attention(attending, attending, None if gates.head is None else gates.head.mean(1), gates.partial)
+    attention = attention if gates.attn is None else attention * gates.attn
+    return attention + updated * cost.mlp * (1.0 if gates.mlp is None else gates.mlp) + overhead
+
+
+def taking_part(tokens: Tokens) -> Tensor:
+    """Tokens of each image that take part, prefix included, [B]."""
+    part = tokens.takes_part()
+    live = tokens.x.new_ones(tokens.x.shape[0], tokens.num_patches) if part is None else part
+    return tokens.num_prefix + (live if tokens.valid is None else live * tokens.valid).sum(1)
+
+
+def kept_share(tokens: Tokens) -> Tensor | None:
+    """Share of each image's patch tokens that are not dropped [B], where dropping is a mask; else None."""
+    if tokens.keep_mask is None:
+        return None
+    if tokens.valid is None:
+        return tokens.keep_mask.mean(1)
+    return (tokens.keep_mask * tokens.valid).sum(1) / tokens.valid.sum(1).clamp(min=1)
+
+
+def block_cost(block: TimmBlock) -> BlockCost:
+    """MACs of a block's parts, from the shapes of its layers."""
+    attn = block.attn
+    gate = getattr(attn, "gate", None)
+    dim = layer_in(attn.qkv, nn.Linear, "in_features").in_features
+    linears = (m for m in block.mlp.modules() if isinstance(m, nn.Linear))
+    return BlockCost(
+        dim=dim,
+        attn_dim=attn.num_heads * attn.head_dim,
+        mlp=sum(m.in_features * m.out_features for m in linears),
+        gate=0 if gate is None else gate.in_features * gate.out_features,
+    )
+
+
+def reading_macs(block: TimmBlock, read: frozenset[str], kernel: str) -> int:
+    """MACs a token for reading class attention beside a fused kernel (an unfused one has it already)."""
+    attn = block.attn
+    return attn.num_heads**2 * attn.head_dim if "cls_attn" in read and kernel.startswith("fused") else 0

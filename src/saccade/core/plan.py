@@ -1,0 +1,245 @@
+"""What a method is, what a plan of several is, and the registry where each method's own file puts its name.
+
+A method only decides; the core applies. Adding one is adding one file to ``methods/``: a docstring with the paper,
+a ``Reducer`` or ``Gater``, and a factory with ``@register``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from saccade.core.gates import Gates
+from saccade.core.groups import gates_by_group, groups, is_ragged, joined
+from saccade.core.packing import padded
+from saccade.core.reduction import Reduction, SoftReduction, hide, reduce
+from saccade.core.tokens import READINGS, Tokens
+
+if TYPE_CHECKING:
+    from saccade.core.record import BlockCost, Trace
+    from saccade.core.timm_types import TimmBlock, ViT
+    from saccade.tokenizers.resize.resampling import ResizeSpec
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What a method may know of the ViT it is built for."""
+
+    depth: int
+    dim: int  #              D
+    heads: int  #            H
+    head_dim: int  #         d
+    num_prefix: int  #       P
+    has_class_token: bool
+    patch_size: tuple[int, int]  # of the weights
+    input_size: tuple[int, int]  # pixels the weights were trained at
+    channels: int  #         of an image
+    pool: str  #             timm's global_pool
+    cost: BlockCost  #       MACs of a block's parts
+    head: tuple[int, int]  # MACs of pooling and classifier, and how many more of them for each token
+    resize: ResizeSpec | None = None  # how kernel and positions were resized in training; None: nobody said
+    num_classes: int = 0
+
+    @property
+    def num_patches(self) -> int:
+        """N of an image of the model's own size."""
+        return (self.input_size[0] // self.patch_size[0]) * (self.input_size[1] // self.patch_size[1])
+
+    def stages(self) -> tuple[int, ...]:
+        """Blocks at a quarter, a half and three quarters of the depth: (3, 6, 9) of twelve, the field's default."""
+        found = (max(1, round(self.depth * q / 4)) for q in (1, 2, 3))
+        return tuple(dict.fromkeys(block for block in found if block < self.depth))
+
+
+class Tokenizer(nn.Module):
+    """Makes tokens of images."""
+
+    resize: ResizeSpec | None = None  # how it resizes the weights' kernel or positions; None: it uses them as they are
+
+    def input_size(self, native: tuple[int, int]) -> tuple[int, int]:
+        """Pixels (h, w) that images should come in, given those of the weights; others are resized on the way."""
+        return native
+
+    def macs(self, vit: ViT, tokens: Tokens) -> int:
+        """Multiply-accumulates per image of making these tokens."""
+        raise NotImplementedError
+
+    def forward(self, vit: ViT, images: Tensor) -> Tokens:
+        """images [B, C, h, w] -> tokens with prefix and positions, ready for the blocks."""
+        raise NotImplementedError
+
+
+class Reducer(nn.Module):
+    """Decides where patch tokens go, in one block."""
+
+    site: ClassVar[str] = "attn"  # "attn": between attention and MLP; "block": before the block
+    read: frozenset[str] = frozenset()  # readings of attention that it needs ("attn" only)
+    ragged: bool = False  # whether padding changes nothing; else it is asked about images of equal counts
+
+    def count(self, n: int) -> int | None:
+        """Patch tokens left of n; None when it depends on the image. Equal to n: nothing will be read or run."""
+        raise NotImplementedError
+
+    def macs(self, n: int) -> int:
+        """Multiply-accumulates of deciding (and of mixing, for a soft reduction) among n patch tokens."""
+        return 0
+
+    def forward(self, tokens: Tokens) -> Reduction | SoftReduction | None:
+        raise NotImplementedError
+
+
+class Gater(nn.Module):
+    """Decides which parts of one block run, from the tokens at its input."""
+
+    ragged: bool = False  # as a reducer's
+
+    def macs(self, n: int) -> int:
+        """Multiply-accumulates of deciding, for n patch tokens."""
+        return 0
+
+    def gates_for(self, block: TimmBlock, tokens: Tokens) -> Gates:
+        """The gates of this block; to override where its weights are asked too."""
+        return self(tokens)
+
+    def forward(self, tokens: Tokens) -> Gates:
+        raise NotImplementedError
+
+
+class Method(nn.Module):
+    """Reducers and gaters, each with its block, in the order in which they run in one block.
+
+    A method with a loss of its own overrides ``loss``.
+    """
+
+    depth: int | None = None  # blocks that run at all; None: every one
+
+    def __init__(self, steps: Iterable[tuple[int, Reducer | Gater]]) -> None:
+        super().__init__()
+        at, modules = zip(*steps, strict=True) if (steps := list(steps)) else ((), ())
+        self.at: tuple[int, ...] = at
+        self.steps: Any = nn.ModuleList(modules)
+
+    def loss(self, trace: Trace) -> dict[str, Tensor]:
+        """Terms that training adds to the task's loss, by name."""
+        return {}
+
+    def head(self, vit: ViT, tokens: Tokens) -> Tensor | None:
+        """Logits [B, K] by a head of its own; None: by the ViT's."""
+        return None
+
+
+class Plan(nn.Module):
+    """Several methods, run in the order in which the setting names them."""
+
+    def __init__(self, methods: Iterable[Method] = ()) -> None:
+        super().__init__()
+        self.methods: Any = nn.ModuleList(methods)
+        self.at: dict[int, list[Reducer | Gater]] = {}  # a plain dictionary: methods own their steps
+        for method in self.methods:
+            for block, step in zip(method.at, method.steps, strict=True):  # type: ignore[arg-type]
+                self.at.setdefault(block, []).append(step)
+
+    def reducers(self, block: int, site: str, n: int) -> list[Reducer]:
+        """Reducers at a site of a block that may have something to do when n patch tokens come in.
+
+        Behind one whose count depends on the image each may: how many tokens there are is known when it is asked.
+        """
+        chosen, known = [], True
+        for step in self.at.get(block, ()):
+            if not isinstance(step, Reducer) or step.site != site:
+                continue
+            left = step.count(n)
+            if left != n or not known:
+                chosen.append(step)
+                n, known = left or n, known and left is not None
+        return chosen
+
+    def gated(self, block: int) -> bool:
+        """Whether a method decides which parts of a block run."""
+        return any(isinstance(step, Gater) for step in self.at.get(block, ()))
+
+    def is_identity(self, block: int, n: int) -> bool:
+        """Whether no method has anything to do inside of a block that n patch tokens enter."""
+        return not self.gated(block) and not self.reducers(block, "attn", n)
+
+    def depth(self, blocks: int) -> int:
+        """How many of so many blocks run."""
+        return min([blocks, *(method.depth for method in self.methods if method.depth is not None)])
+
+    def reduce(self, block: int, site: str, tokens: Tokens, sparse: bool = True) -> tuple[Tokens, int]:
+        """Run the reducers of a site; the tokens and the MACs of deciding.
+
+        sparse: False: a reduction that has a gate is carried out as a mask.
+        """
+        cost: int = 0
+        todo = self.reducers(block, site, tokens.num_patches)
+        for i, reducer in enumerate(todo):
+            tokens = padded(tokens)
+            later = frozenset().union(*(r.read for r in todo[i + 1 :]))  # readings that nobody needs stay behind
+            step = partial(_reduced, reducer, READINGS - later, sparse)
+            if not reducer.ragged and is_ragged(tokens):
+                found = groups(tokens)
+                costs = [len(group.images) * _deciding(reducer, group.tokens) for group in found]
+                cost += round(sum(costs) / len(tokens.x))  # the mean image's
+                tokens = joined([step(group.tokens) for group in found], found)
+            else:
+                cost += _deciding(reducer, tokens)
+                tokens = step(tokens)
+        return tokens, cost
+
+    def gates(self, i: int, block: TimmBlock, tokens: Tokens) -> tuple[Gates | None, int]:
+        """The gates of the i-th block (several methods: a part runs where all agree) and the MACs of deciding."""
+        cost, found = 0, []
+        for gater in self.at.get(i, ()):
+            if not isinstance(gater, Gater):
+                continue
+            cost += gater.macs(tokens.num_patches)
+            decide = partial(gater.gates_for, block)
+            ragged = is_ragged(tokens) and not gater.ragged
+            found.append(gates_by_group(tokens, decide) if ragged else decide(padded(tokens)))
+        return _agree(found), cost
+
+    def readings(self, block: int, n: int) -> frozenset[str]:
+        """What the reducers between attention and MLP want to read of attention."""
+        return frozenset().union(*(reducer.read for reducer in self.reducers(block, "attn", n)))
+
+    def static_count(self, block: int, site: str, n: int) -> int:
+        """Patch tokens left of n after a site's reducers, by their static counts (n where a count is per image)."""
+        for reducer in self.reducers(block, site, n):
+            n = reducer.count(n) or n
+        return n
+
+
+def _deciding(reducer: Reducer, tokens: Tokens) -> int:
+    """MACs an image of a decision."""
+    return 0 if _nothing_to_do(reducer, tokens) else reducer.macs(tokens.num_patches)
+
+
+def _nothing_to_do(reducer: Reducer, tokens: Tokens) -> bool:
+    """Whether fewer tokens are there than could be foreseen, so few that the reducer would leave them all."""
+    return reducer.count(tokens.num_patches) == tokens.num_patches
+
+
+def _reduced(reducer: Reducer, spent: frozenset[str], sparse: bool, tokens: Tokens) -> Tokens:
+    """One reducer's decision, carried out; readings that are ``spent`` then stay behind."""
+    if _nothing_to_do(reducer, tokens):
+        return tokens.without(spent)
+    decision = reducer(tokens)
+    tokens = tokens.without(spent)
+    gate = None if sparse else getattr(decision, "gate", None)
+    return reduce(tokens, decision) if gate is None else hide(tokens, decision)
+
+
+def _agree(gates: list[Gates]) -> Gates | None:
+    if not gates:
+        return None
+    merged = gates[0]
+    for other in gates[1:]:
+        pairs = {f: (getattr(merged, f), getattr(other, f)) for f in ("patch", "head", "attn", "mlp")}
+        both = {f: b if a is None else a if b is None else a * b for f, (a, b) in pairs.items()}
+        merged = Gates(**both, partial=merged.partial or other.partial)
+    return merged

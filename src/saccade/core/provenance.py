@@ -1,0 +1,75 @@
+"""Which cell went where: owner maps that are composed when somebody reads them, and not in every block.
+
+A reduction leaves its index tensors here; ``tokens.owner`` and ``trace.blocks[i].owner`` read the map [B, G] they make.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from saccade.core.lazy import Recipe
+
+
+class Moves(Protocol):
+    """What a reduction says of where tokens go; see ``saccade.core.reduction.Reduction``."""
+
+    @property
+    def keep(self) -> Tensor: ...
+    @property
+    def src(self) -> Tensor | None: ...
+    @property
+    def dst(self) -> Tensor | None: ...
+    @property
+    def merge_gate(self) -> Tensor | None: ...
+    @property
+    def fuse(self) -> Tensor | None: ...
+    @property
+    def valid(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Every cell is a token of its own."""
+
+    images: int
+    cells: int
+    device: torch.device
+
+    def made(self) -> Tensor:
+        return torch.arange(self.cells, device=self.device).expand(self.images, -1)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The map before a reduction of n tokens, and the reduction."""
+
+    before: Tensor | Recipe
+    moves: Moves
+    n: int
+
+    def made(self) -> Tensor:
+        known: Tensor | None = self.__dict__.get("known")
+        if known is None:
+            before = self.before if isinstance(self.before, Tensor) else self.before.made()
+            known = self.__dict__["known"] = follow(before, self.slot())  # a later block's map is read through this one
+        return known
+
+    def slot(self) -> Tensor:
+        """Where each of the n tokens went, [B, N] int64; -1: dropped, or into padding."""
+        r, new = self.moves, self.moves.keep.shape[1]
+        slot = torch.full((r.keep.shape[0], self.n), -1, dtype=torch.int64, device=r.keep.device)
+        places = torch.arange(new, device=r.keep.device).expand_as(r.keep)
+        slot = slot.scatter(1, r.keep, places if r.valid is None else places.masked_fill(~r.valid, -1))
+        if r.src is not None and r.dst is not None:
+            into = r.dst if r.merge_gate is None else torch.where(r.merge_gate > 0, r.dst, slot.gather(1, r.src))
+            slot = slot.scatter(1, r.src, into)
+        return slot if r.fuse is None else slot.scatter(1, r.fuse, new)
+
+
+def follow(owner: Tensor, slot: Tensor) -> Tensor:
+    """Send every cell's owner [B, G] where its token went: slot [B, N] -> owner [B, G]."""
+    return torch.where(owner >= 0, slot.gather(1, owner.clamp(min=0)), -1)

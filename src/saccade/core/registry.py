@@ -1,0 +1,108 @@
+"""The registry, where each method's and tokenizer's own file puts the name that settings use."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from saccade.core.plan import Backbone
+from saccade.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered method or tokenizer."""
+
+    name: str
+    kind: str  # "method" or "tokenizer"
+    build: Callable[..., Any]
+    menu: Callable[[Backbone], list[str]]  # settings that `tune` tries, weakest first
+    baseline: bool  # a control that stands beside the others, not a candidate
+    range_filter: Callable[..., bool]  # whether a range should stop at these knobs
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.build) or "").split("\n", 1)[0]
+
+    @property
+    def knobs(self) -> dict[str, inspect.Parameter]:
+        """Knobs of the setting: the factory's parameters after the backbone."""
+        return dict(list(inspect.signature(self.build).parameters.items())[1:])
+
+    def bound(self, backbone: Backbone, args: tuple, kwargs: dict) -> dict[str, Any] | None:
+        """All knobs by name, defaults too, and the backbone; None where they do not fit, which building will tell."""
+        try:
+            found = inspect.signature(self.build).bind(backbone, *args, **kwargs)
+        except TypeError:
+            return None
+        found.apply_defaults()
+        return found.arguments
+
+    def accepts(self, backbone: Backbone, args: tuple, kwargs: dict) -> bool:
+        """Whether a range of a knob should stop at these values; what does not fit is for building to refuse."""
+        knobs = self.bound(backbone, args, kwargs)
+        try:
+            return knobs is None or self.range_filter(**knobs)
+        except TypeError:
+            return True
+
+    def __call__(self, backbone: Backbone, args: tuple, kwargs: dict) -> Any:
+        for knob in kwargs:
+            if knob not in self.knobs:
+                raise UserError(f"{self.name} has no knob {knob!r}{nearest(knob, self.knobs)}")
+        try:
+            inspect.signature(self.build).bind(backbone, *args, **kwargs)
+        except TypeError as error:
+            knobs = ", ".join(str(p).replace("'", "") for p in self.knobs.values())
+            raise UserError(f"{self.name}: {error}; its knobs are ({knobs})") from None
+        try:
+            return self.build(backbone, *args, **kwargs)
+        except (TypeError, OverflowError) as error:
+            raise UserError(f"{self.name}: a knob has the wrong type ({error})") from None
+
+
+_REGISTRY: dict[str, Entry] = {}
+
+
+def register(
+    name: str,
+    *,
+    kind: str = "method",
+    menu: Callable[[Backbone], list[str]] = lambda backbone: [],
+    baseline: bool = False,
+    range_filter: Callable[..., bool] = lambda backbone, **knobs: True,
+) -> Callable[[Callable], Callable]:
+    """Put a factory ``build(backbone, **knobs)`` into the registry under the name that settings use.
+
+    ``steps(backbone, **knobs)`` says whether a range of a knob (``8..40``) should stop at these values.
+    """
+
+    def add(build: Callable) -> Callable:
+        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter)
+        return build
+
+    return add
+
+
+def registry() -> dict[str, Entry]:
+    """All registered names: every file of ``methods/`` and ``tokenizers/`` is looked at once."""
+    _look()
+    return dict(sorted(_REGISTRY.items()))
+
+
+@cache
+def _look() -> None:
+    for package in ("saccade.tokenizers", "saccade.methods"):
+        for module in iter_modules(import_module(package).__path__, package + "."):
+            import_module(module.name)
+
+
+def list_methods() -> list[str]:
+    """Names that a setting may use."""
+    return list(registry())

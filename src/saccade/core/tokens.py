@@ -1,0 +1,135 @@
+"""The token set that travels through the blocks, and the shape letters used everywhere.
+
+    B images · P prefix tokens (class, distillation, registers) · N patch tokens · M patch tokens after a reduction
+    R merged away · D width · d head width · H heads · G cells of the finest grid, G = gh * gw
+
+``x`` is laid out ``[ prefix | patches ]``; reducers see patches only, so prefix tokens are protected by construction.
+``size`` is a token's multiplicity in attention (patches merged into it); its *area* is the number of cells it owns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from saccade.core.lazy import changed, lazy
+
+if TYPE_CHECKING:
+    from saccade.core.packing import Rows
+
+READINGS = frozenset({"key", "cls_attn", "attn_received", "value_norm"})  # of one block's attention, for its reducers
+
+
+@lazy("owner")
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of a batch, and what each of them stands for."""
+
+    x: Tensor  #                      [B, P+N, D]  prefix tokens first; packed (see ``rows``): [T, D]
+    owner: Tensor  #                  [B, G] int64  cell -> index of the patch token that stands for it, -1: dropped
+    grid: tuple[int, int]  #          (gh, gw)  the finest cells
+    num_prefix: int  #                P
+    size: Tensor | None = None  #     [B, N] fp32  patches merged into each; None: one each
+    valid: Tensor | None = None  #    [B, N] bool  False: padding of a ragged batch; None: all valid
+    gate_mask: Tensor | None = None  # [B, N]  0/1, straight-through: takes part in this block or not; None: all do
+    keep_mask: Tensor | None = None  # [B, N]  0/1, straight-through: not dropped, where dropping is a mask; None: all
+    key: Tensor | None = None  #      [B, N, d]  mean key over heads              } readings of this block's
+    cls_attn: Tensor | None = None  # [B, N] fp32  class attention, mean over heads } attention: present only
+    attn_received: Tensor | None = None  # [B, N] fp32  mean attention received          } between attention and MLP
+    value_norm: Tensor | None = None  # [B, N] fp32  length of each value, all heads together; as the three above
+    dropped_features: Tensor | None = (
+        None  # [B, G, D]  last features of dropped cells; None: nobody will ask for a dense map
+    )
+    proportional: bool = True  #      attention counts a token ``size`` times; False: once (an average still does)
+    unmixed: Tokens | None = None  #  the tokens that a mixture was made of, for a reducer that will put them back
+    rows: Rows | None = None  #       which rows of [B, P+N] ``x`` holds, where it is packed; None: all
+    state: Mapping[str, Tensor] = field(default_factory=dict)  # what methods remember from block to block, by name:
+    #                                 of images, prefix tokens or cells, which no reduction moves
+
+    @property
+    def length(self) -> int:
+        """P + N, prefix and patch tokens of each image (padding included)."""
+        return self.x.shape[1] if self.rows is None else self.rows.shape[1]
+
+    @property
+    def num_patches(self) -> int:
+        """N, the patch tokens of each image (padding included)."""
+        return self.length - self.num_prefix
+
+    @property
+    def plain(self) -> bool:
+        """Whether all of a rectangle of tokens are there and count alike: what an ordinary ViT sees."""
+        odd = (self.rows, self.size if self.proportional else None, self.valid, self.gate_mask, self.keep_mask)
+        return all(value is None for value in odd)
+
+    def takes_part(self) -> Tensor | None:
+        """0/1 [B, N], straight-through: patch tokens that this block computes; None: all (padding included)."""
+        given = [m for m in (self.keep_mask, self.gate_mask) if m is not None]
+        return given[0] if len(given) == 1 else given[0] * given[1] if given else None
+
+    def query_mask(self) -> Tensor | None:
+        """0/1 [B, P+N]: tokens whose queries count where attention received is read; None: all."""
+        part = self.takes_part()
+        if self.valid is not None:
+            part = self.valid if part is None else part * self.valid
+        return None if part is None else self.pad_prefix(part.detach().float(), 1.0)
+
+    @property
+    def patches(self) -> Tensor:
+        """The patch tokens, [B, N, D]."""
+        return self.x[:, self.num_prefix :]
+
+    def key_bias(self) -> Tensor | None:
+        """What to add to every attention score of a key, [B, P+N] fp32 (packed: [T]); None when all keys count alike.
+
+        ``log(size)`` makes a merged token count as often as the patches in it (proportional attention, ToMe §3.2);
+        ``-inf`` hides padding and tokens that take no part.
+        """
+        size = self.size if self.proportional else None
+        if self.rows is not None:  # what is packed is there
+            return None if size is None else self.rows.pack(self.pad_prefix(size.log()))
+        if size is None and self.valid is None and self.gate_mask is None and self.keep_mask is None:
+            return None
+        none = self.x.new_zeros(self.x.shape[0], self.num_patches, dtype=torch.float32) if size is None else None
+        bias = size.log() if none is None else none  # type: ignore[union-attr]
+        for present in (self.valid, self.gate_mask, self.keep_mask):
+            if present is not None:
+                bias = bias.masked_fill(present == 0, -torch.inf)
+        if self.num_prefix == 0:  # nothing of an image takes part: let it attend to all (nobody gets it), not to NaN
+            bias = bias.masked_fill((bias == -torch.inf).all(1, keepdim=True), 0.0)
+        return self.pad_prefix(bias)
+
+    def pad_prefix(self, values: Tensor, prefix: float = 0.0) -> Tensor:
+        """Values of the patch tokens [B, N] -> of all tokens [B, P+N]."""
+        return F.pad(values, (self.num_prefix, 0), value=prefix)
+
+    def without(self, names: frozenset[str]) -> Tokens:
+        """These tokens without some of the optional fields."""
+        return changed(self, **dict.fromkeys(names))
+
+    def weights(self) -> Tensor | None:
+        """How much each patch token counts in an average over patches, [B, N]; None when all count alike."""
+        if self.size is None and self.valid is None and self.keep_mask is None:
+            return None
+        ones = self.x.new_ones(self.x.shape[0], self.num_patches, dtype=torch.float32)
+        size = ones if self.size is None else self.size
+        for present in (self.valid, self.keep_mask):
+            size = size if present is None else size * present
+        return size
+
+    def area(self) -> Tensor:
+        """Cells owned by each patch token, [B, N] int64; Σ area + dropped cells = G."""
+        counts = self.owner.new_zeros(self.owner.shape[0], self.num_patches + 1)
+        counts = counts.scatter_add(1, self.owner + 1, torch.ones_like(self.owner))
+        return counts[:, 1:]
+
+    def scatter_to_grid(self, values: Tensor, dropped: Tensor | float = 0.0) -> Tensor:
+        """Spread values of patch tokens [B, N, C] over the grid, [B, G, C]; dropped cells take ``dropped``."""
+        index = self.owner.clamp(min=0).unsqueeze(-1).expand(-1, -1, values.shape[-1])
+        spread = values.gather(1, index)
+        return torch.where(self.owner.unsqueeze(-1) >= 0, spread, dropped)

@@ -1,0 +1,156 @@
+"""Images and the dense model's answers to them: what every setting is compared with, on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from saccade.data import ImageSet, Loaders, Preprocess, head_labels
+from saccade.data.corrupt import Corruption, corrupted
+from saccade.errors import UserError
+from saccade.evaluation.answers import Predictions
+from saccade.evaluation.defined import NonFinite
+from saccade.model import AdaptiveViT
+
+Step = Callable[[int], None]
+
+
+NONE = -1  # the class of no answer
+
+
+class Evaluator:
+    """Images and the dense model's opinion of them: what every setting is compared with, on the same images."""
+
+    def __init__(
+        self, model: AdaptiveViT, images: ImageSet, *, batch: int = 32, corrupt: Corruption | None = None
+    ) -> None:
+        check_head(model)
+        self.dense, self.images, self.batch, self.corrupt = model.at("dense").eval(), images, batch, corrupt
+        labels = None if images.labels is None else head_labels(images, model.vit)
+        self.labels = None if labels is None else torch.tensor(labels.indices)
+        self.notes = [*images.notes, *([labels.how] if labels is not None and labels.how else [])]  # for the user
+        self.metric = "agreement with dense" if labels is None else "top-1"
+        self.failures: dict[str, str] = {}
+        self._loaders = Loaders(images)
+        self._reference: dict[int, Tensor] = {}  # place -> the dense model's log-probabilities [K]
+        self._asked: set[int] = set()  # places that the dense model was asked about; some cannot be read
+
+    def preprocess(self, size: tuple[int, int] | None = None) -> Preprocess:
+        """How images become inputs of this size; None: the model's own."""
+        return corrupted(Preprocess.of(self.dense.vit, size), self.corrupt)
+
+    def predict(self, model: AdaptiveViT, indices: Sequence[int], step: Step = lambda done: None) -> Predictions:
+        """Run a model on images; those that cannot be read, by it or by the dense model, are left out and named in
+        ``failures``. None may be left.
+
+        Raises UserError where the dense model's logits are no reference; NonFinite where another's are not finite.
+        """
+        if model is not self.dense:
+            self._consult(indices)
+            indices = [i for i in indices if i in self._reference]
+        weight = next(model.parameters())
+        parts = [self._nothing()]
+        for images, places in self._batches(model.input_size(), indices):
+            with torch.inference_mode():
+                out = model(images.to(weight.device, weight.dtype))
+            logits = self._finite(out.logits.double().cpu(), model, places)
+            logp = logits.log_softmax(-1)
+            answered = logits.amax(-1) > logits.amin(-1)
+            if model is self.dense:
+                self._check_answers(answered, places)
+                self._reference.update(zip(places.tolist(), logp, strict=True))
+            dense = torch.stack([self._reference.get(i, row) for i, row in zip(places.tolist(), logp, strict=True)])
+            truth = dense.argmax(-1) if self.labels is None else self.labels[places]
+            nll = -logp.gather(1, truth.unsqueeze(1)).squeeze(1)
+            kl = torch.where(dense.exp() > 0, dense.exp() * (dense - logp), 0.0).sum(-1).clamp(min=0)
+            top = logp.topk(min(5, logp.shape[1])).indices
+            top[~answered] = NONE  # all classes alike: whichever comes first is no answer
+            nll, kl = (v.clamp(max=1e30).float() for v in (nll, kl))
+            tokens = torch.tensor(out.trace.tokens(), dtype=torch.float64).mean().expand(len(places))
+            parts.append(Predictions(places, top, nll, kl, out.trace.macs().cpu(), tokens))
+            step(len(places))
+        if model is self.dense:
+            self._asked.update(indices)
+        return Predictions.join(parts)
+
+    def _finite(self, logits: Tensor, model: AdaptiveViT, places: Tensor) -> Tensor:
+        """The logits [n, K] themselves, if all are finite."""
+        bad = ~logits.isfinite().all(-1)
+        if not bad.any():
+            return logits
+        name = self.images.names[int(places[bad][0])]
+        if model is not self.dense:
+            raise NonFinite(
+                f"the logits of `{model.setting}` hold NaN or infinity ({int(bad.sum())} of {len(bad)} images, such as "
+                f"{name})"
+            )
+        raise UserError(
+            f"the dense model's logits hold NaN or infinity ({int(bad.sum())} of {len(bad)} images, such as {name}): "
+            "nothing can be compared with it; check its weights and the images"
+        )
+
+    def _check_answers(self, answered: Tensor, places: Tensor) -> None:
+        """Raises UserError unless the dense model prefers some class in every image."""
+        if not answered.all():
+            raise UserError(
+                f"the dense model gives all {self.dense.vit.num_classes} classes the same logit "
+                f"({int((~answered).sum())} of {len(answered)} images, such as "
+                f"{self.images.names[int(places[~answered][0])]}): its head is untrained; train it or load weights"
+            )
+
+    def need(self, found: Predictions, setting: str) -> None:
+        """Raises UserError if there is not one image."""
+        if not len(found.indices):
+            reasons = ", ".join(f"{name} ({reason})" for name, reason in list(self.failures.items())[:3])
+            reasons = reasons or "no images were asked for"
+            raise UserError(f"nothing to measure {setting} on in {self.images.path}: {reasons}")
+
+    def hits(self, found: Predictions) -> Tensor:
+        """Whether the best class is the true one (the dense model's, without labels), [n] bool."""
+        return found.top[:, 0] == self.truth(found)
+
+    def truth(self, found: Predictions) -> Tensor:
+        """The class to find in each image, [n]."""
+        return self.best(found) if self.labels is None else self.labels[found.indices]
+
+    def best(self, found: Predictions) -> Tensor:
+        """The dense model's best class for each image, [n]."""
+        self._consult(found.indices.tolist())
+        return torch.stack([self._reference[i].argmax() for i in found.indices.tolist()])
+
+    def _consult(self, indices: Sequence[int]) -> None:
+        """Have the dense model's opinion of these images."""
+        if unseen := [i for i in indices if i not in self._asked]:
+            self.predict(self.dense, unseen)
+
+    def _batches(self, size: tuple[int, int], indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = self._loaders.of(self.preprocess(size))
+        try:
+            for batch in loader.batches(self.batch, indices):
+                yield batch.images, torch.tensor(batch.indices)
+        except UserError:
+            if len(loader.failures) < len(indices):  # else: not one could be read, which `failures` tells
+                raise
+        self.failures.update(loader.failures.items)
+
+    def _nothing(self) -> Predictions:
+        """Predictions of no image."""
+        none, best = torch.empty(0), min(5, self.dense.vit.num_classes)
+        places, top = torch.empty(0, dtype=torch.int64), torch.empty(0, best, dtype=torch.int64)
+        return Predictions(places, top, none, none, none.double(), none.double())
+
+
+def check_head(model: AdaptiveViT) -> None:
+    """Raises UserError unless a model classifies, into two classes or more: with one, every answer is right."""
+    if type(model).forward is not AdaptiveViT.forward:
+        verbs = {"segment": "segment", "detect": "detect", "textimage": "zeroshot"}
+        verb = verbs.get(model.describe().get("task", ""), "the verb of its task")
+        raise UserError(f"this is for classifiers, and the model is a {type(model).__name__}: use `saccade {verb}`")
+    if (classes := model.vit.num_classes) < 2:
+        has = {0: "no classifier (num_classes=0)"}.get(classes, f"a head of {classes} class")
+        raise UserError(
+            f"this model has {has}: accuracy and agreement need 2 classes or more; give a model with a trained head, "
+            "or measure its speed alone (saccade bench)"
+        )

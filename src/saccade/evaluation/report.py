@@ -1,0 +1,277 @@
+"""``tune`` as people call it: search, conclude, and write frontier, report and model into a folder."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from saccade.backbones.saving import check_savable, save
+from saccade.checkpoint import Source, open_model
+from saccade.data import ImageSet
+from saccade.evaluation.allowance import Allowance, Clock
+from saccade.evaluation.candidates import Target
+from saccade.evaluation.circumstances import circumstances, csv_text, model_name
+from saccade.evaluation.options import Measured, Search
+from saccade.evaluation.recommendation import Recommendation, conclude
+from saccade.evaluation.tune import search
+from saccade.model import AdaptiveViT
+from saccade.reports.frontier_report import Report, render_report
+from saccade.reports.render_tokens import token_map
+from saccade.reports.rows import Row, Sample
+from saccade.runners.runner import require_fp32
+from saccade.storage.files import check_folder, json_text, staged
+from saccade.storage.run_folder import TUNE, owned
+from saccade.terminal.progress import Progress
+from saccade.terminal.results import Result
+from saccade.terminal.text_table import Table
+
+SAMPLES, SHOWN = 4, 5  # photos, and settings beside the dense one, whose token maps the report shows
+
+
+@dataclass(frozen=True, repr=False)
+class TuneResult(Result):
+    """What ``tune`` hands back."""
+
+    model: AdaptiveViT  #    the chosen one, run the recommended way; also saved in ``folder / "model"``
+    setting: str
+    runner: str  #           the way to run it: "fp32", "bf16", "bf16 compiled", …
+    recommendation: list[str]  # the answer first
+    met: bool  #             whether the target was met
+    rows: list[Row]  #       the frontier table
+    folder: Path
+    left_out: dict[str, str] = field(default_factory=dict)  # settings that failed, and their errors
+
+    @property
+    def verdict(self) -> list[str]:
+        """The old name of ``recommendation``."""
+        warnings.warn("TuneResult.verdict is recommendation now", DeprecationWarning, stacklevel=2)
+        return self.recommendation
+
+    def table(self) -> Table:
+        """Dense, the best of each family, the frontier and the choice, by speed; the answer below."""
+        rows = sorted(shown(self.rows), key=lambda row: row.speedup or 0.0)
+        cells = [
+            [
+                ("→ " if row.chosen else "  ") + row.setting,
+                "" if row.speedup is None else f"{row.speedup:.2f}×",
+                "" if row.top1 is None else f"{row.top1:.1%}",
+                interval(row.delta, row.delta_low, row.delta_high),
+                f"{row.gmacs:.2f}",
+                "" if row.images_per_s is None else f"{row.images_per_s:.0f}",
+                f"{row.mac_ratio:.2f}×",
+                "" if row.conversion is None else f"{row.conversion:.2f}",
+            ]
+            for row in rows
+        ]
+        names = ("setting", "speed-up", "accuracy", "points vs dense", "GMACs", "images/s", "MAC ratio", "conversion")
+        hidden = len(self.rows) - len(rows)
+        more = [f"{hidden} more rows, random baselines among them: report.html, frontier.csv."] if hidden else []
+        said = "\n".join([*more, "", *self.recommendation]).replace("`", "")
+        return Table("Best of each kind, the frontier (95 % intervals), and the choice (→)", names, cells, said)
+
+
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """Rows that everybody should see: the dense model, the best of each family, the frontier and the choice."""
+
+    def best(family: str) -> Row | None:
+        found = [row for row in rows[1:] if row.family == family]
+        return max(found, key=lambda row: (row.top1 or 0.0, row.speedup or 0.0), default=None)
+
+    always = [rows[0], best("dense"), best("reduction")]
+    return [r for r in rows if any(r is a for a in always) or r.chosen or (r.on_frontier and r.family != "random")
+            or r.top1 is None]  # fmt: skip
+
+
+def interval(mean: float | None, low: float | None, high: float | None) -> str:
+    """``-0.7 [-2.7, +1.3]``, in points; empty where it was not measured."""
+    if mean is None or low is None or high is None:
+        return ""
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+@owned(TUNE)
+def tune(
+    model: Source,
+    data: str | os.PathLike | ImageSet | None,
+    target: str | float | None = None,
+    *,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
+    gmacs: float | None = None,
+    ms: float | None = None,
+    max_drop: str | float | None = None,
+    out: str | os.PathLike = "runs/tune",
+    minutes: float | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+    clock: Clock = time.perf_counter,
+    **options: Any,
+) -> TuneResult:
+    """Find the best accuracy at a budget; write ``frontier.csv``, ``frontier.json``, ``report.html`` and ``model/``.
+
+    Called again with the same model, images and folder it goes on from what was measured. A setting that fails is
+    named in the report with its error, and left out.
+
+    Args:
+        model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
+            ``saccade.checkpoint.open_model``.
+        data: images (see ``saccade.data.open_images``); None: measure speed only, and choose nothing.
+        target: a speed-up, like ``"2x"``; or one of
+        gmacs: a MAC budget per image, 10^9; ms: a latency per batch; max_drop: what accuracy may be lost, "1%".
+            With none of them: the fastest that loses at most one point.
+        out: the folder.
+        minutes: that all of it may take: fewer images, then fewer settings are measured. None: as long as it needs.
+        clock: what tells the time, in seconds.
+        options: of ``saccade.evaluation.tune.search``: split, limit, batch, seconds, compiled, seed.
+
+    Raises:
+        UserError: bad data, target or folder; a model whose answers cannot be compared.
+    """
+    allowance = Allowance.of(minutes, clock)
+    aim = Target.of(target, gmacs=gmacs, ms=ms, max_drop=max_drop)
+    assumed = all(v is None for v in (target, gmacs, ms, max_drop))
+    folder = Path(out)
+    check_folder(folder)
+    model = open_model(model, weights, pretrained, device).deploy(None)
+    require_fp32(model, "tune")
+    if data is not None:
+        check_savable(model)
+    path = os.fspath(data) if isinstance(data, os.PathLike) else data
+    found = search(model, path, aim, cache=folder / "cache", allowance=allowance, progress=progress, **options)
+    recommendation = conclude(found)
+    option = recommendation.chosen.option
+    rows = [_row(m, found, recommendation) for m in found.measured]
+    facts = _facts(model, found, options, assumed)
+    batch = found.measured[0].speed.batch
+    chosen = model.deploy(replace(option.runner, batch=batch)).at(option.candidate.setting).eval()
+    lines = [*recommendation.lines, *(_run_it(folder) if found.evaluator is not None else [])]
+    if assumed:
+        lines.append(f"Assumed, as nothing was asked for: {aim}; batches of {batch} images (--batch).")
+    left_out = [f"`{name}` is left out: {reason}" for name, reason in found.failed.items()]
+
+    report = Report(
+        title=f"{model_name(model)}: {aim}",
+        command=command,
+        verdict=lines,
+        facts=facts,
+        metric_name=found.metric or "top-1",
+        rows=rows,
+        samples=_samples(model, found, recommendation),
+        notes=[*found.notes, *left_out],
+    )
+    details = [_details(row, m) for row, m in zip(rows, found.measured, strict=True)]
+    written = {
+        "verdict": lines,
+        "met": recommendation.met,
+        "facts": facts,
+        "notes": found.notes,
+        "left_out": found.failed,
+    }
+    numbers = json_text({**written, "rows": details})
+    pages = {"report.html": render_report(report), "frontier.csv": csv_text(rows), "frontier.json": numbers}
+    with staged({folder / name: text for name, text in pages.items()}):
+        if found.evaluator is not None:
+            save(chosen, folder / "model", verdict=lines)
+    setting, runner = str(chosen.setting), str(option.runner)
+    return TuneResult(chosen, setting, runner, lines, recommendation.met, rows, folder, found.failed)
+
+
+def _run_it(folder: Path) -> list[str]:
+    """The line of code that runs what was chosen, and the command."""
+    place = (folder / "model").as_posix()
+    return [
+        f"To run it: `saccade.load({place!r})(images).logits`, or `saccade predict {shlex.quote(place)} photo.jpg`; "
+        "number type and compilation included."
+    ]
+
+
+def _row(m: Measured, found: Search, recommendation: Recommendation) -> Row:
+    score, speed = m.score, m.speed
+    nothing = (None, None, None)
+    top1, top1_low, top1_high = score.top1.three() if score else nothing
+    delta, delta_low, delta_high = score.delta.three() if score and score.delta else nothing
+    return Row(
+        setting=m.option.name,
+        family=m.option.candidate.family,
+        gmacs=score.gmacs if score else speed.gmacs,
+        mac_ratio=score.mac_ratio if score else speed.mac_ratio,
+        top1=top1,
+        top1_low=top1_low,
+        top1_high=top1_high,
+        delta=delta,
+        delta_low=delta_low,
+        delta_high=delta_high,
+        agreement=score.agreement.mean if score else None,
+        speedup=speed.speedup,
+        conversion=speed.conversion,
+        images_per_s=speed.images_per_s,
+        p50_ms=speed.p50_ms,
+        memory_mb=speed.memory_mb,
+        tokens=score.tokens if score else speed.tokens,
+        on_frontier=m.option.name in found.frontier,
+        chosen=m is recommendation.chosen and found.evaluator is not None,
+        note="" if speed.worth_it else "saves MACs, not time",
+    )
+
+
+def _details(row: Row, m: Measured) -> dict[str, Any]:
+    return {
+        **vars(row),
+        "runner": str(m.option.runner),
+        "selection_metric": m.selection,
+        "score": m.score and m.score.to_dict(),
+        "speed": m.speed.to_dict(),
+    }
+
+
+def _facts(model: AdaptiveViT, found: Search, options: dict[str, Any], assumed: bool) -> dict[str, str]:
+    """How it was measured, in words."""
+    speed = found.measured[0].speed
+    facts = {
+        **circumstances(model),
+        "target": str(found.target) + (" (assumed: none was given)" if assumed else ""),
+        "timing": f"batch {speed.batch}, medians of {speed.runs} runs, all rows in turn, against dense {speed.runner}",
+        "attention": f"dense: {speed.kernels}",
+    }
+    if found.evaluator is not None:
+        evaluator = found.evaluator
+        halves = f"{found.selection_images} to choose by, {len(found.report_places)} reported"
+        facts["images"] = f"{Path(evaluator.images.path).name}: {halves}"
+        facts["seed"] = str(options.get("seed", 0))
+        if evaluator.failures:
+            named = ", ".join(f"{name} ({reason})" for name, reason in list(evaluator.failures.items())[:5])
+            facts["not read"] = f"{len(evaluator.failures)} images: {named}"
+    return facts
+
+
+def _samples(model: AdaptiveViT, found: Search, recommendation: Recommendation) -> list[Sample]:
+    """Token maps of a few photos of the reporting half, under the settings that matter most."""
+    evaluator = found.evaluator
+    if evaluator is None:
+        return []
+    usual = [m for m in found.measured if m.option.candidate.family == "reduction"]
+    usual.sort(
+        key=lambda m: (
+            m.option.name not in found.frontier,
+            abs(m.speed.mac_ratio - recommendation.chosen.speed.mac_ratio),
+        )
+    )
+    settings = ["dense", recommendation.chosen.option.candidate.setting, *(m.option.candidate.setting for m in usual)]
+    settings = list(dict.fromkeys(settings))[: SHOWN + 1]
+    samples: list[Sample] = []
+    for place in found.report_places:
+        if len(samples) == SAMPLES:
+            break
+        if evaluator.images.names[place] in evaluator.failures:
+            continue
+        image = evaluator.images.read(place)
+        panels = [(setting, token_map(model.at(setting).eval(), image)) for setting in settings]
+        samples.append(Sample(evaluator.images.names[place], panels))
+    return samples

@@ -1,0 +1,263 @@
+"""One search for settings, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from saccade.evaluation.accuracy import paired, score, spread
+from saccade.evaluation.allowance import Allowance, Costs, plan
+from saccade.evaluation.answers import Predictions
+from saccade.evaluation.candidates import Candidate, Priced, Target, candidates
+from saccade.evaluation.evaluator import Evaluator
+from saccade.evaluation.failures import described, is_systems
+from saccade.evaluation.options import Measured, Option, Search
+from saccade.evaluation.prediction_cache import Cache
+from saccade.evaluation.recommendation import by_importance
+from saccade.evaluation.speed import ALWAYS, Speed, time_all, time_together
+from saccade.evaluation.successive_halving import front, shuffled_halves, successive_halving
+from saccade.model import AdaptiveViT
+from saccade.runners.runner import FP32, Runner
+from saccade.terminal.progress import Bar, Progress
+
+SURVIVORS = 14  # reductions that are timed and reported
+
+
+HALVED = 8  # of them also in the smaller number type, where that is faster
+
+
+PROBE = 16  # images by which the costs are estimated
+
+
+T = TypeVar("T")
+
+
+class SearchRun:
+    """One search: what its steps share."""
+
+    def __init__(
+        self,
+        model: AdaptiveViT,
+        target: Target,
+        evaluator: Evaluator | None,
+        batch: int,
+        store: Cache | None,
+        allowance: Allowance,
+        progress: Progress,
+    ) -> None:
+        self.target, self.batch, self.store, self.allowance, self.progress = target, batch, store, allowance, progress
+        self.plain = model.deploy(None)
+        self.failed: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.bar: Bar | None = None
+        self._judge = evaluator
+        self._bases: dict[Runner, AdaptiveViT] = {FP32: self.plain}
+
+    @property
+    def evaluator(self) -> Evaluator:
+        assert self._judge is not None
+        return self._judge
+
+    def by_speed(self, seconds: float) -> Search:
+        """Speed alone, of single settings."""
+        priced = candidates(self.plain, None, self.progress)
+        self._leave_out(priced.failed)
+        speeds = self.time([Option(c) for c in priced.candidates], seconds)
+        return Search(self.target, [Measured(o, s) for o, s in speeds.items()], failed=self.failed)
+
+    def run(self, places: Sequence[int], seconds: float, compiled: bool, seed: int) -> Search:
+        """All of it, on the images at these places."""
+        evaluator, say = self.evaluator, self.progress.say
+        costs = self._costs(places)
+        ratio = self._mac_ratio()
+        priced = self._price(ratio)
+        sizes = plan(
+            priced.candidates,
+            costs,
+            self.allowance,
+            images=len(places),
+            batch=self.batch,
+            survivors=SURVIVORS,
+            runners=HALVED + 1 + 2 * compiled,
+            timing=seconds,
+            ratio=ratio,
+        )
+        places = [places[i] for i in spread(len(places), sizes.images)]
+        halves = shuffled_halves(len(places), seed, None if evaluator.labels is None else evaluator.labels[places])
+        select, report = ([places[i] for i in half] for half in halves)
+        if len(sizes.candidates) < len(priced.candidates):
+            fewer = len(priced.candidates) - len(sizes.candidates)
+            self.notes.append(f"{fewer} of {len(priced.candidates)} settings were not tried, to keep within the time")
+        say(f"{len(sizes.candidates)} settings; {len(select)} images to choose by, {len(report)} to report on")
+        self.progress.expect(sizes.seconds)
+        if self.allowance.limited and self.allowance.spent() + sizes.seconds > self.allowance.seconds:
+            say(f"That is more than the time asked for: about {sizes.seconds / 60:.1f} minutes.")
+
+        selected = self._race(sizes.candidates, select, sizes.survivors)
+        dense = next(iter(selected))
+        options = [*selected, *self._ways(dense, selected, sizes.survivors, compiled)]
+        speeds = self.time(self._by_promise(options, selected), sizes.timing, self._until(0.8))
+        chosen_by = {dense: selected[dense]}
+        for option in speeds:
+            said = selected.get(option) or self.attempt(option, lambda o=option: self.predict(o, select))  # type: ignore[misc]
+            if said is not None:
+                chosen_by[option] = paired(said, selected[dense])[0]
+        measured = [self._chosen_by(o, speeds[o], said) for o, said in chosen_by.items()]
+        rows = self._report(measured, report)
+        rows = [rows[0], *sorted(rows[1:], key=lambda m: -m.option.candidate.macs)]
+        frontier = front({m.option.name: (-m.speed.speedup, m.selection or 0.0) for m in rows})
+        return Search(
+            self.target, rows, evaluator.metric, frontier, evaluator, report, len(select), self.failed, list(self.notes)
+        )
+
+    def _chosen_by(self, option: Option, speed: Speed, said: Predictions) -> Measured:
+        """What the selection half and the clock say of an option."""
+        hits = self.evaluator.hits(said).double().mean().item()
+        return Measured(option, speed, hits, (-said.nll).exp().mean().item(), chosen_by=said)
+
+    def _report(self, measured: list[Measured], places: list[int]) -> list[Measured]:
+        """The same with their scores on the reporting half: first of what matters, of the rest while there is time."""
+        self.bar = self.progress.start("reporting", len(measured) * len(places))
+        plan = Search(self.target, measured, self.evaluator.metric, evaluator=self.evaluator)
+        found: dict[str, Measured] = {}
+        for i, m in enumerate(by_importance(plan)):
+            if i >= ALWAYS and self.allowance.beyond(0.92):
+                self.failed[m.option.name] = "not reported, to keep within the time"
+            elif (said := self.attempt(m.option, lambda o=m.option: self.predict(o, places))) is not None:  # type: ignore[misc]
+                first = found[measured[0].option.name].found if found else said
+                assert first is not None
+                found[m.option.name] = replace(m, score=score(m.option.name, said, first, self.evaluator), found=said)
+        self.bar.finish()
+        return [found[m.option.name] for m in measured if m.option.name in found]
+
+    def attempt(self, option: Option, work: Callable[[], T]) -> T | None:
+        """What the work gives; None where it fails, which is then named. The dense model has to work."""
+        if option.candidate.setting == "dense" and option.runner == FP32:
+            return work()
+        try:
+            return work()
+        except Exception as error:
+            if is_systems(error):
+                raise
+            self._leave_out({option.name: described(error)})
+            return None
+
+    def predict(self, option: Option, indices: Sequence[int]) -> Predictions:
+        """Predictions of an option on images, from the cache where they are there."""
+        runner = Runner(option.runner.dtype)  # compiled or not, the number type decides; ``speed`` compares the two
+        same = option.candidate.setting == "dense" and runner == FP32
+        view = self.evaluator.dense if same else self._base(runner).at(option.candidate.setting).eval()
+        if self.bar is not None:
+            self.bar(0, what=f"measuring {option.name}")
+
+        def compute() -> Predictions:
+            return self.evaluator.predict(view, indices)
+
+        key = f"{option.candidate.setting} {runner}"
+        found = self.store.get(key, indices, compute) if self.store else compute()
+        if lost := sorted({*indices} - {*found.indices.tolist()}):
+            self.evaluator.predict(view, lost)  # names them again where the rest came from the cache
+        if self.bar is not None:
+            self.bar(len(indices))
+        return found
+
+    def time(self, options: Sequence[Option], seconds: float, most: float = math.inf) -> dict[Option, Speed]:
+        """Interleaved timing of all options in one run, against the first; what does not work here is left out."""
+        entries = {o.name: self._base(o.runner).at(o.candidate.setting).eval() for o in options}
+        timing = time_all(entries, self.batch, seconds, self.progress, clock=self.allowance.clock, most=most)
+        self._leave_out(timing.failed)
+        rows = {row.setting: row for row in timing.rows}
+        return {o: rows[o.name] for o in options if o.name in rows}
+
+    def _base(self, runner: Runner) -> AdaptiveViT:
+        """The model as a runner runs it; views of it share what it makes of the weights."""
+        if runner not in self._bases:
+            batch = self.batch if runner.compiled else None
+            self._bases[runner] = self.plain.deploy(Runner(runner.dtype, runner.compiled, batch))
+        return self._bases[runner]
+
+    def _leave_out(self, failed: dict[str, str]) -> None:
+        for name, reason in failed.items():
+            if name not in self.failed:
+                self.progress.say(f"left out: {name}: {reason}")
+        self.failed |= failed
+
+    def _costs(self, places: Sequence[int]) -> Costs:
+        """Run the dense model on a few images: what is wrong with data or weights is found before anything else."""
+        clock, few = self.allowance.clock, list(places[:: max(1, len(places) // PROBE)])[:PROBE]
+        start = clock()
+        found = self.evaluator.predict(self.evaluator.dense, few)
+        if self.store is not None:
+            self.store.check("dense", found)
+        middle = clock()
+        if len(found.indices):
+            self.evaluator.predict(self.evaluator.dense, few)
+        end = clock()
+        return Costs(max(1e-9, (end - middle) / len(few)), max(0.0, 2 * middle - start - end) / len(few))
+
+    def _price(self, ratio: float | None) -> Priced:
+        priced = candidates(self.plain, ratio, self.progress, lambda: self.allowance.beyond(0.15))
+        self._leave_out(priced.failed)
+        if priced.untried:
+            self.notes.append(f"{priced.untried} combinations were not tried, to keep within the time")
+        return priced
+
+    def _race(self, raced: list[Candidate], select: list[int], survivors: int) -> dict[Option, Predictions]:
+        """What the survivors said on the selection half, the dense model first."""
+        late: list[str] = []
+        self.bar = self.progress.start("racing", len(raced) * len(select) // 2)
+
+        def predict(candidate: Candidate, indices: list[int]) -> Predictions | None:
+            if not candidate.is_baseline and self.allowance.beyond(0.6):
+                late.append(candidate.setting)
+                return None
+            option = Option(candidate)
+            return self.attempt(option, lambda: self.predict(option, indices))
+
+        selected = {Option(c): p for c, p in successive_halving(raced, select, predict, survivors).items()}
+        self.bar.finish()
+        self.bar = None
+        if late:
+            self.notes.append(f"{len(late)} settings left the race early, to keep within the time")
+        dense = next(iter(selected))
+        self.evaluator.need(selected[dense], dense.name)
+        return {o: paired(p, selected[dense])[0] for o, p in selected.items()}
+
+    def _ways(self, dense: Option, selected: dict[Option, Predictions], survivors: int, compiled: bool) -> list[Option]:
+        """Other ways to run: the dense model in each, and the best of each cost in bf16 where that pays."""
+        half = Runner("bf16")
+        ways = [
+            Option(dense.candidate, way) for way in (half, *((Runner("fp32", True), Runner("bf16", True)) * compiled))
+        ]
+        probe = {o.name: self._base(o.runner).at("dense").eval() for o in (dense, ways[0])}
+        timing = time_all(probe, self.batch, 0.0, self.progress, clock=self.allowance.clock, least=3)
+        self._leave_out(timing.failed)
+        if timing.failed or timing.rows[1].speedup <= 1:
+            return ways
+        hits = {o: self.evaluator.hits(p).double().mean().item() for o, p in selected.items()}
+        best = front({o: (o.candidate.macs, hits[o]) for o in selected if o.candidate.family != "random"}) - {dense}
+        ordered = sorted(best, key=lambda o: -hits[o])[: min(HALVED, survivors)]
+        return ways + [Option(o.candidate, half) for o in ordered]
+
+    def _by_promise(self, options: list[Option], selected: dict[Option, Predictions]) -> list[Option]:
+        """The dense model, its other ways to run, then the best; random baselines last: for where time is short."""
+        hits = {o.candidate: self.evaluator.hits(p).double().mean().item() for o, p in selected.items()}
+        first, *rest = options
+        rest.sort(key=lambda o: (o.candidate.family == "random", o.candidate != first.candidate, -hits[o.candidate]))
+        return [first, *rest]
+
+    def _until(self, share: float) -> float:
+        """Seconds until this share of the time is over; infinite where there is no limit."""
+        return max(1.0, share * self.allowance.seconds - self.allowance.spent())
+
+    def _mac_ratio(self) -> float | None:
+        """The MAC ratio that a target is about; None where none is."""
+        if self.target.kind == "speedup":
+            return self.target.value
+        if self.target.kind == "drop":
+            return None
+        dense = time_together({"dense": self.plain.at("dense").eval()}, self.batch, 1.0, self.progress)[0]
+        now = dense.gmacs if self.target.kind == "gmacs" else dense.p50_ms
+        return max(1.0, now / self.target.value)

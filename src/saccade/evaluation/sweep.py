@@ -1,0 +1,254 @@
+"""``eval`` as people call it: accuracy, MACs and measured speed of settings and of ranges of them, and a report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saccade.checkpoint import Source, open_model
+from saccade.core.registry import Entry, registry
+from saccade.data import ImageSet, open_images
+from saccade.evaluation import accuracy
+from saccade.evaluation.accuracy import Score
+from saccade.evaluation.circumstances import circumstances, csv_text, model_name
+from saccade.evaluation.speed import Speed, time_together
+from saccade.evaluation.successive_halving import front
+from saccade.evaluation.sweep_result import Evaluation, SweepRow, untrained_note
+from saccade.evaluation.untrained import untrained
+from saccade.model import AdaptiveViT
+from saccade.reports.rows import Row
+from saccade.reports.sweep_report import SweepReport, curve_kind, render_sweep
+from saccade.runners.runner import FP32, Runner
+from saccade.setting import Call, Setting, expand
+from saccade.storage.files import check_folder, json_text, write_texts
+from saccade.storage.run_folder import EVAL, owned
+from saccade.terminal.progress import Progress
+
+SECONDS = 10.0  # of timing, where a range is asked for
+CLOSE = 0.01  # what counts as near dense in the report's answer: one point
+
+
+@owned(EVAL)
+def evaluate(
+    model: Source,
+    data: str | os.PathLike | ImageSet,
+    settings: str | Setting | Sequence[str | Setting] = (),
+    *,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    batch: int = 32,
+    seconds: float | None = None,
+    out: str | os.PathLike | None = None,
+    corrupt: str | None = None,
+    dtype: str | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Scores and speed of settings of a model on images, the dense model first; and why which images were not read.
+
+    Args:
+        model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
+            ``saccade.checkpoint.open_model``.
+        data: a folder or zip of images, ``class/name`` (see ``saccade.data.open_images``); without classes the metric
+            is agreement with the dense model.
+        settings: one or several, ranges too: ``"grid(8..40)"``, ``"evit(0.3..0.9..0.1)"``. A range stops at what makes
+            sense to its method, for a grid at the patches that divide the input.
+        split: of a folder of splits; None: the held-out one.
+        limit: at most so many images, spread evenly over the set.
+        batch: images at once, for timing too.
+        seconds: of timed runs, all settings interleaved with dense, never fewer than 7 of each; 0: no timing;
+            None: 10 where there is a range, else 0.
+        out: a folder for ``scores.csv``, ``scores.json`` and ``report.html``; called again with it, an interrupted
+            call goes on from there.
+        corrupt: ``"masks:50"``, ``"gaussian_noise:3"``, … (``saccade.data.corrupt``), the same for all settings.
+        dtype: number type of all that is run, "fp32", "bf16" or "fp16"; None: the model's own (``model.runner``).
+        progress: where to show it; None: nowhere.
+
+    Raises:
+        UserError: bad model, data, settings, corruption or folder, labels that do not fit the head, a model whose
+            logits are not finite or all alike.
+    """
+    model = open_model(model, weights, pretrained, device)
+    model = model.deploy(Runner(dtype or (model.runner.dtype if model.runner else "fp32")))
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_folder(folder)
+    given = [settings] if isinstance(settings, (str, Setting)) else settings
+    curves = {text: expanded(model, text) for text in map(str, given)}
+    names = list(dict.fromkeys(name for found in curves.values() for name in found))
+    ranged = {text: found for text, found in curves.items() if found != [text]}
+    images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
+    found = accuracy.evaluate(
+        model,
+        images,
+        names,
+        limit=limit,
+        batch=batch,
+        cache=folder and folder / "cache",
+        corrupt=corrupt,
+        progress=progress,
+    )
+    scores, failures = found
+    speeds: dict[str, Speed] = {}
+    if seconds or (seconds is None and ranged):
+        views = {s.setting: model.at(s.setting).eval() for s in scores}
+        timed = time_together(views, batch, SECONDS if seconds is None else seconds, progress)
+        speeds = {row.setting: row for row in timed}
+    rows = [
+        SweepRow(
+            **vars(s),
+            speed=speeds.get(s.setting),
+            trained=trained_for(model, s),
+            untrained=untrained(model, s.setting),
+        )
+        for s in scores
+    ]
+    if folder is not None:
+        _publish(folder, model, images, rows, ranged, Evaluation(rows, failures, found.left_out), corrupt, command)
+    return Evaluation(rows, failures, found.left_out)
+
+
+def expanded(model: AdaptiveViT, text: str) -> list[str]:
+    """The settings that a line with ranges stands for on this model. Raises UserError as ``setting.expand``."""
+    known = registry()
+
+    def sensible(call: Call) -> bool:
+        return call.name not in known or known[call.name].accepts(model.backbone, call.args, dict(call.kwargs))
+
+    return expand(text, sensible)
+
+
+def trained_for(model: AdaptiveViT, row: Score) -> bool | None:
+    """Whether the weights were trained for a setting, or for dense where it gives dense's very answers."""
+    if not model.trained:
+        return None
+    known = registry()
+    listed = {_normal(model, known, setting) for setting in model.trained}
+    same = row.kl.high == 0.0 and row.mac_ratio == 1.0 and _normal(model, known, "dense") in listed
+    return same or _normal(model, known, row.setting) in listed
+
+
+def _normal(model: AdaptiveViT, known: Mapping[str, Entry], setting: str) -> str:
+    """A setting with every knob at its name: how it is written makes no difference."""
+    parts = []
+    for call in Setting.parse(setting).calls:
+        entry = known.get(call.name)
+        knobs = entry and entry.bound(model.backbone, call.args, dict(call.kwargs))
+        parts.append((call.name, sorted(knobs.items(), key=lambda knob: knob[0])) if knobs else (call,))
+    return repr(parts)
+
+
+def _publish(
+    folder: Path,
+    model: AdaptiveViT,
+    images: ImageSet,
+    rows: list[SweepRow],
+    ranged: dict[str, list[str]],
+    found: Evaluation,
+    corrupt: str | None,
+    command: str,
+) -> None:
+    """Write the table, the numbers and the page."""
+    facts = circumstances(model) | {"images": f"{images.path.name}: {rows[0].images}"}
+    facts |= {"corruption": corrupt} if corrupt else {}
+    if speed := rows[0].speed:
+        facts["timing"] = f"batch {speed.batch}, medians of {speed.runs} interleaved runs, against dense {speed.runner}"
+    failures = found.failures
+    facts["number type"] = str(model.runner or FP32)
+    notes = [f"`{name}` could not be read and counts nowhere: {reason}" for name, reason in list(failures.items())[:10]]
+    notes += [f"`{name}` is left out: {reason}" for name, reason in found.left_out.items()]
+    table = _table(model, rows, ranged)
+    places = {row.setting: i for i, row in enumerate(rows)}
+    report = SweepReport(
+        title=f"{model_name(model)}: {', '.join(ranged) or 'settings'}",
+        command=command,
+        verdict=_verdict(rows),
+        facts=facts,
+        metric_name=rows[0].metric,
+        rows=table,
+        curves={text: [places[name] for name in found if name in places] for text, found in ranged.items()},
+        untrained={i for i, row in enumerate(rows) if row.trained is False},
+        notes=notes,
+    )
+    written = {"facts": facts, "rows": [r.to_dict() for r in rows], "not_read": failures, "left_out": found.left_out}
+    pages = {"report.html": render_sweep(report), "scores.csv": csv_text(table), "scores.json": json_text(written)}
+    write_texts({folder / name: text for name, text in pages.items()})
+
+
+def _table(model: AdaptiveViT, rows: list[SweepRow], ranged: dict[str, list[str]]) -> list[Row]:
+    known = registry()
+    cost = {r.setting: -r.speed.speedup if r.speed else r.gmacs for r in rows}
+    best = front({r.setting: (cost[r.setting], r.top1.mean) for r in rows})
+    curve = {name: k for k, found in reversed([*enumerate(ranged.values())]) for name in found}
+
+    def row(r: SweepRow) -> Row:
+        entries = [known[call.name] for call in Setting.parse(r.setting).calls]
+        kind = "dense" if all(e.kind == "tokenizer" for e in entries) else "reduction"
+        kind = "random" if any(e.baseline for e in entries) else kind
+        notes = ["not trained for"] if r.trained is False else []
+        notes += [untrained_note(r)] if r.untrained else []
+        notes += ["saves MACs, not time"] if r.speed and not r.speed.worth_it else []
+        speed: dict[str, Any] = vars(r.speed) if r.speed else {}
+        delta, delta_low, delta_high = r.delta.three() if r.delta else (None, None, None)
+        return Row(
+            setting=r.setting,
+            family=curve_kind(curve[r.setting]) if r.setting in curve else kind,
+            gmacs=r.gmacs,
+            mac_ratio=r.mac_ratio,
+            top1=r.top1.mean,
+            top1_low=r.top1.low,
+            top1_high=r.top1.high,
+            delta=delta,
+            delta_low=delta_low,
+            delta_high=delta_high,
+            agreement=r.agreement.mean,
+            tokens=r.tokens,
+            on_frontier=r.setting in best,
+            chosen=False,
+            note="; ".join(notes),
+            **{k: speed.get(k) for k in ("speedup", "conversion", "images_per_s", "p50_ms", "memory_mb")},
+        )
+
+    return [row(r) for r in rows]
+
+
+def _verdict(rows: list[SweepRow]) -> list[str]:
+    """What the sweep says in words: the fastest near dense, the best, and what was not trained for."""
+    dense, *others = rows
+    timed = dense.speed is not None
+
+    def gain(r: SweepRow) -> float:
+        return r.speed.speedup if r.speed else r.mac_ratio
+
+    def words(r: SweepRow) -> str:
+        cost = f"{gain(r):.2f}× faster" if timed else f"{gain(r):.2f}× fewer MACs"
+        delta = f"{100 * (r.top1.mean - dense.top1.mean):+.1f} points"
+        limits = f" [{100 * r.delta.low:+.1f}, {100 * r.delta.high:+.1f}]" if r.delta else ""
+        return f"{cost} than `dense`, {delta}{limits}"
+
+    lines = []
+    near = [r for r in others if not r.untrained and gain(r) > 1.0 and r.top1.mean >= dense.top1.mean - CLOSE]
+    most = "fastest" if timed else "cheapest"
+    if near:
+        chosen = max(near, key=gain)
+        lines.append(f"`{chosen.setting}` is the {most} within one point of `dense`: {words(chosen)}.")
+    elif others:
+        lines.append(f"None of these {len(others)} settings is {most[:-3]}er than `dense` within one point of it.")
+    best = max(rows, key=lambda r: r.top1.mean)
+    lines.append(
+        f"The best {dense.metric} is {best.top1.mean:.1%} [{best.top1.low:.1%}, {best.top1.high:.1%}], "
+        f"`{best.setting}` at {best.gmacs:.3g} GMACs."
+    )
+    strange = [r for r in rows if r.trained is False]
+    if strange:
+        lines.append(
+            f"{len(strange)} of {len(rows)} settings are none that the weights were trained for: hollow points."
+        )
+    elif any(r.trained is None for r in others):
+        lines.append("What settings the weights were trained for is not recorded with them.")
+    return lines

@@ -1,0 +1,71 @@
+"""``tune``, the main job: the best accuracy at a budget, as a measured frontier and a model to deploy.
+
+Settings are enumerated and priced (``candidates``), raced on one half of the images (``successive_halving``) and timed
+together (``speed``); what is reported was measured on the other half, which no choice has seen. What fails is left out
+by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from saccade.data import ImageSet, open_images
+from saccade.errors import UserError
+from saccade.evaluation.accuracy import spread
+from saccade.evaluation.allowance import LEAST_IMAGES, Allowance
+from saccade.evaluation.candidates import Target
+from saccade.evaluation.evaluator import Evaluator, check_head
+from saccade.evaluation.options import Search
+from saccade.evaluation.prediction_cache import Cache
+from saccade.evaluation.search_run import SearchRun
+from saccade.model import AdaptiveViT
+from saccade.terminal.progress import Progress
+
+COMPILE_MINUTES = 6.0  # of time without which nothing is compiled: that takes a minute each
+
+
+def search(
+    model: AdaptiveViT,
+    data: str | Path | ImageSet | None,
+    target: Target,
+    *,
+    cache: Path | None = None,
+    split: str | None = None,
+    limit: int = 2000,
+    batch: int = 8,
+    seconds: float = 30.0,
+    compiled: bool = True,
+    seed: int = 0,
+    allowance: Allowance | None = None,
+    progress: Progress | None = None,
+) -> Search:
+    """Measure the settings of a model that matter for a target.
+
+    Args:
+        data: images (see ``saccade.data.open_images``); None: measure speed only.
+        cache: folder for what was measured, to go on after an interruption; None: forget.
+        limit: at most so many images, spread evenly over the set; half select, half report.
+        batch: images at once, for timing.
+        seconds: of interleaved timing.
+        compiled: also time the dense model under ``torch.compile``.
+        allowance: the time that all of this may take; None: what it needs.
+
+    Raises:
+        UserError: bad data or target, a model whose answers cannot be compared, fewer than 20 images.
+    """
+    progress, allowance = progress or Progress(), allowance or Allowance()
+    if data is None:
+        return SearchRun(model, target, None, batch, None, allowance, progress).by_speed(seconds)
+    check_head(model)
+    images = data if isinstance(data, ImageSet) else open_images(data, split)
+    evaluator = Evaluator(model, images)
+    for line in evaluator.notes:
+        progress.say(line)
+    places = spread(len(images), limit)
+    if len(places) < LEAST_IMAGES:
+        raise UserError(
+            f"{len(places)} images in {images.path}: tune needs {LEAST_IMAGES} or more to choose and report"
+        )
+    compiled = compiled and not (allowance.limited and allowance.seconds < 60 * COMPILE_MINUTES)
+    store = Cache.of(cache, evaluator) if cache else None
+    return SearchRun(model, target, evaluator, batch, store, allowance, progress).run(places, seconds, compiled, seed)

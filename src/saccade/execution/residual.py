@@ -1,0 +1,80 @@
+"""Residual branches under gates: masked in training, skipped in inference, one definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saccade.core.packing import Rows
+from saccade.core.tokens import Tokens
+
+# (x, key bias, heads, rows) -> update of x; with rows, x is packed
+Branch = Callable[[Tensor, Tensor | None, Tensor | None, Rows | None], Tensor]
+Ran = tuple[Tensor, int | Tensor]
+
+
+def residual(
+    tokens: Tokens,
+    branch: Branch,
+    bias: Tensor | None = None,
+    on: Tensor | None = None,
+    heads: Tensor | None = None,
+    *,
+    sparse: bool = False,
+    pack: bool = True,
+) -> Ran:
+    """``x + branch(x)`` for the images that are on [B] and the tokens that take part, x elsewhere.
+
+    ``bias`` is the tokens' key bias, for a branch that attends. sparse: what is off is not computed; pack: single
+    tokens neither, False: only whole images are left out. Returns the new x, as ``tokens.x`` is laid out, and how many
+    tokens were computed for each image that ran (one number, or one for each image [B]).
+    """
+    part = tokens.takes_part()
+    if on is None and part is None:
+        update = branch(tokens.x, bias, heads, tokens.rows)
+        return tokens.x + update, tokens.x.shape[1] if tokens.rows is None else tokens.rows.count()
+    if sparse and pack and (part is not None or tokens.valid is not None):
+        return _rows(tokens, branch, bias, on, heads)
+    if sparse and on is not None:
+        return _images(tokens, branch, bias, on, heads)
+    update = branch(tokens.x, bias, heads, None)
+    if part is not None:
+        update = update * tokens.pad_prefix(part, 1.0).unsqueeze(-1).to(update.dtype)
+    if on is not None:
+        update = update * on[:, None, None].to(update.dtype)
+    return tokens.x + update, tokens.x.shape[1]
+
+
+def _rows(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:
+    """Only the rows that are on, packed."""
+    x, there = tokens.x, torch.ones(tokens.x.shape[:2], dtype=torch.bool, device=tokens.x.device)
+    for present in (tokens.takes_part(), tokens.valid):
+        if present is not None:
+            there = there & (tokens.pad_prefix(present, 1.0) > 0)
+    if on is not None:
+        there = there & (on > 0).unsqueeze(1)
+    rows = Rows.of(there)
+    if not len(rows.index):
+        return x, 0
+    counts = tokens.size is not None and tokens.proportional
+    bias = rows.pack(bias) if bias is not None and counts else None  # what else it hides is not there
+    return rows.add(x, branch(rows.pack(x), bias, heads, rows)), rows.count()
+
+
+def _images(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor, heads: Tensor | None) -> Ran:
+    """Only the images that are on, all of their tokens."""
+    images, part = (on > 0).nonzero().squeeze(1), tokens.takes_part()
+    if not len(images):
+        return tokens.x, 0
+    x, bias, heads, part = (
+        value if value is None or len(images) == len(value) else value.index_select(0, images)
+        for value in (tokens.x, bias, heads, part)
+    )
+    assert x is not None
+    update = branch(x, bias, heads, None).to(x.dtype)
+    if part is not None:
+        update = update * tokens.pad_prefix(part, 1.0).unsqueeze(-1).to(update.dtype)
+    whole = len(images) == len(tokens.x)
+    return tokens.x + update if whole else tokens.x.index_add(0, images, update), tokens.x.shape[1]

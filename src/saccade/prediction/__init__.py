@@ -1,0 +1,1 @@
+"""From photos to label names, probabilities, embeddings and token maps."""

@@ -1,0 +1,112 @@
+"""Predictions as lines of text, JSON or CSV, as a file of embeddings, as a folder with token maps."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from saccade.data import ImageError
+from saccade.errors import UserError
+from saccade.prediction.predictions import Prediction
+from saccade.storage.files import check_folder, replacing, write_text
+from saccade.storage.foreign import check_no_photos
+from saccade.terminal.text_table import width_of
+
+COLUMNS = ("image", "label", "class", "index", "probability", "gmacs", "error")
+KINDS = (".npz", ".safetensors")
+Show = Callable[[Prediction], None]
+
+
+def printer(as_json: bool, as_csv: bool, top: int) -> Show:
+    """What prints a prediction on standard output: as text on a terminal, else as a line of JSON, or of CSV."""
+    if as_csv:
+        return csv_lines(sys.stdout, top)
+    if as_json or not sys.stdout.isatty():
+        return lambda found: print(json.dumps(found.to_dict()), flush=True)
+    width = width_of(sys.stdout)
+    return lambda found: print(found.line(width), flush=True)
+
+
+def csv_lines(file: IO[str], top: int) -> Show:
+    """What writes CSV, a heading first: the best class of each image, then label_2, probability_2 and so on."""
+    writer = csv.writer(file, lineterminator="\n")
+    more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("label", "probability")]
+    writer.writerow([*COLUMNS, *more])
+
+    def write(found: Prediction) -> None:
+        rest = [value for pair in zip(found.labels, found.probabilities, strict=True) for value in pair][2:]
+        row: dict[str, Any] = found.row()
+        writer.writerow([*(row[name] for name in COLUMNS), *rest, *[""] * (len(more) - len(rest))])
+        file.flush()
+
+    return write
+
+
+class EmbeddingFile:
+    """Embeddings of all images that could be read, written whole at the end.
+
+    ``.npz`` holds ``embedding`` fp32 [n, D] and ``names``; ``.safetensors`` the same tensor, and ``names`` as JSON in
+    its metadata. Raises UserError for another ending, before the work.
+    """
+
+    def __init__(self, path: str) -> None:
+        if not path.endswith(KINDS):
+            raise UserError(f"embeddings in {path!r}: give a file that ends in {' or '.join(KINDS)}")
+        check_folder(Path(path).parent)
+        self.path, self.names, self.rows = path, list[str](), list[np.ndarray]()
+
+    def add(self, found: Prediction) -> None:
+        if found.embedding is not None:
+            self.names.append(found.name)
+            self.rows.append(found.embedding)
+
+    def close(self) -> None:
+        if not self.rows:
+            return
+        embedding = np.stack(self.rows)
+        with replacing(self.path) as part:
+            if self.path.endswith(".npz"):
+                np.savez(part, embedding=embedding, names=np.array(self.names))
+            else:
+                save_file({"embedding": embedding}, part, metadata={"names": json.dumps(self.names)})
+
+
+class PredictionFolder:
+    """``predictions.csv``, and in ``tokens/`` a picture of what each token of an image stands for."""
+
+    def __init__(self, path: str, top: int) -> None:
+        check_folder(path)
+        check_no_photos(path)
+        self.path, self.table, self.taken = Path(path), io.StringIO(), set[str]()
+        self._write = csv_lines(self.table, top)
+
+    def add(self, found: Prediction) -> None:
+        self._write(found)
+        if found.error is None:
+            try:
+                picture = found.token_map()
+            except ImageError:  # it could be read a moment ago; its row is there
+                return
+            with replacing(self.path / "tokens" / f"{self._free(found.name)}.png") as part:
+                picture.save(part, "PNG")
+
+    def close(self) -> None:
+        write_text(self.path / "predictions.csv", self.table.getvalue())
+
+    def _free(self, name: str) -> str:
+        """A file's name for an image, by the end of its path; another number for each of the same."""
+        short = re.sub(r"[^\w.-]+", "_", os.path.basename(name))[:80] or "image"
+        places = (short, *(f"{short}-{i}" for i in range(2, len(self.taken) + 3)))
+        free = next(place for place in places if place not in self.taken)
+        self.taken.add(free)
+        return free

@@ -1,0 +1,192 @@
+"""``predict``: from photos to answers — label names, probabilities, embedding, token map and MACs of each image.
+
+predictor = saccade.Predictor("runs/photos/model")
+predictor("photos/")[0].label
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.checkpoint import Source, open_model
+from saccade.core.output import Output
+from saccade.data import ImageError, Preprocess
+from saccade.data.inputs import Input, inputs
+from saccade.errors import UserError
+from saccade.model import AdaptiveViT
+from saccade.prediction.predictions import Classes, Details, Prediction, Predictions
+
+BATCH = 8
+READERS = 2  # threads that decode ahead of the model
+
+
+class Predictor:
+    """A model with its preprocessing and class names: images in, answers out, in the same order.
+
+    Calls from several threads at once are fine; nothing is remembered between them.
+
+    Args:
+        model: a folder that Saccade wrote (run as it recommends: number type, compilation), a timm name with
+            ``weights`` or ``pretrained``, a timm ViT or an AdaptiveViT.
+        weights, pretrained, device: as in ``saccade.checkpoint.open_model``.
+        setting: instead of the model's own.
+        batch: images at once; None: as many as the folder's model was chosen for, else 8.
+        top: labels of an image.
+
+    Raises:
+        UserError: bad model or setting; a model of another task; a batch or ``top`` below 1.
+    """
+
+    def __init__(
+        self,
+        model: Source,
+        *,
+        weights: str | os.PathLike | None = None,
+        pretrained: bool = False,
+        setting: str | None = None,
+        device: str | None = None,
+        batch: int | None = None,
+        top: int = 5,
+    ) -> None:
+        for name, value in (("batch", batch), ("top", top)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name}={value!r} is not a whole number of 1 or more")
+        opened = open_model(model, weights, pretrained, device, deployed=True)
+        if (task := opened.describe().get("task", "classify")) != "classify":
+            verb = {"textimage": "zeroshot"}.get(task, task)
+            raise UserError(f"this is a model for task {task!r}, which predict does not know: use saccade {verb}")
+        if opened.backbone.channels != 3:
+            raise UserError(f"this model takes {opened.backbone.channels} channels, and predict gives RGB: call it")
+        self.model: AdaptiveViT = (opened if setting is None else opened.at(setting)).eval()
+        self.preprocess = Preprocess.of(self.model.vit, self.model.input_size())
+        self.classes = Classes.of(self.model.vit)
+        runner = self.model.runner
+        self.batch = batch or (runner and runner.batch) or BATCH
+        self.top = top
+
+    def __call__(self, images: Any) -> Predictions:
+        """Answers for images, in their order; an image that cannot be used has its ``error``, and nothing else.
+
+        Args:
+            images: one or an iterable (of iterables, …) of
+
+                * a path of an image, a folder (with all below it), a zip, or a pattern like ``"photos/*.jpg"``;
+                * a PIL image;
+                * an array [h, w, 3], [h, w] or [h, w, 4] (alpha is dropped), or a batch of them [n, h, w, c]: uint8, or
+                  float from 0 to 1;
+                * a tensor [3, h, w] or [1, h, w], or a batch of them [n, c, h, w]: uint8, or float from 0 to 1, not
+                  normalised.
+
+        Raises:
+            UserError: a path that is not there, a folder without images, what is no image at all.
+        """
+        return Predictions(self.stream(images))
+
+    def stream(self, images: Any) -> Iterator[Prediction]:
+        """The same one by one, as soon as a batch is done; what comes next is read ahead."""
+        waiting: list[tuple[Input, Tensor | ImageError]] = []
+        ready = 0
+        for given, future in self._submitted(inputs(images)):
+            found = _result(future)
+            waiting.append((given, found))
+            ready += isinstance(found, Tensor)
+            if ready == self.batch:
+                yield from self._answer(waiting)
+                waiting, ready = [], 0
+        yield from self._answer(waiting)
+
+    def __repr__(self) -> str:
+        known = f"{len(self.classes.names)} classes" if self.classes.names else "no class names"
+        height, width = self.preprocess.size
+        return f"Predictor({self.model.setting}, {known}, {height}×{width} pixels, batch {self.batch})"
+
+    def _submitted(self, given: Iterable[Input]) -> Iterator[tuple[Input, Future[Tensor]]]:
+        """The crop of each image in order, while those of the next ones are under way."""
+        pool = ThreadPoolExecutor(READERS)
+        pending: deque[tuple[Input, Future[Tensor]]] = deque()
+        try:
+            for one in given:
+                pending.append((one, pool.submit(self._crop, one)))
+                if len(pending) > self.batch + READERS:
+                    yield pending.popleft()
+            while pending:
+                yield pending.popleft()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _crop(self, given: Input) -> Tensor:
+        return self.preprocess.crop(given.read(), given.name)
+
+    def _answer(self, waiting: list[tuple[Input, Tensor | ImageError]]) -> Iterator[Prediction]:
+        """Answers of one batch, and of the images between that could not be read."""
+        crops = [found for _, found in waiting if isinstance(found, Tensor)]
+        answers = iter(self._run(torch.stack(crops)) if crops else ())
+        for given, found in waiting:
+            if isinstance(found, ImageError):
+                yield Prediction(given.name, error=found.reason)
+                continue
+            logits, known = next(answers)
+            if not logits.isfinite().all():
+                yield Prediction(given.name, error="the model answers NaN or infinity: check its weights and precision")
+                continue
+            crop, look = partial(self._crop, given), partial(self._look, given)
+            yield Prediction(given.name, **self.classes.best(logits, self.top), read=crop, look=look, known=known)
+
+    @torch.inference_mode()
+    def _run(self, crops: Tensor) -> list[tuple[Tensor, Details | None]]:
+        """uint8 [B, 3, h, w] -> of each image the logits [K], and what ran where that is known without more work."""
+        out = self.model(self._images(crops))
+        logits = out.logits.float().cpu()
+        runner = self.model.runner
+        known = [None] * len(crops) if runner is not None and runner.compiled else self._details(out)
+        return [*zip(logits, known, strict=True)]
+
+    @torch.inference_mode()
+    def _look(self, given: Input) -> Details:
+        """What runs for one image, uncompiled."""
+        return self._details(self.model(self._images(self._crop(given).unsqueeze(0))))[0]
+
+    def _images(self, crops: Tensor) -> Tensor:
+        weight = self.model.vit.patch_embed.proj.weight
+        return self.preprocess.normalise(crops).to(weight.device, weight.dtype)
+
+    def _details(self, out: Output) -> list[Details]:
+        vit, tokens, trace = self.model.vit, out.tokens, out.trace
+        x = vit.norm(tokens.x.to(vit.patch_embed.proj.weight.dtype))
+        embeddings = self.model.pooled_head(x, tokens, pre_logits=True).float().cpu().numpy()
+        owner = (trace.blocks[-1].owner if trace.blocks else trace.first).int().unflatten(1, trace.grid).cpu().numpy()
+        macs = trace.macs().tolist()
+        return [Details(e, cells, round(cost)) for e, cells, cost in zip(embeddings, owner, macs, strict=True)]
+
+
+def predict(
+    model: Source | Predictor,
+    images: Any,
+    setting: str | None = None,
+    *,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
+    batch: int | None = None,
+    top: int = 5,
+) -> Predictions:
+    """Label names, probabilities, embeddings, token maps and MACs of images; see ``Predictor``, which is kept open."""
+    if isinstance(model, Predictor):
+        return model(images)
+    options: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "setting": setting, "device": device}
+    return Predictor(model, **options, batch=batch, top=top)(images)
+
+
+def _result(future: Future[Tensor]) -> Tensor | ImageError:
+    try:
+        return future.result()
+    except ImageError as error:
+        return error

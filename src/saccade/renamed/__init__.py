@@ -1,0 +1,1 @@
+"""Names of before, which still work."""

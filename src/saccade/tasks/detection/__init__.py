@@ -1,0 +1,1 @@
+"""Open-vocabulary detection: model, data, learning and measures."""

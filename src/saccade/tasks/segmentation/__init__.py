@@ -1,0 +1,1 @@
+"""A class for every pixel: model, data, learning and measures."""

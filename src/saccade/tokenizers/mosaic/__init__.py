@@ -1,0 +1,1 @@
+"""Mosaics: quadtrees of blocks, their images, positions and files."""

@@ -1,0 +1,44 @@
+"""What images use of each block: shares, costs, and the pictures of both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_helpers import encode, picture, write_folder
+from oracles import make_images, make_vit
+from saccade.analysis.usage import usage
+from saccade.model import AdaptiveViT
+from saccade.reports import view
+
+
+def test_usage_is_what_the_gates_let_run(tmp_path):
+    images = write_folder(tmp_path / "photos", {f"{i}.png": encode(picture(seed=i)) for i in range(5)})
+    model = AdaptiveViT(make_vit("vit", depth=4))
+    setting = "random_plus(0.5, at=[1, 2])"
+    found = usage(model, str(images), setting, out=tmp_path / "usage.png", batch=2)
+    assert found.share.shape == (5, 4, 6) and found.units == [
+        "patches",
+        "attention",
+        "MLP",
+        "head 0",
+        "head 1",
+        "head 2",
+    ]
+    assert (found.share[:, [0, 3]] == 1).all(), "these blocks leave nothing out"
+    gates = model.at(setting).plan.methods[0].steps
+    for step, shares in zip(gates, found.share[0, 1:3], strict=True):
+        assert float(shares[0]) == 0.5 and tuple(bool(on) for on in shares[1:3]) == tuple(step.branches)
+        assert float(shares[3:].sum()) == (2 if step.branches[0] else 0)
+    cost = float(model.at(setting)(make_images(model.vit, 1)).trace.macs()) / 1e9
+    assert found.gmacs.tolist() == pytest.approx([cost] * 5) and found.correlation() == 0.0
+    assert Image.open(tmp_path / "usage.png").width > 800
+    dropped = usage(model, str(images), "evit(0.5, at=1)")
+    assert dropped.share[:, :, 0].unique(dim=0).tolist() == [[1.0, 0.5, 0.5, 0.5]]
+
+
+def test_a_view_shows_which_patches_a_block_computes():
+    model = AdaptiveViT(make_vit("vit", depth=4))
+    _, counts = view(model, Image.fromarray(np.zeros((64, 64, 3), np.uint8)), "topk(0.5, at=[1, 2])")
+    assert counts == [16, 8, 8, 16]

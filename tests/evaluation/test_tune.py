@@ -1,0 +1,278 @@
+"""``tune`` as a whole: it survives its candidates, keeps to its time, times one table in one run, and says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import saccade
+from data_helpers import write_folder
+from saccade.errors import UserError
+from saccade.evaluation import candidates as candidates_module
+from saccade.evaluation import speed as speed_module
+from saccade.evaluation.allowance import Allowance, Costs, plan
+from saccade.evaluation.candidates import Candidate
+from saccade.evaluation.evaluator import Evaluator
+from saccade.evaluation.report import shown, tune
+from saccade.evaluation.speed import time_all
+from saccade.terminal.progress import Progress
+from small_runs import QUICK, files, shorten, tiny
+
+
+@pytest.fixture(scope="module")
+def model() -> saccade.AdaptiveViT:
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("photos"), files())
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
+
+
+Break = Callable[[pytest.MonkeyPatch, BaseException], None]
+
+
+def pricing(patch: pytest.MonkeyPatch, error: BaseException) -> None:
+    real = candidates_module.price
+
+    def price(model, setting):
+        if "evit" in setting:
+            raise error
+        return real(model, setting)
+
+    patch.setattr(candidates_module, "price", price)
+
+
+def predicting(patch: pytest.MonkeyPatch, error: BaseException) -> None:
+    real = Evaluator.predict
+
+    def predict(judge, view, *args):
+        if "evit" in str(view.setting):
+            raise error
+        return real(judge, view, *args)
+
+    patch.setattr(Evaluator, "predict", predict)
+
+
+def timing(patch: pytest.MonkeyPatch, error: BaseException) -> None:
+    real = speed_module._warm
+
+    def warm(way, view, images):
+        if "evit" in str(view.setting):
+            raise error
+        return real(way, view, images)
+
+    patch.setattr(speed_module, "_warm", warm)
+
+
+@pytest.mark.parametrize("place", [pricing, predicting, timing])
+@pytest.mark.parametrize("error", [IndexError("max(): dim 2 is empty\nmore"), RuntimeError("no"), UserError("no")])
+def test_a_candidate_that_fails_is_named_and_left_out(model, photos, few, tmp_path, monkeypatch, capsys, place, error):
+    place(monkeypatch, error)
+    with Progress(shown=True) as progress:
+        found = tune(model, photos, "1.2x", out=tmp_path / "out", progress=progress, **QUICK)
+    assert found.left_out and all("evit" in name for name in found.left_out)
+    said = "no" if isinstance(error, UserError) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    assert set(found.left_out.values()) == {said}
+    assert not any("evit" in row.setting for row in found.rows) and any("tome" in row.setting for row in found.rows)
+    written = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert written["left_out"] == found.left_out
+    page = (tmp_path / "out" / "report.html").read_text()
+    printed = capsys.readouterr().err
+    for name in found.left_out:
+        assert f"<code>{name}</code> is left out: " in page
+        assert f"left out: {name}: {said}" in printed
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")])
+def test_what_is_of_the_machine_ends_it(model, photos, few, tmp_path, monkeypatch, error):
+    pricing(monkeypatch, error)
+    with pytest.raises(type(error)):
+        tune(model, photos, "1.2x", out=tmp_path / "out", **QUICK)
+
+
+def test_a_setting_whose_logits_are_not_finite_is_disqualified_by_name(model, photos, few, tmp_path, monkeypatch):
+    real = saccade.AdaptiveViT.forward_head
+
+    def head(self, tokens):
+        return real(self, tokens) * (float("nan") if "tome" in str(self.setting) else 1.0)
+
+    monkeypatch.setattr(saccade.AdaptiveViT, "forward_head", head)
+    found = tune(model, photos, "1.2x", out=tmp_path / "out", **QUICK)
+    assert found.left_out and all("tome" in name for name in found.left_out)
+    assert all("NaN or infinity" in reason for reason in found.left_out.values())
+
+
+def test_the_numbers_of_a_table_agree_with_each_other(model, photos, tmp_path):
+    """Speed-up, images/s and latency of all rows are of one interleaved run, against one dense model."""
+    rows = tune(model, photos, "1.3x", out=tmp_path / "out", **QUICK).rows
+    details = json.loads((tmp_path / "out" / "frontier.json").read_text())["rows"]
+    assert any("bf16" in row.setting and row.family == "reduction" for row in rows) or len(rows) > 4
+    dense = rows[0]
+    for row, detail in zip(rows, details, strict=True):
+        assert row.speedup == pytest.approx(dense.p50_ms / row.p50_ms)
+        assert row.images_per_s == pytest.approx(1e3 * QUICK["batch"] / row.p50_ms)
+        assert row.conversion == pytest.approx(detail["speed"]["speedup"] / detail["speed"]["mac_ratio"])
+    by = sorted(rows, key=lambda row: row.images_per_s)
+    assert [row.speedup for row in by] == sorted(row.speedup for row in rows)
+    assert len({detail["speed"]["runs"] for detail in details}) == 1
+
+
+def test_all_rows_are_timed_in_one_run(model, photos, few, tmp_path, monkeypatch):
+    runs = []
+
+    def watched(entries, *args, **options):
+        runs.append([*entries])
+        return time_all(entries, *args, **options)
+
+    monkeypatch.setattr("saccade.evaluation.tune.time_all", watched)
+    found = tune(model, photos, "1.3x", out=tmp_path / "out", **QUICK)
+    assert {row.setting for row in found.rows} <= set(runs[-1])
+    assert all(len(run) == 2 for run in runs[:-1])  # whether a smaller number type pays: of these no row is made
+
+
+def test_dense_the_best_of_each_family_and_the_choice_are_shown_and_controls_folded(model, photos, few, tmp_path):
+    found = tune(model, photos, "1.2x", out=tmp_path / "out", **QUICK)
+    table = "\n".join(row[0] for row in found.table().rows)
+    assert "dense" in table and "→ " in table and "random" not in table
+    best = max((r for r in found.rows if r.family == "reduction"), key=lambda r: (r.top1, r.speedup))
+    assert best.setting in table and found.rows[0] in shown(found.rows)
+    page = (tmp_path / "out" / "report.html").read_text()
+    main, folded = page.split("<details")[0], page.split("<details")[1].split("</details>")[0]
+    assert "random(" in folded and 'data-v="random(' not in main
+    assert any(row.family == "random" for row in found.rows)
+    assert "random(" in (tmp_path / "out" / "frontier.csv").read_text()
+
+
+def test_the_verdict_names_a_line_that_runs_it(model, photos, few, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = tune(model, photos, out="it's", **QUICK)
+    line = next(line for line in found.recommendation if line.startswith("To run it: `"))
+    code = line.split("`")[1]
+    with torch.inference_mode():
+        images = torch.randn(2, 3, *found.model.input_size())
+        assert torch.equal(eval(code, {"saccade": saccade, "images": images}), found.model(images).logits)
+    assert any(
+        "Assumed, as nothing was asked for: at most 1.0% lost; batches of 2 images" in x for x in found.recommendation
+    )
+
+
+def test_without_a_compiler_nothing_compiled_is_recommended(model, photos, few, tmp_path, monkeypatch):
+    def broken(module, **options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: broken)
+    found = tune(model, photos, "1x", out=tmp_path / "out", **{**QUICK, "compiled": True})
+    assert {"dense · fp32 compiled", "dense · bf16 compiled"} <= set(found.left_out)
+    assert "compiled" not in found.runner and not any("compiled" in row.setting for row in found.rows)
+
+
+# Time
+
+
+class Clock:
+    """Seconds that pass with the work: so many for each image that a model is given."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, an_image: float) -> None:
+        self.now = 0.0
+        real = saccade.AdaptiveViT.forward
+
+        def forward(model, images):
+            self.now += an_image * len(images)
+            return real(model, images)
+
+        patch.setattr(saccade.AdaptiveViT, "forward", forward)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("an_image", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("minutes", [1.0, 4.0])
+def test_a_time_is_kept_to_and_still_says_something(model, photos, few, tmp_path, monkeypatch, an_image, minutes):
+    clock = Clock(monkeypatch, an_image)
+    found = tune(model, photos, "1x", out=tmp_path / "out", minutes=minutes, clock=clock, compiled=False, batch=2)
+    least = 300 * an_image if an_image > 0.3 else 0.0  # 20 images and four settings are measured whatever it takes
+    assert clock.now <= max(60 * minutes, least)
+    assert found.rows[0].setting == "dense" and any(row.chosen for row in found.rows)
+    assert all(row.top1 is not None for row in found.rows)
+
+
+def test_without_a_time_everything_is_measured(model, photos, few, tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, 10.0)
+    found = tune(model, photos, "1.2x", out=tmp_path / "out", clock=clock, **QUICK)
+    facts = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert facts["facts"]["images"].endswith("21 to choose by, 21 reported") and not facts["notes"]
+    assert not found.left_out
+
+
+CANDIDATES = [Candidate("dense", "dense", 1e9, False)] + [
+    Candidate(f"{family}({i})", family, 1e9 - 1e6 * i, False)
+    for family, count in (("dense", 10), ("random", 10), ("reduction", 60))
+    for i in range(1, count + 1)
+]
+
+
+@pytest.mark.parametrize("seconds", [1.0, 30.0, 120.0, 600.0, 6000.0])
+@pytest.mark.parametrize("image", [1e-4, 1e-2, 1.0])
+def test_a_plan_fits_or_says_that_it_does_not(seconds, image):
+    allowance = Allowance(seconds, clock=lambda: 0.0)
+    options = {"images": 2000, "batch": 8, "survivors": 14, "runners": 9, "timing": 30.0, "ratio": 1.5}
+    found = plan(CANDIDATES, Costs(image, image), allowance, **options)
+    assert 20 <= found.images <= 2000 and found.candidates[0] == CANDIDATES[0]
+    assert {c.family for c in found.candidates} == {"dense", "random", "reduction"}
+    assert found.seconds <= seconds or found.images == 20
+    whole = plan(CANDIDATES, Costs(image, image), Allowance(clock=lambda: 0.0), **options)
+    assert whole.images == 2000 and whole.candidates == CANDIDATES and whole.timing >= 30.0
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf"), "2", True])
+def test_what_is_no_time_is_refused(model, photos, tmp_path, minutes):
+    with pytest.raises(UserError, match="minutes="):
+        tune(model, photos, "2x", out=tmp_path / "out", minutes=minutes, **QUICK)
+
+
+def test_timing_that_runs_late_leaves_out_the_last_and_makes_fewer_runs(model, monkeypatch):
+    clock = Clock(monkeypatch, 1.0)
+    entries = {f"evit({k / 10})": model.at(f"evit({k / 10})").eval() for k in range(3, 10)}
+    found = time_all(entries, 1, 100.0, clock=clock, most=40.0)
+    assert 4 <= len(found.rows) < 7 and 3 <= found.rows[0].runs < 7
+    assert set(found.failed.values()) == {"not timed, to keep within the time"}
+    assert [row.setting for row in found.rows] == [*entries][: len(found.rows)]
+
+
+@pytest.mark.parametrize(
+    "setting", ["dynamicvit(0.5)", "evit(0.9) | ltmp(0.5)", "grid(16) | topk(0.5) | dynamicvit(0.7)"]
+)
+def test_a_method_that_has_learned_nothing_is_no_candidate(few, setting):
+    """Though the model says that it was trained for it; from the first change of what it learns on, it is one."""
+    plain = tiny()
+    model = saccade.AdaptiveViT(plain.vit, "", (setting,)).eval()
+    name = "ltmp" if "ltmp" in setting else "dynamicvit"
+    for ratio in (None, 1.5):
+        priced = candidates_module.candidates(model, ratio)
+        assert setting not in [c.setting for c in priced.candidates]
+        assert priced.failed[setting] == f"{name} has learned nothing yet: train it, then tune"
+        assert not any(name in c.setting for c in priced.candidates)
+    model.at(setting)  # what it learns is the model's from now on
+    with torch.no_grad():
+        for key, weight in model.learned.items():
+            if key.startswith(name):
+                weight.add_(0.01)
+    assert setting not in candidates_module.candidates(model).failed
+
+
+def test_tune_names_what_is_untrained_and_never_chooses_it(photos, few, tmp_path):
+    model = saccade.AdaptiveViT(tiny().vit, "", ("dynamicvit(0.3)",)).eval()
+    found = tune(model, photos, "1.1x", out=tmp_path / "out", **QUICK)
+    assert "dynamicvit has learned nothing" in found.left_out["dynamicvit(0.3)"]
+    assert "dynamicvit" not in found.setting and not any("dynamicvit" in row.setting for row in found.rows)
+    assert "dynamicvit has learned nothing" in (tmp_path / "out" / "report.html").read_text()
