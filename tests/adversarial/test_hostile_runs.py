@@ -18,7 +18,10 @@ import saccade
 from attack import VALUES, attempt, damaged, twisted
 from data_helpers import encode, picture, write_folder
 from saccade.errors import UserError
+from saccade.storage.run_folder import _ours
+from saccade.training.checkpoints import read_state
 from saccade.training.config import Config, read_config, shipped
+from saccade.training.logging import read_table
 from saccade.training.train import train
 
 MODEL = {"embed_dim": 16, "depth": 1, "num_heads": 1, "img_size": 16, "patch_size": 8}
@@ -207,3 +210,20 @@ def test_an_answer_of_a_broken_model_is_no_label(tmp_path):
             model.vit.head.bias[1] = value
         (found,) = saccade.predict(model, tmp_path / "a.png")
         assert "NaN" in found.error and not found.labels
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "state.json", "frontier.json"])
+def test_files_of_a_run_without_an_end(tmp_path, name):
+    """Holes of 64 GiB cost no memory and no time: refused, or not taken for ours."""
+    file = tmp_path / "last-00000001" / name
+    file.parent.mkdir()
+    with open(file, "wb") as hole:
+        hole.truncate(64 << 30)
+    if name == "metrics.csv":
+        with pytest.raises(UserError, match="is over 256 MiB"):
+            read_table(file)
+    elif name == "state.json":
+        with pytest.raises(UserError, match="is over 64 MiB"):
+            read_state(file.parent)
+    else:
+        assert not _ours(file, ("rows",))

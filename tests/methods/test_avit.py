@@ -178,3 +178,12 @@ def test_knobs_out_of_range_are_named(setting, words):
     with pytest.raises(UserError) as error:
         AdaptiveViT(make_vit("vit"), setting)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("text", ["avit() | depth(2, head='own')", "depth(2, head='own') | avit()"])
+def test_a_second_head_is_refused(text):
+    vit = make_vit("vit", depth=4)
+    model = AdaptiveViT(vit, text).eval()
+    with pytest.raises(UserError, match="two of its methods give the logits by a head of their own"):
+        model(make_images(vit, 1))
+    assert AdaptiveViT(vit, "avit() | depth(2)").eval()(make_images(vit, 1)).logits.shape == (1, 10)

@@ -84,6 +84,8 @@ def in_pairs() -> list:
     for a, b in itertools.permutations(METHODS, 2):
         partners = {"tome"} if registry()[a].baseline or registry()[b].baseline else PARTNERS
         text = f"{strong[a]} | {strong[b]}"
+        if "head='own'" in text and "avit" in (a, b):
+            continue  # two heads, which is refused: ``test_avit``
         found.append(pytest.param(text, marks=() if a in partners or b == "tome" else slow, id=text))
     return found + [f"{strong[t]} | {strong[m]}" for t in TOKENIZERS for m in METHODS]
 

@@ -89,9 +89,21 @@ def joined(parts: list[Tokens], found: list[Group]) -> Tokens:
         dropped_features=left,
         unmixed=before,
         state={name: side_by_side([p.state[name] for p in parts]) for name in first.state},
-        proportional=all(p.proportional for p in parts),
+        proportional=_proportional(parts, back),
         **{name: of_tokens(name) for name in OF_TOKENS},  # type: ignore[arg-type]
     )
+
+
+def _proportional(parts: list[Tokens], back: Tensor) -> bool | Tensor:
+    """``Tokens.proportional`` of the joined images: one answer where all agree."""
+    given = [p.proportional for p in parts]
+    if all(value is given[0] for value in given) and isinstance(given[0], bool):
+        return given[0]
+    each = [
+        torch.full((len(p.x),), value, device=back.device) if isinstance(value, bool) else value
+        for p, value in zip(parts, given, strict=True)
+    ]
+    return torch.cat(each).index_select(0, back)
 
 
 def gates_by_group(tokens: Tokens, decide: Callable[[Tokens], Gates]) -> Gates:
@@ -118,7 +130,9 @@ def _of_images(tokens: Tokens, images: Tensor) -> Tokens:
     some = {name: None if value is None else value.index_select(0, images) for name, value in some.items()}
     before = None if tokens.unmixed is None else _of_images(tokens.unmixed, images)
     notes = {name: value.index_select(0, images) for name, value in tokens.state.items()}
-    return changed(tokens, **some, unmixed=before, state=notes)
+    counts = tokens.proportional
+    counts = counts if isinstance(counts, bool) else counts.index_select(0, images)
+    return changed(tokens, **some, unmixed=before, state=notes, proportional=counts)
 
 
 def _compact(tokens: Tokens, order: Tensor) -> Tokens:

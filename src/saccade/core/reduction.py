@@ -151,7 +151,7 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         "value_norm": value,
         **scores,
     }
-    proportional = tokens.proportional and r.proportional
+    proportional = tokens.proportional if r.proportional else False
     owner = Moved(unread(tokens), r, n)
     return changed(tokens, x=torch.cat(parts, dim=1), owner=owner, proportional=proportional, **state)
 

@@ -45,7 +45,8 @@ class Tokens:
     dropped_features: Tensor | None = (
         None  # [B, G, D]  last features of dropped cells; None: nobody will ask for a dense map
     )
-    proportional: bool = True  #      attention counts a token ``size`` times; False: once (an average still does)
+    proportional: bool | Tensor = True  # attention counts a token ``size`` times; False: once (an average still
+    #                                 does); [B] where images differ
     unmixed: Tokens | None = None  #  the tokens that a mixture was made of, for a reducer that will put them back
     rows: Rows | None = None  #       which rows of [B, P+N] ``x`` holds, where it is packed; None: all
     state: Mapping[str, Tensor] = field(default_factory=dict)  # what methods remember from block to block, by name:
@@ -64,7 +65,8 @@ class Tokens:
     @property
     def plain(self) -> bool:
         """Whether all of a rectangle of tokens are there and count alike: what an ordinary ViT sees."""
-        odd = (self.rows, self.size if self.proportional else None, self.valid, self.gate_mask, self.keep_mask)
+        counts = None if self.proportional is False else self.size
+        odd = (self.rows, counts, self.valid, self.gate_mask, self.keep_mask)
         return all(value is None for value in odd)
 
     def takes_part(self) -> Tensor | None:
@@ -84,13 +86,19 @@ class Tokens:
         """The patch tokens, [B, N, D]."""
         return self.x[:, self.num_prefix :]
 
+    def attention_size(self) -> Tensor | None:
+        """How many times attention counts each patch token, [B, N]; None: all once."""
+        if self.size is None or isinstance(self.proportional, bool):
+            return self.size if self.proportional is True else None
+        return torch.where(self.proportional.unsqueeze(1), self.size, 1.0)
+
     def key_bias(self) -> Tensor | None:
         """What to add to every attention score of a key, [B, P+N] fp32 (packed: [T]); None when all keys count alike.
 
         ``log(size)`` makes a merged token count as often as the patches in it (proportional attention, ToMe §3.2);
         ``-inf`` hides padding and tokens that take no part.
         """
-        size = self.size if self.proportional else None
+        size = self.attention_size()
         if self.rows is not None:  # what is packed is there
             return None if size is None else self.rows.pack(self.pad_prefix(size.log()))
         if size is None and self.valid is None and self.gate_mask is None and self.keep_mask is None:

@@ -260,6 +260,6 @@ def live_keys(tokens: Tokens) -> Tensor | None:
     part = tokens.takes_part()
     if part is None or tokens.keep_mask is None or not tokens.keep_mask.requires_grad:
         return None
-    for other in (tokens.size if tokens.proportional else None, tokens.valid):
+    for other in (tokens.attention_size(), tokens.valid):
         part = part if other is None else part * other
     return tokens.pad_prefix(part, 1.0)

@@ -58,7 +58,7 @@ def _rows(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None
     rows = Rows.of(there)
     if not len(rows.index):
         return x, 0
-    counts = tokens.size is not None and tokens.proportional
+    counts = tokens.size is not None and tokens.proportional is not False
     bias = rows.pack(bias) if bias is not None and counts else None  # what else it hides is not there
     return rows.add(x, branch(rows.pack(x), bias, heads, rows)), rows.count()
 

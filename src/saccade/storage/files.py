@@ -218,6 +218,17 @@ def check_picture(path: str | os.PathLike) -> None:
     check_target(path, is_our_picture)
 
 
+def read_at_most(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file. Raises OSError where it is none or cannot be read, ValueError where it is longer."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.name} is no file")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path.name} is over {limit >> 20} MiB")
+    return data
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write UTF-8 text; a reader sees the old file or the whole new one. Names that are not UTF-8 are escaped."""
     write_texts({path: text})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from saccade.errors import UserError
-from saccade.storage.files import check_folder, shortened, sweep
+from saccade.storage.files import check_folder, read_at_most, shortened, sweep
 from saccade.storage.foreign import check_no_photos
 from saccade.storage.locks import owning
 from saccade.storage.model_folder import check_ours
@@ -27,6 +27,7 @@ EVAL = {"scores.csv": ("setting",), "scores.json": ("facts", "rows"), "report.ht
 ANALYZE = {"analysis.json": ("facts", "findings"), "report.html": PAGE}
 BELOW = ("model", "checkpoints", "cache")  # folders of ours in it
 HEAD = 2**16  # characters that are looked through for signs
+MOST_BYTES = 256 << 20  # of a JSON file of ours
 
 
 def owned(writes: Mapping[str, Signs]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -98,7 +99,7 @@ def _ours(file: Path, signs: Signs) -> bool:
         if not file.stat().st_size:
             return True
         if file.suffix == ".json":
-            found = json.loads(file.read_bytes())
+            found = json.loads(read_at_most(file, MOST_BYTES))
             return isinstance(found, dict) and all(sign in found for sign in signs)
         with open(file, encoding="utf-8", errors="replace") as stream:
             head = stream.read(HEAD)

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saccade.errors import UserError
-from saccade.storage.files import discard, part_beside, reported, to_disk
+from saccade.storage.files import discard, part_beside, read_at_most, reported, to_disk
 from saccade.storage.weights import digest
 
 TENSORS, FACTS = "state.safetensors", "state.json"
+MOST_FACTS = 64 << 20  # bytes
 SEAL = "seal"  # in the facts: a checksum of the tensors' file and of all other facts
 
 
@@ -91,7 +92,7 @@ def write_state(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any])
 def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What ``write_state`` wrote. Raises UserError where it is damaged."""
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = json.loads(read_at_most(folder / FACTS, MOST_FACTS))
         step = facts["step"] if isinstance(facts, dict) else None
         if type(step) is not int or step < 0 or not isinstance(facts.get("config", {}), dict):
             raise ValueError(f"{FACTS} names no step, or no config")

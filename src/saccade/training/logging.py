@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import UserError
-from saccade.storage.files import reported, write_text
+from saccade.storage.files import read_at_most, reported, write_text
 from saccade.training.batch_stream import BatchStream
 
 Row = dict[str, Any]
@@ -60,6 +60,7 @@ class Table:
         return text.getvalue()
 
 
+MOST_BYTES = 256 << 20  # of a table
 SURPLUS = "\0"  # no column is called this: what a row has beyond the header
 
 
@@ -67,7 +68,10 @@ def read_table(path: Path) -> list[Row]:
     """Rows of a table, numbers as numbers; what a killed process tore or a disk damaged is left out."""
     if not path.is_file():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = read_at_most(path, MOST_BYTES).decode("utf-8", "replace")
+    except ValueError as error:
+        raise UserError(f"{str(path)!r}: {error}: it is no table of a training run; move it away") from None
     whole = text[: text.rfind("\n") + 1]
     found: list[Row] = []
     with contextlib.suppress(csv.Error):  # what comes after a field that never ends is lost
