@@ -94,7 +94,7 @@ def test_levels_are_what_the_blocks_hand_on(model, setting):
 @given(st.lists(st.integers(-1, 3), min_size=6, max_size=6))
 def test_a_cell_map_gives_each_cell_its_token(owner):
     tokens = make_tokens(1, 4, width=3)
-    tokens = type(tokens)(tokens.x, torch.tensor([owner]), (2, 3), 1, left=torch.full((1, 6, 3), 7.0))
+    tokens = type(tokens)(tokens.x, torch.tensor([owner]), (2, 3), 1, dropped_features=torch.full((1, 6, 3), 7.0))
     found = cell_map(tokens, (2, 3))
     pooled = cell_map(tokens, (1, 1))
     for cell, own in enumerate(owner):
@@ -738,7 +738,7 @@ def test_mistakes_are_named_before_any_work(model, photos, tmp_path, monkeypatch
     assert "\n" not in str(refused.value)
 
 
-def test_the_command_analyzes(run: Run, tmp_path):  # noqa: F811
+def test_the_command_analyzes(run: Run, tmp_path):
     arguments = ["analyze", "model", "photos", "-s", "dense", "-s", "grid(8..32)", "--limit", 12, "--out", tmp_path]
     code, out, err = run(*arguments, "--what", "cka | correspondence(photos=1)", "--json")
     assert (code, err) == (0, "")

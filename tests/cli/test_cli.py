@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import saccade
-from command_line import Run
+from command_line import Run, place, run  # noqa: F401  (fixtures)
 from data_helpers import encode, picture, write_folder
 from saccade.checkpoint import open_device
 from saccade.cli import spread_values

@@ -262,7 +262,7 @@ def test_a_sweep_without_labels_or_time_has_a_page_too(tmp_path):
 # The command
 
 
-def test_the_command_sweeps(run: Run, tmp_path, asked):  # noqa: F811
+def test_the_command_sweeps(run: Run, tmp_path, asked):
     arguments = ["eval", "model", "photos", "-s", "grid(8..40)", "--limit", 6, "--batch", 2]
     code, out, _ = run(*arguments, "--json")
     assert code == 0
@@ -288,7 +288,7 @@ def test_the_command_sweeps(run: Run, tmp_path, asked):  # noqa: F811
         ("-s tome(r=1..2) --out photo.png", "photo.png' is not a folder"),
     ],
 )
-def test_mistakes_end_in_one_line(run: Run, arguments, said):  # noqa: F811
+def test_mistakes_end_in_one_line(run: Run, arguments, said):
     code, out, err = run("eval", "model", "photos", *arguments.split())
     assert (code, out) == (2, "")
     (line,) = err.splitlines()

@@ -133,7 +133,7 @@ def test_all_rows_are_timed_in_one_run(model, photos, few, tmp_path, monkeypatch
         runs.append([*entries])
         return time_all(entries, *args, **options)
 
-    monkeypatch.setattr("saccade.evaluation.tune.time_all", watched)
+    monkeypatch.setattr("saccade.evaluation.search_run.time_all", watched)
     found = tune(model, photos, "1.3x", out=tmp_path / "out", **QUICK)
     assert {row.setting for row in found.rows} <= set(runs[-1])
     assert all(len(run) == 2 for run in runs[:-1])  # whether a smaller number type pays: of these no row is made

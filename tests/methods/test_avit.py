@@ -126,7 +126,7 @@ def test_the_loss_by_hand():
     left = torch.tensor([[[1, 0.9], [0.6, 0.5], [0, 0]], [[0.3, 0.2], [0.7, 0], [0.9, 0.8]]], requires_grad=True)
     block = SimpleNamespace(kept=torch.ones(2), owner=torch.tensor([[0, 1], [0, -1]]))  # another method dropped a cell
     trace = SimpleNamespace(
-        notes={LEFT: left}, images=2, blocks=[block] * 3, first=torch.zeros(2, 2, dtype=torch.int64)
+        state={LEFT: left}, images=2, blocks=[block] * 3, first=torch.zeros(2, 2, dtype=torch.int64)
     )
     found = method.loss(trace)
     cells = [(0.6, 0.5), (0.0, 0.0), (0.7, 0.0)]  # after the prefix token

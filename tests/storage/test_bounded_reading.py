@@ -77,10 +77,10 @@ def test_a_network_that_scores_is_bounded_before_it_is_made(network, tmp_path, m
     config["saccade"]["setting"] = setting
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(timm, "create_model", create)
-    with pytest.raises(UserError, match=r"million parameters, limit 128"):
+    with pytest.raises(UserError, match=r"million parameters, limit 200"):
         model.at(setting)
     assert made and {*made} == {"meta"}
-    with pytest.raises(UserError, match=r"million parameters, limit 128"):
+    with pytest.raises(UserError, match=r"million parameters, limit 200"):
         saccade.load(tmp_path / "m")
     with pytest.raises(SystemExit) as stop:
         main(["bench", "vit_tiny_patch16_224", "-s", setting, "--batch", "1", "--seconds", "0"])

@@ -295,7 +295,7 @@ def test_the_price_by_arithmetic_is_of_the_patch_embedding():
     assert macs(backbone_of(vit), *model.plan.methods) == plain.macs()[0] == trace.macs()[0] - trace.embed + plain.embed
 
 
-def test_the_verb_writes_a_model_that_evaluates(run: Run, tmp_path):  # noqa: F811
+def test_the_verb_writes_a_model_that_evaluates(run: Run, tmp_path):
     photos = write_folder(tmp_path / "photos", files(each=6))
     AdaptiveViT(make_vit("deit")).save(str(tmp_path / "plain"))
     code, out, _ = run("stem", tmp_path / "plain", photos, "--out", tmp_path / "made", "--json")

@@ -107,7 +107,9 @@ def _circumstances(model: AdaptiveViT) -> tuple:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     pinned = sorted((k, v) for k, v in os.environ.items() if k.startswith("SACCADE_"))
     versions = saccade.__version__, _code(), torch.__version__, timm.__version__
-    return name, torch.get_num_threads(), pinned, model.execution, model.execution.measured, versions
+    execution = getattr(model, "execution", None)
+    table = execution and sorted(execution.measured.items())
+    return name, torch.get_num_threads(), pinned, execution, table, versions
 
 
 @lru_cache(maxsize=1)
