@@ -127,6 +127,8 @@ def test_macs_of_a_network_over_sizes() -> None:
 @pytest.mark.parametrize("setting", ["grid(24) | evit(0.6)", "quadtree(15)"])
 def test_exported_with_its_constants(setting: str, strict: bool) -> None:
     """At another size than its own; read back, the program needs nothing of ours."""
+    if strict and torch.__version__ < (2, 14):
+        pytest.skip(f"torch {torch.__version__} loses traced constants in strict export; its default way keeps them")
 
     class Logits(nn.Module):
         def __init__(self) -> None:
