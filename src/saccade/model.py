@@ -165,12 +165,12 @@ class AdaptiveViT(TimmNames):
     def pooled_head(self, x: Tensor, tokens: Tokens, pre_logits: bool = False) -> Tensor:
         """``head`` of tokens whose normed values are x; ``pre_logits``: what the classifier reads, [B, D]."""
         vit = self.vit
-        own = [method.head(vit, tokens) for method in self.plan.methods if not pre_logits]
-        if own := [found for found in own if found is not None]:
+        said = ((type(method), method.head(vit, tokens)) for method in self.plan.methods if not pre_logits)
+        if own := {kind: logits for kind, logits in said if logits is not None}:
             require_head(vit)
             if len(own) > 1:
                 raise UserError(f"{self.setting}: two of its methods give the logits by a head of their own: name one")
-            return own[0]
+            return next(iter(own.values()))
         weights = None if vit.global_pool == "token" else tokens.weights()  # the patches may not even be there
         if weights is None:
             return vit.forward_head(x, pre_logits=pre_logits)

@@ -379,6 +379,10 @@ def test_an_interruption_is_said_in_one_line(run, monkeypatch):
     assert said == "saccade: interrupted; nothing was kept to take up" and "Traceback" not in err
 
 
+def whole_files(root: Path) -> list[Path]:
+    return [p for p in root.rglob("*.safetensors") if ".part" not in p.name]
+
+
 def test_ctrl_c_leaves_whole_files_and_nothing_else(place, tmp_path):
     slow = [*QUICK, "--seconds", "60"]  # would time for a minute after its first file
     arguments = ["tune", "model", "photos", "--target", "1.2x", "--out", str(tmp_path / "out"), *slow, "--json"]
@@ -395,7 +399,7 @@ def test_ctrl_c_leaves_whole_files_and_nothing_else(place, tmp_path):
     )
     try:
         patience = time.monotonic() + 300
-        while not list(tmp_path.rglob("*.safetensors")) and process.poll() is None and time.monotonic() < patience:
+        while not whole_files(tmp_path) and process.poll() is None and time.monotonic() < patience:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
