@@ -73,8 +73,10 @@ def test_maps_of_other_values(tmp_path, values):
 
 
 def test_decode_ids_takes_numbers_only():
-    for data in (b"", b"P2\n1 1\n300\n299\n", b"not an image", PHOTO):
-        attempt(lambda data=data: decode_ids(data, "x"))
+    for data in (b"", b"P2\n1 1\n300\n299\n", b"P5 #c\n1 1\n15\n\x07", b"not an image", PHOTO):
+        assert isinstance(attempt(lambda data=data: decode_ids(data, "x")), UserError), data
+    for most in (255, 65535):  # other ranges would be stretched, and 299 of 300 be 65317
+        assert decode_ids(f"P2\n#c\n1 1\n{most}\n200\n".encode(), "x").tolist() == [[200]]
 
 
 COCO: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """``merging``: what a setting merges, and whether merging changes what is attended to.
 
-The statistics of ImagePiece (arXiv 2412.16491): how many tokens that nobody attended to are attended to one block later
+The statistics of ImagePiece (arXiv 2412.16491): how many unattended tokens are attended to one block later
 (its Table 5), how alike the tokens are that become one (Table 6), how many of them were attended to (Table 7). Read off
 owner maps and attention alone: no method is asked what it did, so they are defined for every one, and for none.
 """
@@ -155,7 +155,7 @@ def ratio(parts: Tensor, wholes: Tensor, seed: int = 0, limits: tuple[float, flo
 
 @register("merging")
 def merging(study: Study, *, p: float = 0.3, metric: str = "key") -> Finding:
-    """What settings merge, and whether what nobody looked at is looked at again (arXiv 2412.16491, Tables 5 to 7).
+    """What settings merge, and whether unattended tokens are attended to again (arXiv 2412.16491, Tables 5 to 7).
 
     Args:
         p: a token is inattentive where it is among this share of the least attended ones.

@@ -66,7 +66,7 @@ def backbone_of(vit: ViT) -> Backbone:
 
 
 def resize_of(vit: ViT) -> ResizeSpec | None:
-    """How kernel and positions of a ViT were resized in training; None: nobody said."""
+    """How kernel and positions of a ViT were resized in training; None: not recorded."""
     spec = (getattr(vit, "pretrained_cfg", None) or {}).get("resize")
     return None if spec is None else ResizeSpec.from_dict(spec)
 

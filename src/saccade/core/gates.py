@@ -1,6 +1,6 @@
 """Gates: which parts of one block run for each image — masked in training, skipped in inference, one definition.
 
-A token that nobody attends to and that gets no update is absent. Masked execution computes everything and multiplies;
+A token that is neither attended to nor updated is absent. Masked execution computes everything and multiplies;
 sparse execution gathers the rows that are on, computes those, and adds them back. They are equal.
 """
 

@@ -41,7 +41,7 @@ class Backbone:
     pool: str  #             timm's global_pool
     cost: BlockCost  #       MACs of a block's parts
     head: tuple[int, int]  # MACs of pooling and classifier, and how many more of them for each token
-    resize: ResizeSpec | None = None  # how kernel and positions were resized in training; None: nobody said
+    resize: ResizeSpec | None = None  # how kernel and positions were resized in training; None: not recorded
     num_classes: int = 0
 
     @property
@@ -179,7 +179,9 @@ class Plan(nn.Module):
         todo = self.reducers(block, site, tokens.num_patches)
         for i, reducer in enumerate(todo):
             tokens = padded(tokens)
-            later = frozenset().union(*(r.read for r in todo[i + 1 :]))  # readings that nobody needs stay behind
+            later = frozenset().union(
+                *(r.read for r in todo[i + 1 :])
+            )  # readings that no later reducer needs stay behind
             step = partial(_reduced, reducer, READINGS - later, sparse)
             if not reducer.ragged and is_ragged(tokens):
                 found = groups(tokens)

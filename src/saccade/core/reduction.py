@@ -131,7 +131,7 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         weight = r.fuse_weight.unsqueeze(-1)  # [B, Q, 1]
         parts.append((weight * rows(patches, r.fuse)).sum(1, keepdim=True).to(x.dtype))
         if key is not None and tokens.key is not None:
-            total = weight.sum(1, keepdim=True).clamp(min=1e-12)  # nobody may have looked at any of them
+            total = weight.sum(1, keepdim=True).clamp(min=1e-12)  # their attention may sum to zero
             mean = (weight * rows(tokens.key, r.fuse)).sum(1, keepdim=True) / total
             key = torch.cat([key, mean.to(key.dtype)], dim=1)
         if value is not None and tokens.value_norm is not None:

@@ -13,7 +13,7 @@ def masked_softmax(scores: Tensor, keep_mask: Tensor) -> Tensor:
     one, times its zero. ε-smoothed forms leak at large scores (DynamicViT's does, arXiv 2106.02034).
     """
     best = scores.masked_fill(keep_mask == 0, -torch.inf).amax(dim=-1, keepdim=True).detach()
-    best = best.masked_fill(best == -torch.inf, 0.0)  # nobody is alive
+    best = best.masked_fill(best == -torch.inf, 0.0)  # no key is left
     below = scores - best
     weights = torch.where(below > 0, 0.0, below).exp() * keep_mask.to(
         scores.dtype

@@ -42,9 +42,7 @@ class Tokens:
     cls_attn: Tensor | None = None  # [B, N] fp32  class attention, mean over heads } attention: present only
     attn_received: Tensor | None = None  # [B, N] fp32  mean attention received          } between attention and MLP
     value_norm: Tensor | None = None  # [B, N] fp32  length of each value, all heads together; as the three above
-    dropped_features: Tensor | None = (
-        None  # [B, G, D]  last features of dropped cells; None: nobody will ask for a dense map
-    )
+    dropped_features: Tensor | None = None  # [B, G, D]  last features of dropped cells; None: no dense map is wanted
     proportional: bool | Tensor = True  # attention counts a token ``size`` times; False: once (an average still
     #                                 does); [B] where images differ
     unmixed: Tokens | None = None  #  the tokens that a mixture was made of, for a reducer that will put them back
@@ -108,7 +106,9 @@ class Tokens:
         for present in (self.valid, self.gate_mask, self.keep_mask):
             if present is not None:
                 bias = bias.masked_fill(present == 0, -torch.inf)
-        if self.num_prefix == 0:  # nothing of an image takes part: let it attend to all (nobody gets it), not to NaN
+        if (
+            self.num_prefix == 0
+        ):  # nothing of an image takes part: let it attend to all (the result is not used), not to NaN
             bias = bias.masked_fill((bias == -torch.inf).all(1, keepdim=True), 0.0)
         return self.pad_prefix(bias)
 

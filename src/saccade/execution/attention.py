@@ -191,7 +191,7 @@ def _mixed(
 ) -> tuple[Tensor, str]:
     """Attention of images side by side, without projections: q, k, v [T, h, d], bias [T] -> [T, h, d], the kernel."""
     lengths = tuple(n for n in lengths if n)
-    if not lengths:  # nobody takes part
+    if not lengths:  # no token takes part
         return v, "none"
     if len(set(lengths)) > 1:
         if _has_varlen(q, bias):

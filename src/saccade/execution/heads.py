@@ -1,4 +1,4 @@
-"""Attention by some of its heads: those that are off are not computed, and nobody pays for them.
+"""Attention by some of its heads: those that are off are not computed.
 
 Heads that run for the same images run together: where all images agree, that is one slice of the weights; where each
 has its own, there are as many groups as heads at most, and the images of a group are gathered for it.

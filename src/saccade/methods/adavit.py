@@ -187,7 +187,7 @@ def adavit(
 
 
 def deciding(backbone: Backbone) -> tuple[int, ...]:
-    """All blocks but the first, and but the last where nobody reads what its patches become."""
+    """All blocks but the first, and but the last where its patches are not read."""
     return tuple(range(1, backbone.depth - (backbone.pool == "token" and backbone.depth > 2)))
 
 

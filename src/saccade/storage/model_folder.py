@@ -45,7 +45,7 @@ def write(folder: str | os.PathLike, state: dict[str, Tensor], config: dict[str,
 def make(target: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     """A new folder, filled under a hidden name."""
     fresh = part_beside(target)
-    fresh.mkdir()  # not mkdtemp, whose folders nobody else may read
+    fresh.mkdir()  # not mkdtemp, whose folders only their owner may read
     try:
         seal = _write_weights(state, fresh / WEIGHTS)
         _write_config(config, seal, fresh / CONFIG)

@@ -93,7 +93,7 @@ def has_texts(path: str | Path) -> bool:
 
 
 def captioned(images: ImageSet, templates: Sequence[str] = PHOTO) -> Pairs:
-    """Texts made from class names, every template for every image: no natural captions, and nobody's description.
+    """Texts made from class names, every template for every image: no natural captions or descriptions.
 
     Raises UserError for an unlabelled set, or a template without ``{}``.
     """

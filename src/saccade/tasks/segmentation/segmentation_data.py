@@ -7,6 +7,7 @@ with void 0, values 1 … 150 are classes 0 … 149. Inside the library void is 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,8 @@ from saccade.tasks.segmentation.segmenter import VOID
 IMAGES = "images"
 LAYOUT = "images/name.jpg with labels/name.png, or split/images/… with split/labels/…"
 FORMATS = ("PNG", "TIFF", "BMP", "PPM")
+# A grey map of the PPM family, its two sizes and its largest value; comments may stand between them.
+GREY_MAP = re.compile(rb"P[25](?:(?:\s|#[^\n]*\n)+(\d{1,9})){3}\s")
 MODES = ("1", "L", "P", "I;16", "I")
 
 
@@ -139,6 +142,9 @@ def decode_ids(data: bytes, name: str, modes: tuple[str, ...] = MODES) -> np.nda
     image = open_image(data, name, FORMATS, pixel_limit())
     if image.mode not in modes:
         raise ImageError(name, f"labels in mode {image.mode}: store them as {', '.join(modes)}")
+    grey = GREY_MAP.match(data[:4096])
+    if grey and int(grey[1]) not in (255, 65535):  # Pillow stretches other ranges to these, numbers and all
+        raise ImageError(name, f"labels in a grey map up to {int(grey[1])}: store them up to 255 or 65535, or as PNG")
     try:
         values = np.asarray(image).astype(np.int64)
     except Exception as error:

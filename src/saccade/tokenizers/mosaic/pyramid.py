@@ -1,4 +1,4 @@
-"""One image at every scale, and leaves read straight from it: no table of patches that nobody uses.
+"""One image at every scale, and leaves read straight from it: no table of unused patches.
 
 The same pyramid carries whatever lies on the finest grid: pixels, and the position table, whose levels are then the
 positions of coarser blocks.

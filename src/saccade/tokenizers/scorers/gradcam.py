@@ -97,7 +97,7 @@ def last_map(name: str) -> str:
     def run() -> str:
         net, found = skeleton(name, None), []
         blocks = getattr(net, "blocks", None)
-        if blocks is not None and hasattr(net, "num_prefix_tokens"):  # a ViT: after its last block nobody reads patches
+        if blocks is not None and hasattr(net, "num_prefix_tokens"):  # a ViT: its last block's patches are not read
             return f"blocks.{len(blocks) - 1}.norm1"
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
