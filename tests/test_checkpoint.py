@@ -422,14 +422,17 @@ def test_weights_of_several_number_types_are_refused_before_and_by_save(tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_what_makes_number_types_of_its_own_wants_fp32(tmp_path):
+def test_what_makes_number_types_of_its_own_makes_them_of_a_copy_in_fp32():
+    """Folders hold half precision too, the built-in model's among them."""
     model = AdaptiveViT(make_vit()).eval().bfloat16()
-    for verb in (
-        lambda: saccade.bench(model, batch=[1], seconds=0),
-        lambda: saccade.tune(model, None, "2x", out=tmp_path / "t"),
-    ):
-        with pytest.raises(UserError, match=r"the weights are bfloat16.*give model\.float\(\)"):
-            verb()
+    assert saccade.bench(model, batch=[1], seconds=0)[0].runner == "fp32"
+    assert next(model.parameters()).dtype == torch.bfloat16, "the model given stays what it is"
+
+
+def test_the_built_in_model_is_timed():
+    from saccade.assets import folder as built_in
+
+    assert saccade.bench(str(built_in("scenes")), batch=[1], seconds=0)[0].finite
 
 
 def test_training_goes_on_in_fp32(tmp_path):

@@ -24,7 +24,7 @@ from saccade.model import AdaptiveViT
 from saccade.reports.frontier_report import Report, render_report
 from saccade.reports.render_tokens import token_map
 from saccade.reports.rows import Row, Sample
-from saccade.runners.runner import require_fp32
+from saccade.runners.runner import FP32
 from saccade.storage.files import check_folder, json_text, staged
 from saccade.storage.run_folder import TUNE, owned
 from saccade.terminal.progress import Progress
@@ -140,7 +140,7 @@ def tune(
     folder = Path(out)
     check_folder(folder)
     model = open_model(model, weights, pretrained, device).deploy(None)
-    require_fp32(model, "tune")
+    model = FP32.model(model)  # all number types are made of it; a folder may hold half precision
     if data is not None:
         check_savable(model)
     path = os.fspath(data) if isinstance(data, os.PathLike) else data

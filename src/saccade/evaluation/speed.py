@@ -19,7 +19,7 @@ from saccade.evaluation.failures import described, is_systems
 from saccade.evaluation.memory import peak_memory
 from saccade.model import AdaptiveViT
 from saccade.runners.allocator import steady_allocator
-from saccade.runners.runner import DTYPES, FP32, Runner, compile_failure, eager, require_fp32
+from saccade.runners.runner import DTYPES, FP32, Runner, compile_failure, eager
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result
 from saccade.terminal.text_table import Table
@@ -137,12 +137,12 @@ def bench(
         progress: where to show it; None: nowhere.
 
     Raises:
-        UserError: bad setting, batch below 1, unknown dtype, weights that are not fp32.
+        UserError: bad setting, batch below 1, unknown dtype.
     """
     if any(b < 1 for b in batch):
         raise UserError(f"batch sizes {list(batch)}: each must be 1 or more")
     model = open_model(model, weights, pretrained, device, trained=False)
-    require_fp32(model, "bench")
+    model = FP32.model(model)
     names = ["dense", *(s for s in map(str, settings) if s not in ("", "dense"))]
     base = model.deploy(runner)
     entries = {name: base.at(name).eval() for name in dict.fromkeys(names)}

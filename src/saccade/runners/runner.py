@@ -83,13 +83,6 @@ class Runner:
 FP32 = Runner()
 
 
-def require_fp32(model: nn.Module, verb: str) -> None:
-    """UserError unless the weights are fp32, from which all number types are made."""
-    if (dtype := next(model.parameters()).dtype) != torch.float32:
-        name = str(dtype).removeprefix("torch.")
-        raise UserError(f"the weights are {name}, and {verb} makes all number types of fp32: give model.float()")
-
-
 class Logits(nn.Module):
     """A model that gives its logits alone: what is compiled and exported."""
 
