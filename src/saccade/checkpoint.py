@@ -13,12 +13,12 @@ import timm
 import torch
 from torch import nn
 
+from saccade.backbones.plan_builder import build as build_setting
 from saccade.backbones.rebuilding import check_name, rebuild_vit, restore_class_names, restore_flexible
 from saccade.backbones.saving import LEARNED, folder_state, save
 from saccade.core.hooks import copied
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
-from saccade.model import build as build_setting
 from saccade.setting import Setting
 from saccade.storage.files import shortened
 from saccade.storage.folder_config import CONFIG, FolderConfig, closed, parse, read_bytes

@@ -20,6 +20,7 @@ from data_helpers import bare_png, encode, write_folder, write_zip
 from oracles import counted_macs, make_images, make_vit, randomise
 from saccade.data import ImageError, Preprocess
 from saccade.errors import UserError
+from saccade.tasks.segmentation.class_picture import paint
 from saccade.tasks.segmentation.coco_panoptic import open_panoptic
 from saccade.tasks.segmentation.mean_iou import (
     Counts,
@@ -29,7 +30,6 @@ from saccade.tasks.segmentation.mean_iou import (
     interval,
     iou,
     mean_iou,
-    paint,
 )
 from saccade.tasks.segmentation.panoptic_data import PanopticSet
 from saccade.tasks.segmentation.panoptic_quality import compare, evaluate_panoptic, mean_quality, parts

@@ -90,7 +90,7 @@ def command(
 def _draw(model: Segmenter, photo: str, settings: list[str], out: str, json: bool) -> None:
     from saccade.data import decode
     from saccade.storage.files import check_picture, write_picture
-    from saccade.tasks.segmentation.mean_iou import paint
+    from saccade.tasks.segmentation.class_picture import paint
 
     if len(settings) > 1:
         raise UserError(f"a photo is drawn under one setting and {len(settings)} were given; run it once for each")

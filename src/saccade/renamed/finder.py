@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -54,6 +54,20 @@ class Finder(MetaPathFinder, Loader):
         """Say where it is now."""
         new = ROOT + MODULES[module.__name__.removeprefix(ROOT)]
         warnings.warn(f"{module.__name__} is {new} now", DeprecationWarning, stacklevel=2)
+
+
+def moved(home: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module that is still there, for names of ``NAMES`` that have left it; they warn."""
+
+    def named(name: str) -> Any:
+        new = NAMES.get(f"{home.removeprefix(ROOT)}.{name}")
+        if new is None:
+            raise AttributeError(f"module {home!r} has no attribute {name!r}")
+        warnings.warn(f"{home}.{name} is {ROOT}{new} now", DeprecationWarning, stacklevel=2)
+        module, _, found = new.rpartition(".")
+        return getattr(import_module(ROOT + module), found)
+
+    return named
 
 
 def install() -> None:

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
-from torchvision.transforms.functional import pil_to_tensor
 
 from saccade.checkpoint import Source, open_task
-from saccade.data import Failures, ImageError, Preprocess
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
-from saccade.evaluation.defined import require_choice, require_finite, require_many
+from saccade.evaluation.defined import require_many
 from saccade.evaluation.stats import Interval
+from saccade.renamed.finder import moved
+from saccade.tasks.segmentation.labelled_batches import Step, looks
 from saccade.tasks.segmentation.segmentation_data import VOID, PixelSet, open_pixels
-from saccade.tasks.segmentation.segmenter import How, Seen, Segmenter, look
+from saccade.tasks.segmentation.segmenter import How, Segmenter
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Scores
 from saccade.terminal.text_table import Table
 
 DRAWS, PART = 10_000, 500  # resamples of the images, and how many at once
-Step = Callable[[int], None]
+__getattr__ = moved(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,61 +110,6 @@ def count(model: Segmenter, pixels: PixelSet, places: Sequence[int], how: How, b
             "check the label files, and --void"
         )
     return Counts(torch.tensor(kept), hit, there, said, macs / len(kept), decoder / len(kept))
-
-
-Pairs = tuple[list[Tensor], list[Tensor], list[int]]
-
-
-def looks(
-    model: Segmenter, pixels: PixelSet, places: Sequence[int], how: How, batch: int, step: Step
-) -> Iterator[tuple[Seen, list[Tensor], list[int]]]:
-    """What a segmenter says of images, with their labels and places, batch by batch.
-
-    Raises UserError where not one pair can be read.
-    """
-    weight = model.vit.patch_embed.proj.weight
-    prepare, any_read = Preprocess.of(model.vit), False
-    for images, labels, at in batches(pixels, places, batch, step):
-        normal = prepare.normalise(torch.stack(images)).to(weight.device, weight.dtype)
-        with torch.no_grad():  # not inference mode, whose tensors must not meet training's
-            seen = look(model, normal, how)
-        require_choice(require_finite(seen.logits, model.setting), model.setting)
-        yield seen, labels, at
-        any_read = True
-    if not any_read:
-        raise UserError(f"nothing to measure on in {pixels.images.path}: {failures(pixels) or 'no images'}")
-
-
-def batches(pixels: PixelSet, places: Sequence[int], batch: int, step: Step) -> Iterator[Pairs]:
-    """Images uint8 [3, h, w], their labels and places, of one size each time, at most ``batch`` at once."""
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    kept: list[int] = []
-    for place in places:
-        try:
-            image, label = pixels.read(place)
-        except ImageError as error:
-            pixels.failures[error.name] = error.reason
-            step(1)
-            continue
-        pixel = pil_to_tensor(image)
-        if images and (len(images) == batch or images[0].shape != pixel.shape):
-            yield images, labels, kept
-            step(len(kept))
-            images, labels, kept = [], [], []
-        images.append(pixel)
-        labels.append(torch.from_numpy(label))
-        kept.append(place)
-    if images:
-        yield images, labels, kept
-        step(len(kept))
-
-
-def failures(pixels: PixelSet) -> Failures:
-    """What could not be used, as one line."""
-    inside = {*pixels.images.names, *pixels.labels}
-    alone = sum(name not in inside for name in pixels.failures)
-    return Failures(len(pixels) + alone, [*pixels.failures.items()])
 
 
 @dataclass(frozen=True)
@@ -285,24 +229,3 @@ def summed(setting: str, counts: Counts, first: Counts, classes: Sequence[str]) 
         decoder_gmacs=counts.decoder / 1e9,
         mac_ratio=first.macs / counts.macs,
     )
-
-
-def paint(model: Segmenter, image: Image.Image) -> Image.Image:
-    """A photo under the colours of what a segmenter sees in it."""
-    weight = model.vit.patch_embed.proj.weight
-    pixels = Preprocess.of(model.vit).normalise(pil_to_tensor(image)).unsqueeze(0)
-    with torch.no_grad():
-        seen = look(model, pixels.to(weight.device, weight.dtype))
-    return painted(image, seen.logits[0].argmax(0).cpu())
-
-
-def painted(image: Image.Image, classes: Tensor, share: float = 0.6) -> Image.Image:
-    """A photo under a colour for each class: ``classes`` int64 [h, w] at the photo's size."""
-    flat = Image.fromarray(colours(int(classes.max()) + 1)[classes].numpy())
-    return Image.blend(image.convert("RGB"), flat, share)
-
-
-def colours(count: int) -> Tensor:
-    """A colour for each class, uint8 [count, 3]: hues a golden section apart, every third lighter or darker."""
-    made = [Image.new("HSV", (1, 1), (int(i * 157.6) % 256, 200, (230, 170, 120)[i % 3])) for i in range(count)]
-    return torch.tensor([one.convert("RGB").getpixel((0, 0)) for one in made], dtype=torch.uint8).reshape(-1, 3)

@@ -25,7 +25,8 @@ from saccade.errors import UserError, nearest
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.defined import require_many
 from saccade.evaluation.stats import Interval
-from saccade.tasks.segmentation.mean_iou import interval, looks
+from saccade.tasks.segmentation.labelled_batches import looks
+from saccade.tasks.segmentation.mean_iou import interval
 from saccade.tasks.segmentation.panoptic_data import PanopticSet
 from saccade.tasks.segmentation.segmentation_data import VOID
 from saccade.tasks.segmentation.segmenter import How, Segmenter

@@ -21,7 +21,8 @@ from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.stats import Interval
 from saccade.model import AdaptiveViT
-from saccade.tasks.segmentation.mean_iou import count, interval, mean_iou, paint
+from saccade.tasks.segmentation.class_picture import paint
+from saccade.tasks.segmentation.mean_iou import count, interval, mean_iou
 from saccade.tasks.segmentation.segmentation_data import VOID, PixelSet, open_pixels, pixel_splits
 from saccade.tasks.segmentation.segmenter import Segmenter, segmenter
 from saccade.training.augmentation import Augment
