@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One process for each core, each with one thread: the models of the tests are small.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 # A second environment, with the oldest release of every dependency; pip takes a wheel rather than build one.
 FLOOR := .venv-floor
 FLOOR_TESTS := $(addprefix tests/,test_floors.py methods/test_contract.py backbones/test_vit.py core/test_macs.py core/test_operator_counter.py runners/test_compile.py runners/test_export.py)
@@ -32,7 +32,7 @@ $(FLOOR)/.ready: pyproject.toml floors.txt
 	touch $@
 
 test-floor: $(FLOOR)/.ready
-	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest --numprocesses auto $(FLOOR_TESTS)
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest --numprocesses auto --dist worksteal $(FLOOR_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import saccade
-from crash_works import few
+from crash_works import few, replace
 from data_helpers import encode, picture, write_folder
 from kills import look
 from saccade.cli import main
-from saccade.evaluation import tune as searching
+from saccade.evaluation import search_run
 from saccade.storage import locks
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 3}
@@ -100,7 +100,7 @@ def full(root: Path, names: list[str], disk: Path, sizes: list[int]) -> None:
     Where nothing at all is left, ``tune`` and ``train`` meet results of before, which stay as they are.
     """
     lay(root)
-    searching.candidates = few
+    replace(search_run, "candidates", few)
     for verb in (v for v in verbs(root, disk / "out") if v.name in names):
         for left in sizes:
             more = ["--resume"] if verb.name == "train" else []
