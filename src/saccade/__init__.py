@@ -42,7 +42,7 @@ _HOME = {
     "save_mosaic": "tokenizers.mosaic.mosaic_files",
     "load_mosaic": "tokenizers.mosaic.mosaic_files",
     "list": "terminal.listing:list_methods",  # the verbs of the command, by the same names
-    "eval": "evaluation.sweep:evaluate",
+    "eval": "tasks.evaluate:evaluate",
     "bench": "evaluation.speed",
     "autotune": "evaluation.stopwatch",
     "calibrate": "evaluation.calibrate",

@@ -237,9 +237,18 @@ def open_model(
 def open_dense(
     source: Source, weights: str | os.PathLike | None = None, pretrained: bool = False, device: str | None = None
 ) -> AdaptiveViT:
-    """A source's model without reductions, to make another of: random weights will do, and a CPU does for a name."""
+    """A source's model without reductions, to make another of: random weights will do, and a CPU does for a name.
+
+    Raises UserError as ``open_model``, and for a model of another task, whose end would be lost.
+    """
     device = device if isinstance(source, nn.Module) else device or "cpu"
-    return open_model(source, weights, pretrained, device, trained=False).deploy(None).at("dense")
+    model = open_model(source, weights, pretrained, device, trained=False).deploy(None).at("dense")
+    if (task := task_of(model)) != "classify":
+        raise UserError(
+            f"this model is for task {task!r}, and what that learned would not be in the new one: give the ViT alone, "
+            "saccade.load(folder).vit"
+        )
+    return model
 
 
 def open_task(source: Source, kind: type[M], what: str, train: str, device: str | torch.device | None = None) -> M:
@@ -249,6 +258,16 @@ def open_task(source: Source, kind: type[M], what: str, train: str, device: str 
         named = repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"this {type(source).__name__}"
         raise UserError(f"{named} holds no {what}: train one with `saccade train {train}`")
     return model
+
+
+def task_of(model: AdaptiveViT) -> str:
+    """The task that a model is for, a key of ``MODELS``: "classify" unless it has another end."""
+    return model.describe().get("task", "classify")
+
+
+def verb_of(task: str) -> str:
+    """The command that measures models of a task."""
+    return {"classify": "eval", "textimage": "zeroshot"}.get(task, task)
 
 
 def open_device(name: str | torch.device) -> torch.device:

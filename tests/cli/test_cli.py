@@ -133,7 +133,7 @@ def test_eval_says_which_images_it_could_not_read(run, tmp_path):
     code, out, err = run("eval", "model", tmp_path / "in[/b]", "-s", "evit(0.5)")
     assert code == 0
     assert "12 images of" in out and "in[/b]" in out.replace("\n", "")
-    assert "1 images could not be read" in err and "b/bad.png: not a readable image" in err
+    assert "1 image could not be read" in err and "b/bad.png: not a readable image" in err
     code, out, _ = run("eval", "model", tmp_path / "in[/b]", "-s", "evit(0.5)", "--json")
     assert list(json.loads(out)["not_read"]) == ["b/bad.png"]
 

@@ -208,7 +208,7 @@ def test_the_page_draws_every_range_twice_and_marks_what_was_not_trained_for(swe
     text = (out / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert all(r.setting in page.text for r in rows) and "saccade eval it" in page.text
-    assert "grid(8..40)" in page.text and "4 of 7 settings are none that the weights were trained for" in page.text
+    assert "grid(8..40)" in page.text and "The weights were not trained for 4 of 7 settings" in page.text
     lines = [a for t, a in page.tags if t == "path" and (a.get("class") or "").startswith("line series")]
     drawn = [a["d"].count("L") for a in lines if "d" in a and "H" not in a["d"]]
     assert drawn == [2, 1] * 4  # two ranges, against compute and time, wide and narrow: three grids, two merges

@@ -15,6 +15,7 @@ from saccade.core.gates import Gates
 from saccade.core.record import BlockTrace
 from saccade.data import ImageSet, Loader, Preprocess, head_labels, open_images
 from saccade.evaluation.accuracy import spread
+from saccade.evaluation.evaluator import check_head
 from saccade.model import AdaptiveViT
 from saccade.storage.files import check_picture, write_picture
 from saccade.terminal.progress import Progress
@@ -71,6 +72,7 @@ def usage(
     Raises:
         UserError: bad setting or data.
     """
+    check_head(model)  # cost is held against its loss
     view, dense = (model if setting is None else model.at(setting)).eval(), model.at("dense").eval()
     if out is not None:
         check_picture(out)  # before the work

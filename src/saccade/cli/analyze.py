@@ -10,6 +10,8 @@ import typer
 
 from saccade.cli.application import app
 from saccade.cli.common import (
+    LIMIT,
+    Batch,
     Data,
     Device,
     Json,
@@ -37,8 +39,8 @@ def command(
     weights: Weights = None,
     pretrained: Pretrained = False,
     split: Split = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many images, evenly spread.")] = 300,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    limit: Annotated[int, LIMIT] = 300,
+    batch: Batch = 32,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -50,8 +52,10 @@ def command(
     Example: saccade analyze vit_tiny_patch16_224 photos/ --pretrained -s "grid(16)" -s "grid(28)" --what cka
     """
     from saccade.analysis import analyze
+    from saccade.storage.run_folder import check_apart
     from saccade.terminal.progress import Progress
 
+    check_apart(out, [model, data, weights])
     vit = open_model(model, weights, pretrained, device, threads)
     with Progress(shown=True) as progress, kept_in(out, "cache/*.json"):
         found = analyze(

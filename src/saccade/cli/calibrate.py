@@ -9,6 +9,8 @@ import typer
 
 from saccade.cli.application import app
 from saccade.cli.common import (
+    LIMIT,
+    Batch,
     Data,
     Device,
     Json,
@@ -34,8 +36,8 @@ def command(
     weights: Weights = None,
     pretrained: Pretrained = False,
     split: Split = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many images, evenly spread.")] = 200,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    limit: Annotated[int, LIMIT] = 200,
+    batch: Batch = 32,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,

@@ -57,6 +57,15 @@ Split = Annotated[
     str | None,
     typer.Option(help="Split of a folder of splits; the held-out one by default.", rich_help_panel=IMAGES),
 ]
+LIMIT = typer.Option(min=1, help="At most so many images, evenly spread.", rich_help_panel=IMAGES)
+Limit = Annotated[int | None, LIMIT]
+BATCH = typer.Option(min=1, help="Images at once.", rich_help_panel=IMAGES)
+Batch = Annotated[int, BATCH]
+ListedImages = Annotated[
+    str | None,
+    typer.Option(help="Folder or zip of the images that DATA lists; DATA's own by default.", rich_help_panel=IMAGES),
+]
+Drawing = Annotated[str, typer.Option(help="The PNG to write, for one photo.")]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Print JSON and nothing else on standard output.", rich_help_panel=MACHINE),
@@ -97,17 +106,20 @@ def print_json(value: Any) -> None:
 
 
 def print_result(found: Result, title: str = "") -> None:
-    """A result's table on standard output, under another title where one is given."""
+    """A result's tables on standard output, the first under another title where one is given."""
     from saccade.terminal.text_table import print_table
 
-    table = found.table()
-    print_table(replace(table, title=title or table.title))
+    first, *others = found.tables()
+    for table in (replace(first, title=title or first.title), *others):
+        print_table(table)
 
 
-def print_failures(failures: Mapping[str, str], what: str = "images could not be read and count nowhere") -> None:
-    """The names of what could not be used, and why, on standard error."""
+def print_failures(failures: Mapping[str, str], item: str = "image", what: str = "could not be read, left out") -> None:
+    """The names of what could not be used, and why, on standard error: ``2 images could not be read, left out:``."""
+    from saccade.terminal.results import counted
+
     if failures:
-        print(f"{len(failures)} {what}:", file=sys.stderr)
+        print(f"{counted(len(failures), item)} {what}:", file=sys.stderr)
         for name, reason in failures.items():
             print(f"  {name}: {reason}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""``saccade eval``: accuracy and speed of settings on images."""
+"""``saccade eval``: accuracy and speed of settings on images, or what another task's model is measured by."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import typer
 
 from saccade.cli.application import app
 from saccade.cli.common import (
+    IMAGES,
     Data,
     Device,
     Json,
+    Limit,
     Model,
     Pretrained,
     Settings,
@@ -22,10 +24,7 @@ from saccade.cli.common import (
     kept_in,
     open_model,
     print_failures,
-    print_json,
-    print_result,
 )
-from saccade.errors import UserError
 
 
 @app.command("eval")
@@ -36,8 +35,11 @@ def command(
     weights: Weights = None,
     pretrained: Pretrained = False,
     split: Split = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, evenly spread.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once, for timing too.")] = 32,
+    limit: Limit = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images at once, for timing too. Default: 32, or 8.", rich_help_panel=IMAGES),
+    ] = None,
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Of interleaved timing; 0: none. Default: 10 with a range, else 0.")
     ] = None,
@@ -56,29 +58,22 @@ def command(
 ) -> None:
     """Accuracy, agreement, GMACs and speed of settings on images, with 95 % intervals, beside the dense model.
 
-    A setting may hold ranges, a..b or a..b..step: one row for each value.
+    A setting may hold ranges, a..b or a..b..step: one row for each value. A folder of another task is measured as
+    segment, detect or zeroshot do, by the options that these have too.
 
     Example: saccade eval vit_tiny_patch16_224 photos/ --pretrained -s "tome(r=13)" -s "evit(0.7)"
 
     Example: saccade eval vit_tiny_patch16_224 photos/ --pretrained -s "grid(8..40)" --out runs/sweep
     """
-    from saccade.evaluation.sweep import evaluate
-    from saccade.evaluation.sweep_result import untrained_note
+    from saccade.cli.scored import show_scores
+    from saccade.evaluation.sweep_result import Evaluation, untrained_note
+    from saccade.storage.run_folder import check_apart
+    from saccade.tasks.evaluate import evaluate
     from saccade.terminal.progress import Progress
 
+    if out is not None:
+        check_apart(out, [model, data, weights])
     vit = open_model(model, weights, pretrained, device, threads)
-    if vit.describe().get("task") == "segment":
-        from saccade.cli import segment
-
-        options = {"--seconds": seconds, "--out": out, "--corrupt": corrupt, "--dtype": dtype}
-        if given := [name for name, value in options.items() if value is not None]:
-            raise UserError(
-                f"{model!r} is a segmentation model, for which {', '.join(given)} does not exist: leave it out"
-            )
-        segment.command(
-            model, data, setting, split, limit=limit, batch=batch, device=device, threads=threads, json=json
-        )
-        return
     with Progress(shown=True) as progress, kept_in(out):
         found = evaluate(
             vit,
@@ -94,13 +89,9 @@ def command(
             command=shlex.join(["saccade", *sys.argv[1:]]),
             progress=progress,
         )
-    rows, failures = found
-    print_failures(found.left_out, "settings cannot be scored")
-    print_failures({r.setting: untrained_note(r) for r in rows if r.untrained}, "settings are untrained")
-    if json:
-        print_json({"rows": [r.to_dict() for r in rows], "not_read": failures, "left_out": found.left_out})
-        return
-    print_result(found, f"{model}, {rows[0].images} images of {data}" + (f", {corrupt}" if corrupt else ""))
-    if out is not None:
+    if isinstance(found, Evaluation):
+        print_failures(found.left_out, "setting", "cannot be scored")
+        print_failures({r.setting: untrained_note(r) for r in found.rows if r.untrained}, "untrained setting", "below")
+    show_scores(found, f"{model}, {found.table().title} of {data}" + (f", {corrupt}" if corrupt else ""), json)
+    if out is not None and not json:
         print(f"report: {out}/report.html")
-    print_failures(failures)

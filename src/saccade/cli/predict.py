@@ -42,6 +42,7 @@ def command(
     from saccade.prediction.prediction_files import EmbeddingFile, PredictionFolder, printer
     from saccade.prediction.predictor import Predictor
     from saccade.storage.run_folder import check_apart
+    from saccade.terminal.results import counted
 
     if json and csv:
         raise UserError("give one of --json and --csv")
@@ -70,4 +71,4 @@ def command(
     for keeper in keepers:
         keeper.close()
     if failures:
-        print(f"{len(failures)} of {count} images could not be read", file=sys.stderr)
+        print(f"{len(failures)} of {counted(count, 'image')} could not be read", file=sys.stderr)

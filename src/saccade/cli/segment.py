@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from saccade.cli.application import app
-from saccade.cli.common import (
-    Device,
-    Json,
-    Settings,
-    Split,
-    Threads,
-    print_failures,
-    print_json,
-    print_result,
-    use_threads,
-)
+from saccade.cli.common import Batch, Device, Drawing, Json, Limit, Settings, Split, Threads, print_json, use_threads
 from saccade.errors import UserError
 
 if TYPE_CHECKING:
+    from saccade.tasks.segmentation.mean_iou import Segmentation
+    from saccade.tasks.segmentation.panoptic_quality import PanopticScores
     from saccade.tasks.segmentation.segmenter import Segmenter
 
 
@@ -42,9 +33,9 @@ def command(
     things: Annotated[
         str | None, typer.Option(help="Panoptic quality instead, of split/panoptic; which classes are things: car,bus.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, evenly spread.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 8,
-    out: Annotated[str, typer.Option(help="The PNG to write, for one photo.")] = "segments.png",
+    limit: Limit = None,
+    batch: Batch = 8,
+    out: Drawing = "segments.png",
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -54,19 +45,18 @@ def command(
     Example: saccade segment runs/train/model camvid.zip -s "grid(12)" -s "grid(32)" -s "tome(r=13)"
     """
     from saccade.checkpoint import open_task
-    from saccade.storage.image_names import EXTENSIONS
-    from saccade.tasks.segmentation.mean_iou import Segmentation, evaluate_segmentation
-    from saccade.tasks.segmentation.panoptic_quality import PanopticScores, evaluate_panoptic
+    from saccade.cli.scored import is_photo, show_scores
+    from saccade.tasks.segmentation.mean_iou import evaluate_segmentation
+    from saccade.tasks.segmentation.panoptic_quality import evaluate_panoptic
     from saccade.tasks.segmentation.segmenter import HOW, Segmenter
     from saccade.terminal.progress import Progress
-    from saccade.terminal.text_table import print_table
 
     use_threads(threads)
     found = open_task(model, Segmenter, "segmentation model", "segment", device)
     chosen = next((name for name in HOW if name == how), None)
     if chosen is None:
         raise UserError(f"--how {how} is not one of {', '.join(HOW)}")
-    if data.lower().endswith(EXTENSIONS):
+    if is_photo(data):
         _draw(found, data, setting, out, json)
         return
     settings = [str(found.setting), *setting]
@@ -78,26 +68,15 @@ def command(
         else:
             named = [name.strip() for name in things.split(",") if name.strip()]
             scores = evaluate_panoptic(found, data, named, settings, progress=progress, **options)
-    if json:
-        print_json({"rows": [row.to_dict() for row in scores.rows], "not_read": scores.failures})
-        return
-    print_result(scores, f"{model}, {data}: {scores.rows[0].images} images")
-    if isinstance(scores, Segmentation):
-        print_table(scores.classes())
-    print_failures(scores.failures, "pairs could not be read and count nowhere")
+    show_scores(scores, f"{model}, {data}: {scores.table().title}", json)
 
 
 def _draw(model: Segmenter, photo: str, settings: list[str], out: str, json: bool) -> None:
-    from saccade.data import decode
-    from saccade.storage.files import check_picture, write_picture
+    from saccade.cli.scored import open_photo
+    from saccade.storage.files import write_picture
     from saccade.tasks.segmentation.class_picture import paint
 
-    if len(settings) > 1:
-        raise UserError(f"a photo is drawn under one setting and {len(settings)} were given; run it once for each")
-    if not Path(photo).is_file():
-        raise UserError(f"there is no photo {photo!r}")
-    check_picture(out)
-    picture = paint(model.at(settings[0]).eval() if settings else model, decode(Path(photo), photo))
+    picture = paint(*open_photo(model, photo, settings, out))
     write_picture(out, picture)
     if json:
         print_json({"out": out, "size": list(picture.size)})

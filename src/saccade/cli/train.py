@@ -53,4 +53,4 @@ def command(
         print_json({**facts, "checks": trained.rows, "not_read": trained.failures})
         return
     print_result(trained)
-    print_failures(trained.failures, "images could not be read and were left out")
+    print_failures(trained.failures)

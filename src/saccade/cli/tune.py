@@ -66,10 +66,12 @@ def command(
     Example: saccade tune vit_tiny_patch16_224 photos/ --pretrained --target 1.5x --out runs/photos
     """
     from saccade.evaluation.report import tune
+    from saccade.storage.run_folder import check_apart
     from saccade.terminal.progress import Progress
 
     if quick and minutes is not None:
         raise UserError("give one of --quick and --minutes")
+    check_apart(out, [model, data, weights])
     start = time.perf_counter()
     vit = open_model(model, weights, pretrained, device, threads)
     minutes = QUICK if quick else minutes

@@ -7,17 +7,7 @@ from typing import Annotated
 import typer
 
 from saccade.cli.application import app
-from saccade.cli.common import (
-    Device,
-    Json,
-    Settings,
-    Split,
-    Threads,
-    print_failures,
-    print_json,
-    print_result,
-    use_threads,
-)
+from saccade.cli.common import Batch, Device, Json, Limit, ListedImages, Settings, Split, Threads, use_threads
 
 
 @app.command("zeroshot")
@@ -32,10 +22,10 @@ def command(
     template: Annotated[
         list[str] | None, typer.Option(help="Prompt with {} for the class; repeatable. Default: 'a photo of a {}.'")
     ] = None,
-    images: Annotated[str | None, typer.Option(help="Folder or zip of a table's images; its own by default.")] = None,
+    images: ListedImages = None,
     split: Split = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, evenly spread.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 32,
+    limit: Limit = None,
+    batch: Batch = 32,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -44,6 +34,7 @@ def command(
 
     Example: saccade zeroshot runs/flexilit/model photos.zip --split test -s "grid(10)" -s "grid(32)"
     """
+    from saccade.cli.scored import show_scores
     from saccade.tasks.image_text.zero_shot import evaluate_words
     from saccade.terminal.progress import Progress
 
@@ -61,8 +52,4 @@ def command(
             batch=batch,
             progress=progress,
         )
-    if json:
-        print_json({"rows": [row.to_dict() for row in found.rows], "not_read": found.failures})
-        return
-    print_result(found, f"{model}, {data}: {found.table().title}")
-    print_failures(found.failures)
+    show_scores(found, f"{model}, {data}: {found.table().title}", json)

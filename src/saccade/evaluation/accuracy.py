@@ -102,6 +102,11 @@ class Evaluated(Result):
     rows: list[Any]  #           ``Score`` each, the dense model's first
     failures: dict[str, str]  #  images that could not be read, and why
     left_out: dict[str, str]  #  settings whose logits are not finite
+    item = "image"  #           what ``failures`` names
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        return {"rows": [row.to_dict() for row in self.rows], "not_read": self.failures, "left_out": self.left_out}
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.rows, self.failures))

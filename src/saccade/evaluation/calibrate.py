@@ -30,7 +30,7 @@ from saccade.evaluation.stats import Interval, proportion
 from saccade.model import AdaptiveViT
 from saccade.setting import Setting
 from saccade.terminal.progress import Progress
-from saccade.terminal.results import Result
+from saccade.terminal.results import Result, counted
 from saccade.terminal.text_table import Table
 
 KNOB = "threshold"
@@ -68,7 +68,7 @@ class Calibrated(Result):
         top1 = f"{self.top1.mean:.2%} [{self.top1.low:.1%}, {self.top1.high:.1%}]"
         cells = [self.setting, f"{costs[0]:.3f}", top1, *(f"{cost:.3f}" for cost in costs[1:])]
         columns = ["setting", "GMACs, mean", self.metric, "p50", "p95", "dense"]
-        return Table(f"{self.images} images", columns, [cells], "Intervals are at 95 %.")
+        return Table(counted(self.images, "image"), columns, [cells], "Intervals are at 95 %.")
 
 
 def with_threshold(setting: str | Setting, value: float | tuple[float, ...] | None) -> str:

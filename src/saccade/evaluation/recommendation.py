@@ -10,6 +10,7 @@ from saccade.evaluation.accuracy import ITSELF, paired
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.options import Measured, Search
 from saccade.evaluation.stats import Interval, paired_difference
+from saccade.terminal.results import counted
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,8 @@ def _speed_only(search: Search) -> str:
     broken = [m.option.name for m in search.measured if not m.speed.finite]
     beyond = f" Of no use, since their logits hold NaN or infinity: {', '.join(broken)}." if broken else ""
     return (
-        f"Speed only, no images were given: {len(saved)} of {len(others)} settings are faster than dense here, up to "
-        f"{max((m.speed.speedup for m in saved), default=1.0):.2f}×. Nothing is said about accuracy.{beyond}"
+        f"Speed only, no images were given. Faster than dense here: {len(saved)} of {counted(len(others), 'setting')}, "
+        f"up to {max((m.speed.speedup for m in saved), default=1.0):.2f}×. Nothing is said about accuracy.{beyond}"
     )
 
 

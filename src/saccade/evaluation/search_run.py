@@ -21,6 +21,7 @@ from saccade.evaluation.successive_halving import front, shuffled_halves, succes
 from saccade.model import AdaptiveViT
 from saccade.runners.runner import FP32, Runner
 from saccade.terminal.progress import Bar, Progress
+from saccade.terminal.results import counted
 
 SURVIVORS = 14  # reductions that are timed and reported
 
@@ -220,7 +221,7 @@ class SearchRun:
         self.bar.finish()
         self.bar = None
         if late:
-            self.notes.append(f"{len(late)} settings left the race early, to keep within the time")
+            self.notes.append(f"{counted(len(late), 'setting')} left the race early, to keep within the time")
         dense = next(iter(selected))
         self.evaluator.need(selected[dense], dense.name)
         return {o: paired(p, selected[dense])[0] for o, p in selected.items()}

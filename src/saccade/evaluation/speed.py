@@ -224,7 +224,11 @@ def time_all(
 
 
 def _way(model: AdaptiveViT) -> Way:
-    return lambda images: model(images).logits
+    return lambda images: _answer(model(images))  # two towers give no logits, but an embedding
+
+
+def _answer(out: Any) -> Tensor:
+    return out.logits if hasattr(out, "logits") else out.embedding
 
 
 def _warm(way: Way, model: AdaptiveViT, images: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ def _verdict(rows: list[SweepRow]) -> list[str]:
         chosen = max(near, key=gain)
         lines.append(f"`{chosen.setting}` is the {most} within one point of `dense`: {words(chosen)}.")
     elif others:
-        lines.append(f"None of these {len(others)} settings is {most[:-3]}er than `dense` within one point of it.")
+        lines.append(f"No other setting is {most[:-3]}er than `dense` within one point of it.")
     best = max(rows, key=lambda r: r.top1.mean)
     lines.append(
         f"The best {dense.metric} is {best.top1.mean:.1%} [{best.top1.low:.1%}, {best.top1.high:.1%}], "
@@ -246,9 +246,7 @@ def _verdict(rows: list[SweepRow]) -> list[str]:
     )
     strange = [r for r in rows if r.trained is False]
     if strange:
-        lines.append(
-            f"{len(strange)} of {len(rows)} settings are none that the weights were trained for: hollow points."
-        )
+        lines.append(f"The weights were not trained for {len(strange)} of {len(rows)} settings: hollow points.")
     elif any(r.trained is None for r in others):
         lines.append("What settings the weights were trained for is not recorded with them.")
     return lines

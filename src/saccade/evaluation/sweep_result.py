@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from saccade.evaluation.accuracy import Evaluated, Score
 from saccade.evaluation.speed import Speed
+from saccade.terminal.results import counted
 from saccade.terminal.text_table import Table
 
 
@@ -48,7 +49,7 @@ class Evaluation(Evaluated):
         if speed := rows[0].speed:
             caption += f" Speed: medians of {speed.runs} interleaved runs at batch {speed.batch}, {speed.runner}."
         cells = [[r.setting, *found] for r, *found in zip(rows, *shown.values(), strict=True)]
-        return Table(f"{rows[0].images} images", ["setting", *shown], cells, caption)
+        return Table(counted(rows[0].images, "image"), ["setting", *shown], cells, caption)
 
 
 def _delta(row: Score) -> str:

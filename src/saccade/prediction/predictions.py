@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saccade.backbones.vit import class_names_of
 from saccade.core.timm_types import ViT
-from saccade.terminal.results import Result
+from saccade.terminal.results import Result, counted
 from saccade.terminal.text_table import Column, Table
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Predictions(Result, list[Prediction]):
             for p in self
         ]
         columns: list[Column | str] = ["image", "label", "probability", "GMACs", Column("error", 0, prose=True)]
-        return Table(f"{len(self)} images", columns, cells)
+        return Table(counted(len(self), "image"), columns, cells)
 
 
 def _imagenet_words(names: tuple[str, ...]) -> dict[str, str]:

@@ -31,6 +31,10 @@ class Result:
         names = list(dict.fromkeys(name for row in found for name in row))
         return Table("", names, [[_cell(row.get(name)) for name in names] for row in found])
 
+    def tables(self) -> list[Table]:
+        """All that the command prints: ``table``, and after it what a subclass adds."""
+        return [self.table()]
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as flat dictionaries of plain values: an interval ``top1`` is top1, top1_low and top1_high, and
         what stands in a row of its own keeps its name before a dot, like ``speed.p50_ms``."""
@@ -68,6 +72,16 @@ class Scores(Result, Pair):
     """Rows of scores, and the images that could not be read: ``rows, failures = …`` takes it apart."""
 
     __slots__ = ()
+    item = "image"  # what ``failures`` names
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        return {"rows": [row.to_dict() for row in self.rows], "not_read": self.failures}
+
+
+def counted(count: int, what: str) -> str:
+    """``1 image``, ``3 images``: the plural is by an s."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def flat(row: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from saccade.evaluation.stats import Interval
 from saccade.tasks.detection.detection_data import BoxSet, Objects, open_boxes
 from saccade.tasks.detection.detector import TOP, Detector, Found, detections, squashed
 from saccade.terminal.progress import Progress
-from saccade.terminal.results import Scores
+from saccade.terminal.results import Scores, counted
 from saccade.terminal.text_table import Table
 
 GROUPS = 10  #  of images, whose spread gives the interval
@@ -60,7 +60,7 @@ class Detection(Scores):
             for r in self.rows
         ]
         said = "Intervals are at 95 %, from the spread over groups of images."
-        return Table(f"{self.rows[0].images} images", ["setting", "AP", "GMACs", "AP50", "AP75"], cells, said)
+        return Table(counted(self.rows[0].images, "image"), ["setting", "AP", "GMACs", "AP50", "AP75"], cells, said)
 
 
 def evaluate_detection(
@@ -69,6 +69,8 @@ def evaluate_detection(
     settings: Sequence[str] = (),
     *,
     device: str | None = None,
+    images: str | os.PathLike | None = None,
+    split: str | None = None,
     limit: int | None = None,
     top: int = TOP,
     batch: int = 32,
@@ -80,14 +82,15 @@ def evaluate_detection(
 
     Args:
         model: a detector, or a folder that one was trained in; ``device`` as in ``saccade.checkpoint.open_model``.
-        boxes: a set, a COCO file beside its images, or the word "scenes".
+        boxes: a set, a COCO file, or the word "scenes", which has splits.
+        images: the folder or zip that the file's images lie in; None: the file's own folder.
         limit: at most so many images, spread evenly.
         top: detections of an image that count, at most 100.
 
     Raises UserError where nothing can be read, nothing is there to be found, or a class is no query that is known.
     """
     model = open_task(model, Detector, "detector", "detect", device)
-    boxes = boxes if isinstance(boxes, BoxSet) else open_boxes(os.fspath(boxes))
+    boxes = boxes if isinstance(boxes, BoxSet) else open_boxes(os.fspath(boxes), split, images)
     views = {str(view.setting): view for view in (model, *map(model.at, settings))}
     places, loaders = spread(len(boxes), limit), Loaders(boxes.images)
     bar, rows = (progress or Progress()).start("detecting", len(places) * len(views)), []

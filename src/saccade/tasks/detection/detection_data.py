@@ -6,6 +6,7 @@ Boxes are (x1, y1, x2, y2) as shares of the image's width and height, so that th
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -60,7 +61,7 @@ class BoxSet:
         return BoxSet(self.images.subset(chosen), self.classes, _Chosen(self.objects, chosen), self.most)
 
 
-def open_boxes(path: str | Path, split: str | None = None, images: str | Path | None = None) -> BoxSet:
+def open_boxes(path: str | Path, split: str | None = None, images: str | os.PathLike | None = None) -> BoxSet:
     """The built-in scenes for the word ``scenes``, else a COCO file; see ``read_coco``."""
     if str(path) == NAME and not Path(path).exists():
         found = scenes(split)
@@ -70,7 +71,7 @@ def open_boxes(path: str | Path, split: str | None = None, images: str | Path | 
     return read_coco(path, images)
 
 
-def read_coco(file: str | Path, images: str | Path | None = None) -> BoxSet:
+def read_coco(file: str | Path, images: str | os.PathLike | None = None) -> BoxSet:
     """Boxes of a COCO JSON, its images below ``images``: a folder or zip (None: the folder of the JSON).
 
     Classes are the categories by their ids. Boxes are cut at the image's edges; those of which nothing is left are

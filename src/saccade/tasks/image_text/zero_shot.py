@@ -19,7 +19,7 @@ from saccade.evaluation.stats import Interval, proportion
 from saccade.tasks.image_text.image_text_data import PHOTO, Pairs, has_texts, open_pairs, prompts, readable
 from saccade.tasks.image_text.two_tower import TextImage
 from saccade.terminal.progress import Progress
-from saccade.terminal.results import Scores
+from saccade.terminal.results import Scores, counted
 from saccade.terminal.text_table import Column, Table
 
 Step = Callable[[int], None]
@@ -75,7 +75,7 @@ class ZeroShots(Scores):
     def table(self) -> Table:
         cells = [[r.setting, r.top1.percent(), f"{r.gmacs:.3f}", r.top5.percent()] for r in self.rows]
         columns = ["setting", "top-1", "GMACs", "top-5"]
-        return Table(f"{self.rows[0].images} images", columns, cells, "Intervals are at 95 %.")
+        return Table(counted(self.rows[0].images, "image"), columns, cells, "Intervals are at 95 %.")
 
 
 class Retrievals(Scores):
@@ -92,7 +92,12 @@ class Retrievals(Scores):
         ]
         columns: list[Column | str] = ["setting", "text R@1", "image R@1", "text R@5", "image R@5", Column("GMACs", 2)]
         first = self.rows[0]
-        return Table(f"{first.images} images, {first.texts} different texts", columns, cells, "Intervals are at 95 %.")
+        return Table(
+            f"{counted(first.images, 'image')}, {counted(first.texts, 'different text')}",
+            columns,
+            cells,
+            "Intervals are at 95 %.",
+        )
 
 
 def evaluate_words(

@@ -21,7 +21,7 @@ from saccade.tasks.segmentation.labelled_batches import Step, looks
 from saccade.tasks.segmentation.segmentation_data import VOID, PixelSet, open_pixels
 from saccade.tasks.segmentation.segmenter import How, Segmenter
 from saccade.terminal.progress import Progress
-from saccade.terminal.results import Scores
+from saccade.terminal.results import Scores, counted
 from saccade.terminal.text_table import Table
 
 DRAWS, PART = 10_000, 500  # resamples of the images, and how many at once
@@ -136,6 +136,10 @@ class Segmentation(Scores):
 
     __slots__ = ()
     rows: list[Segmented]
+    item = "pair"
+
+    def tables(self) -> list[Table]:
+        return [self.table(), self.classes()]
 
     def table(self) -> Table:
         columns = ["setting", "mIoU", "points vs dense", "GMACs", "pixel accuracy", "MAC ratio", "of these decoder"]
@@ -151,7 +155,7 @@ class Segmentation(Scores):
             ]
             for r in self.rows
         ]
-        return Table(f"{self.rows[0].images} images", columns, cells, "Intervals are at 95 %, over images.")
+        return Table(counted(self.rows[0].images, "image"), columns, cells, "Intervals are at 95 %, over images.")
 
     def classes(self) -> Table:
         """IoU of each class under each setting."""

@@ -31,7 +31,7 @@ from saccade.tasks.segmentation.panoptic_data import PanopticSet
 from saccade.tasks.segmentation.segmentation_data import VOID
 from saccade.tasks.segmentation.segmenter import How, Segmenter
 from saccade.terminal.progress import Progress
-from saccade.terminal.results import Scores
+from saccade.terminal.results import Scores, counted
 from saccade.terminal.text_table import Column, Table
 
 LEAST = 64  # pixels: smaller parts of a thing's map are said to be nothing
@@ -60,13 +60,14 @@ class PanopticScores(Scores):
 
     __slots__ = ()
     rows: list[Panoptic]
+    item = "pair"
 
     def table(self) -> Table:
         cells = [[r.setting, r.pq.percent(), *map(_percent, (r.sq, r.rq, r.pq_things, r.pq_stuff))] for r in self.rows]
         cells = [[*row, f"{r.gmacs:.3f}"] for row, r in zip(cells, self.rows, strict=True)]
         columns: list[Column | str] = ["setting", "PQ", "SQ", "RQ", "things", "stuff", Column("GMACs", 2)]
         said = "Intervals are at 95 %. Things are connected parts of the map of classes: a trivial baseline."
-        return Table(f"{self.rows[0].images} images", columns, cells, said)
+        return Table(counted(self.rows[0].images, "image"), columns, cells, said)
 
 
 def evaluate_panoptic(
