@@ -23,6 +23,7 @@ from saccade.core.plan import Gater, Method, Plan
 from saccade.core.reduction import Reduction, SoftReduction
 from saccade.core.tokens import Tokens
 from saccade.model import AdaptiveViT
+from saccade.storage.skeletons import without_values
 
 # Families of timm, shrunk: three blocks of width 96 on sixteen patches.
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -360,8 +361,9 @@ G = 1e9
 
 def nominal_gmacs(name: str, setting: str, **kwargs) -> float:
     """GMACs of one image by the trace of a run on the meta device: shapes only, so that large models are free."""
-    with torch.device("meta"):
+    with without_values():
         model = AdaptiveViT(timm.create_model(name, **kwargs).eval(), setting)
+    with torch.device("meta"):
         trace = model(torch.empty(1, 3, *model.input_size())).trace
     return (trace.embed + trace.head + sum(block.macs(nominal=True) for block in trace.blocks)) / G
 

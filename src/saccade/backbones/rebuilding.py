@@ -13,6 +13,7 @@ from saccade.core.timm_types import ViT
 from saccade.errors import UserError, nearest
 from saccade.storage.architecture import build
 from saccade.storage.folder_config import CONFIG, FolderConfig, Ours
+from saccade.storage.skeletons import without_values
 from saccade.storage.weights import (
     check,
     line,
@@ -37,7 +38,7 @@ def rebuild_vit(config: FolderConfig, header: Mapping[str, torch.Size], file: st
     check_name(config.architecture)
     args = config.args.model_dump(exclude_unset=True)
     try:
-        with torch.device("meta"):
+        with without_values():
             vit = build(config.architecture, args)
     except Exception as error:
         raise UserError(f"timm cannot create {config.architecture!r}: {line(error)}") from None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from saccade.core.timm_types import ViT
 from saccade.errors import UserError
+from saccade.storage.skeletons import without_values
 
 Layer = Callable[..., nn.Module]
 _OF_TORCH = {f"nn.{name}": getattr(nn, name) for name in nn.modules.activation.__all__ if name != "MultiheadAttention"}
@@ -157,7 +158,7 @@ def _embedded(vit: ViT) -> Tensor:
 
 
 def _twin(name: str, args: Mapping[str, Any]) -> ViT:
-    with torch.device("meta"):
+    with without_values():
         return build(name, args)
 
 

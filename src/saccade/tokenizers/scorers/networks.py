@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from saccade.core.operator_counter import counted_macs
 from saccade.errors import UserError, nearest
 from saccade.storage.folder_config import check_open
+from saccade.storage.skeletons import without_values
 
 WEIGHTS = "'pretrained', 'random' or a safetensors file with the network's own keys"
 # Cuts of torchvision's ShuffleNets: the last of these parts that is kept, for each stride. The paper cuts before the
@@ -133,7 +134,7 @@ def _check_size(name: str, stride: int | None, blocks: int | None) -> None:
 def skeleton(name: str, stride: int | None, blocks: int | None = None) -> nn.Module:
     """The same network without values, for shapes and costs."""
     try:
-        with torch.device("meta"):
+        with without_values():
             module = _create(name, stride, blocks, False, None)
     except NotImplementedError:  # its builder computes widths with tensors
         module = _create(name, stride, blocks, False, None).to("meta")
