@@ -1,6 +1,6 @@
 """Kill -9 a training run N times at random moments; prints what survived. Run by test_resume.py, in its own process.
 
-python tests/kills.py FOLDER IMAGES N
+python tests/kills.py FOLDER IMAGES N STEPS
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ CONFIG = {
     "sampling": {"settings": ["dense", "evit(0.5)"]},
     "optim": {"ema": 0.9},
     "run": {
-        "steps": 30,
         "batch": 8,
         "save_every": 1,
         "log_every": 1,
@@ -39,8 +38,9 @@ CONFIG = {
 }
 
 
-def config(images: str) -> dict:
-    return {**CONFIG, "data": {"path": images, "workers": 0, "check_limit": 8, "holdout": 0.2}}
+def config(images: str, steps: int) -> dict:
+    run = {**CONFIG["run"], "steps": steps}
+    return {**CONFIG, "run": run, "data": {"path": images, "workers": 0, "check_limit": 8, "holdout": 0.2}}
 
 
 def look(folder: Path) -> int:
@@ -64,29 +64,29 @@ def look(folder: Path) -> int:
     return step
 
 
-def main(folder: Path, images: str, kills: int) -> None:
+def main(folder: Path, images: str, kills: int, steps: int) -> None:
     torch.set_num_threads(1)
     rng = random.Random(0)
     whole, began = folder / "whole", time.perf_counter()
     if os.fork() == 0:
-        script.train(config(images), out=whole)
+        script.train(config(images, steps), out=whole)
         os._exit(0)
     os.wait()
     long = time.perf_counter() - began
     expected, _ = read_state(newest(whole / "checkpoints", "last"))
-    out, done, steps = folder / "killed", 0, []
+    out, done, seen = folder / "killed", 0, []
     ends = 0
     while done < kills:
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(1, 2)
-            script.train(config(images), out=out, resume=True)
+            script.train(config(images, steps), out=out, resume=True)
             os._exit(0)
         time.sleep(rng.uniform(0.0, 0.7 * long))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        steps.append(look(out))
+        seen.append(look(out))
         done += os.WIFSIGNALED(status)
         if not os.WIFSIGNALED(status):  # it got to the end: compare, and begin again
             assert os.WEXITSTATUS(status) == 0, "the run failed by itself"
@@ -95,8 +95,8 @@ def main(folder: Path, images: str, kills: int) -> None:
             assert all(torch.equal(tensors[k], expected[k]) for k in tensors), "resumed differs from uninterrupted"
             ends += 1
             shutil.rmtree(out)
-    print(json.dumps({"killed": done, "finished_equal": ends, "steps_seen": sorted(set(steps))}))
+    print(json.dumps({"killed": done, "finished_equal": ends, "steps_seen": sorted(set(seen))}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

@@ -41,3 +41,4 @@ def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     names, known = {"evit": 2, "tome": 2, "random": 1, "grid": 2}, registry()
     short = {n: replace(known[n], menu=lambda b, n=n, k=k: known[n].menu(b)[-k:]) for n, k in names.items()}
     monkeypatch.setattr("saccade.evaluation.candidates.registry", lambda: short)
+    monkeypatch.setattr("saccade.evaluation.report.SAMPLES", 1)  # photos in a report: each is drawn six times

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.report import shown, tune
 from saccade.evaluation.speed import time_all
 from saccade.terminal.progress import Progress
+from slow_cases import cases
 from small_runs import QUICK, files, shorten, tiny
 
 
@@ -73,8 +75,14 @@ def timing(patch: pytest.MonkeyPatch, error: BaseException) -> None:
     patch.setattr(speed_module, "_warm", warm)
 
 
-@pytest.mark.parametrize("place", [pricing, predicting, timing])
-@pytest.mark.parametrize("error", [IndexError("max(): dim 2 is empty\nmore"), RuntimeError("no"), UserError("no")])
+ERRORS = [IndexError("max(): dim 2 is empty\nmore"), RuntimeError("no"), UserError("no")]
+PLACES = [pricing, predicting, timing]
+
+
+@pytest.mark.parametrize(
+    "place, error",
+    cases([*zip(PLACES, ERRORS, strict=True), (timing, ERRORS[1])], product(PLACES, ERRORS)),
+)
 def test_a_candidate_that_fails_is_named_and_left_out(model, photos, few, tmp_path, monkeypatch, capsys, place, error):
     place(monkeypatch, error)
     with Progress(shown=True) as progress:
@@ -111,7 +119,7 @@ def test_a_setting_whose_logits_are_not_finite_is_disqualified_by_name(model, ph
     assert all("NaN or infinity" in reason for reason in found.left_out.values())
 
 
-def test_the_numbers_of_a_table_agree_with_each_other(model, photos, tmp_path):
+def test_the_numbers_of_a_table_agree_with_each_other(model, photos, few, tmp_path):
     """Speed-up, images/s and latency of all rows are of one interleaved run, against one dense model."""
     rows = tune(model, photos, "1.3x", out=tmp_path / "out", **QUICK).rows
     details = json.loads((tmp_path / "out" / "frontier.json").read_text())["rows"]
@@ -195,8 +203,10 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize("an_image", [0.02, 0.1, 0.5])
-@pytest.mark.parametrize("minutes", [1.0, 4.0])
+@pytest.mark.parametrize(
+    "an_image, minutes",
+    cases([(0.02, 1.0), (0.1, 1.0), (0.1, 4.0), (0.5, 1.0)], product([0.02, 0.1, 0.5], [1.0, 4.0])),
+)
 def test_a_time_is_kept_to_and_still_says_something(model, photos, few, tmp_path, monkeypatch, an_image, minutes):
     clock = Clock(monkeypatch, an_image)
     found = tune(model, photos, "1x", out=tmp_path / "out", minutes=minutes, clock=clock, compiled=False, batch=2)

@@ -7,6 +7,7 @@ become one.
 from __future__ import annotations
 
 import io
+from itertools import product
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from saccade.core import constant_cache as constants
 from saccade.model import AdaptiveViT
 from saccade.tokenizers.resize.resampling import PRESETS, resize_kernel, resize_output, resize_positions
 from saccade.tokenizers.scorers.networks import open_network
+from slow_cases import cases
 
 SIZES = ((64, 64), (80, 64), (96, 128), (112, 64))
+BRIEF = ((64, 64), (96, 128), (112, 64))  # both sides become symbols at once
 SETTINGS = ["dense", "tome(r=2)", "evit(0.6, fuse=True)", "grid(24) | topk(0.5)", "imagepiece(p=0.6, merge=0.2)"]
 MOSAICS = ["quadtree(13)", "quadtree(13) | tome(r=1)"]  # their constants depend on the grid
 MOSAIC_SIZES = ((64, 64), (112, 64), (160, 64), (64, 112))  # which all can have 13 tokens
@@ -31,8 +34,8 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-def model(setting: str, family: str = "vit") -> AdaptiveViT:
-    return AdaptiveViT(make_vit(family, depth=2), setting).eval()
+def model(setting: str, family: str = "vit", depth: int = 2) -> AdaptiveViT:
+    return AdaptiveViT(make_vit(family, depth=depth), setting).eval()
 
 
 def agrees(plain: AdaptiveViT, compiled, sizes=None) -> None:
@@ -42,17 +45,12 @@ def agrees(plain: AdaptiveViT, compiled, sizes=None) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
 @pytest.mark.parametrize(
-    "setting",
-    [
-        SETTINGS[0],
-        SETTINGS[3],
-        *(pytest.param(s, marks=pytest.mark.slow) for s in [*SETTINGS[1:3], *SETTINGS[4:], *MOSAICS]),
-    ],
+    ("setting", "dynamic"),
+    cases([("dense", None), ("grid(24) | topk(0.5)", True)], product([*SETTINGS, *MOSAICS], [None, True])),
 )
 def test_one_model_over_sizes(setting: str, dynamic: bool | None) -> None:
-    plain = model(setting)
+    plain = model(setting, depth=1 if setting == "dense" else 2)
     backend = "eager" if dynamic else "aot_eager"  # which takes a minute with symbols
     agrees(plain, torch.compile(plain, backend=backend, fullgraph=True, dynamic=dynamic))
 
@@ -67,23 +65,29 @@ def test_one_model_over_sizes_without_symbols(setting: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["siglip-average", "no-positions", "dynamic-size"])
-def test_families_over_sizes(family: str) -> None:
-    plain = model("tome(r=2)", family)
-    agrees(plain, torch.compile(plain, backend="eager", fullgraph=True))
+@pytest.mark.parametrize(("depth", "sizes"), [(1, BRIEF), pytest.param(2, SIZES, marks=pytest.mark.slow)])
+def test_families_over_sizes(family: str, depth: int, sizes: tuple) -> None:
+    plain = model("tome(r=2)", family, depth)
+    agrees(plain, torch.compile(plain, backend="eager", fullgraph=True), sizes)
 
 
 @torch.no_grad()
 def test_settings_of_one_model_share_constants() -> None:
     """Two views, compiled one after the other and used in turn, over patch sizes of which each has its matrices."""
-    views = [model("dense").at(f"grid({side})").eval() for side in (12, 24, 32)]
+    views = [model("dense").at(f"grid({side})").eval() for side in (12, 24)]
     compiled = [torch.compile(view, backend="eager", fullgraph=True) for view in views]
     for _ in range(2):
         for view, fast in zip(views, compiled, strict=True):
             agrees(view, fast, ((96, 96),))
 
 
-@pytest.mark.parametrize("how", ["pi", "sigma", "token_norm"])
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize(
+    ("how", "dynamic"),
+    cases(
+        [("pi", True), ("sigma", None), ("sigma", True), ("token_norm", True)],
+        product(["pi", "sigma", "token_norm"], [None, True]),
+    ),
+)
 def test_resizing_over_sizes_and_correlations(how: str, dynamic: bool | None) -> None:
     """Also a number that is no size, which a compiler makes a symbol too."""
     kernel = torch.randn(4, 3, 16, 16)
@@ -123,8 +127,13 @@ def test_macs_of_a_network_over_sizes() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-@pytest.mark.parametrize("setting", ["grid(24) | evit(0.6)", "quadtree(15)"])
+@pytest.mark.parametrize(
+    ("setting", "strict"),
+    cases(
+        [("grid(24) | evit(0.6)", False), ("quadtree(15)", False), ("quadtree(15)", True)],
+        product(["grid(24) | evit(0.6)", "quadtree(15)"], [False, True]),
+    ),
+)
 def test_exported_with_its_constants(setting: str, strict: bool) -> None:
     """At another size than its own; read back, the program needs nothing of ours."""
     if strict and torch.__version__ < (2, 14):

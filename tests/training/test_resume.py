@@ -273,21 +273,21 @@ def test_a_teacher_of_other_classes_is_refused(whole, photos, tmp_path):
         saccade.train(settled, out=tmp_path / "run")
 
 
-def _kill(tmp_path: Path, photos: str, kills: int) -> dict:
-    command = [sys.executable, str(HERE / "kills.py"), str(tmp_path), photos, str(kills)]
+def _kill(tmp_path: Path, photos: str, kills: int, steps: int) -> dict:
+    command = [sys.executable, str(HERE / "kills.py"), str(tmp_path), photos, str(kills), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_killed_at_random_moments_it_is_always_whole(photos, tmp_path):
-    found = _kill(tmp_path, photos, 12)
-    assert found["killed"] == 12 and len(found["steps_seen"]) > 2
+    found = _kill(tmp_path, photos, 8, 12)
+    assert found["killed"] == 8 and len(found["steps_seen"]) > 2
 
 
 @pytest.mark.slow
 def test_killed_two_hundred_times(photos, tmp_path):
-    found = _kill(tmp_path, photos, 200)
+    found = _kill(tmp_path, photos, 200, 30)
     print(found)
     assert found["killed"] == 200 and found["finished_equal"] >= 1
 
