@@ -60,3 +60,60 @@ def test_nothing_is_shadowed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert not any(importlib.import_module(f"saccade.{old}").__spec__.origin for old in MODULES)
+
+
+def task_models() -> dict[str, tuple[type, dict]]:
+    """Names of before, their parts, and the heads that they are now."""
+    from saccade.tasks.detection.detector import DetectionHead, Heads
+    from saccade.tasks.image_text.text_tower import TextTower
+    from saccade.tasks.image_text.two_tower import Space, TwoTowerHead
+    from saccade.tasks.segmentation.segmentation_heads import LinearHead
+    from saccade.tasks.segmentation.segmenter import SegmentationHead
+
+    texts = TextTower(8, width=8, depth=1, heads=1)
+    return {
+        "segmentation.segmenter.Segmenter": (
+            SegmentationHead,
+            {"decoder": LinearHead(96, 2), "classes": ("a", "b"), "void": 9},
+        ),
+        "detection.detector.Detector": (DetectionHead, {"heads": Heads(texts, 96, ["cup", "dog"])}),
+        "image_text.two_tower.TextImage": (TwoTowerHead, {"space": Space(texts, 96, project=True)}),
+    }
+
+
+@pytest.mark.parametrize("old", task_models())
+def test_a_task_model_of_before_is_a_model_with_a_head(old):
+    kind, parts = task_models()[old]
+    module, _, name = old.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"{name} is saccade.renamed.task_models.{name} now"):
+        former = getattr(importlib.import_module(f"saccade.tasks.{module}"), name)
+    vit = make_vit()
+    assert not isinstance(saccade.AdaptiveViT(vit), former)
+    vit.reset_classifier(0)
+    model = former(vit, "tome(r=2)", **parts).eval()
+    assert isinstance(model, former) and type(model.task_head) is kind and str(model.setting) == "tome(r=2)"
+    for part, value in parts.items():
+        with pytest.warns(DeprecationWarning, match=f"AdaptiveViT.{part} is task_head.{part} now"):
+            assert getattr(model.at("dense"), part) is value
+        with pytest.warns(DeprecationWarning, match=f"AdaptiveViT.{part} is task_head.{part} now"):
+            setattr(model, part, value)
+    assert not parts.keys() & model.__dict__.keys() and not parts.keys() & model._modules.keys()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_task_models_were_asked_is_still_answered():
+    models = {}
+    for kind, parts in task_models().values():
+        vit = make_vit()
+        vit.reset_classifier(0)
+        models[kind.__name__] = saccade.AdaptiveViT(vit, head=kind(**parts)).eval()
+    detector, towers = models["DetectionHead"], models["TwoTowerHead"]
+    images = torch.randn(1, 3, *detector.input_size())
+    with torch.no_grad():
+        queries = detector.ask(["sea horse"])
+        assert torch.equal(queries, detector.task_head.ask(["sea horse"]))
+        assert torch.equal(detector(images, queries=queries).logits, detector(images, queries).logits)
+        assert torch.equal(towers.words(["a cup"]), towers.task_head.words(["a cup"]))
+        assert towers.classes([["a cup", "the cup"], ["a dog"]]).shape == (2, 8)
+    with pytest.raises(AttributeError, match="has no attribute 'words'"):
+        _ = detector.words

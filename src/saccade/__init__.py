@@ -37,6 +37,7 @@ _HOME = {
     "Gater": "core.plan",
     "Method": "core.plan",
     "Tokenizer": "core.plan",
+    "Head": "core.head",
     "register": "core.registry",
     "register_scorer": "tokenizers.scorers",
     "save_mosaic": "tokenizers.mosaic.mosaic_files",

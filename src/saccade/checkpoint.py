@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from saccade.backbones.plan_builder import build as build_setting
 from saccade.backbones.rebuilding import check_name, rebuild_vit, restore_class_names, restore_flexible
 from saccade.backbones.saving import LEARNED, folder_state, save
+from saccade.core.head import Head
 from saccade.core.hooks import copied
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
@@ -39,12 +40,11 @@ if TYPE_CHECKING:
 __all__ = ["check_name", "create_model", "load", "save"]
 SAVED = "saved"  # the runner that the folder names
 TRIES, PATIENCE = 20, 3  # of a folder that is replaced while it is read, in all and before its writers have to wait
-# What a folder may hold beside a classifier: a subclass of AdaptiveViT for each task.
-MODELS = {
-    "classify": "saccade.model:AdaptiveViT",
-    "segment": "saccade.tasks.segmentation.segmenter:Segmenter",
-    "detect": "saccade.tasks.detection.detector:Detector",
-    "textimage": "saccade.tasks.image_text.two_tower:TextImage",
+CLASSIFY = "classify"  # by the ViT's own classifier
+HEADS = {  # of the other tasks that come with the package; Head.written has those from elsewhere
+    "segment": "saccade.tasks.segmentation.segmenter:SegmentationHead",
+    "detect": "saccade.tasks.detection.detector:DetectionHead",
+    "textimage": "saccade.tasks.image_text.two_tower:TwoTowerHead",
 }
 
 
@@ -88,7 +88,7 @@ def load(
 
     Its weights have the number type that they were saved in (of several, as only others write them: fp32).
 
-    A folder that a task other than classification was trained in gives that task's model, such as a ``Segmenter``.
+    A folder that a task other than classification was trained in gives a model with that task's head.
     While another process saves into it, it is the old or the new model. Nothing but these two files is opened, unless
     by a ``setting`` that the caller gives.
     """
@@ -109,13 +109,17 @@ def load(
 def _load(path: Path, setting: str | None, runner: Runner | str | Mapping[str, Any] | None) -> AdaptiveViT:
     config = parse(read_bytes(path / CONFIG), path / CONFIG)
     ours = {**(config.saccade.__pydantic_extra__ or {}), **config.saccade.model_dump(exclude_unset=True)}
-    if (task := config.saccade.task) not in MODELS:
-        raise UserError(f"{shortened(path)} is for task {task[:50]!r}; this version knows {', '.join(MODELS)}")
+    known = dict.fromkeys((CLASSIFY, *HEADS, *Head.written))
+    if (task := config.saccade.task) not in known:
+        raise UserError(
+            f"{shortened(path)} is for task {task[:50]!r}; this version knows {', '.join(known)}, and the heads of "
+            "modules that are imported before"
+        )
     with weights_file(path, config.saccade.weights) as weights:
         model = _filled(path, config, ours, weights, setting)
     model.trained = tuple(s for s in config.saccade.settings if _harmless(model, s, path))
     chosen = _runner(ours, path) if runner == SAVED else runner
-    return model if chosen is None or task != "classify" else model.deploy(chosen)
+    return model if chosen is None or task != CLASSIFY else model.deploy(chosen)
 
 
 def _filled(
@@ -127,10 +131,9 @@ def _filled(
     vit = rebuild_vit(config, header, str(file))
     restore_flexible(vit, config.saccade, path)
     restore_class_names(vit, config)
-    module, _, kind = MODELS[task].partition(":")
+    head = None if task == CLASSIFY else _head(task).rebuild(vit, dict(ours))
     with closed("" if setting is not None else str(path)):
-        model = AdaptiveViT(vit, config.saccade.setting if setting is None else setting)
-    model = getattr(import_module(module), kind).rebuild(model, ours).eval()
+        model = AdaptiveViT(vit, config.saccade.setting if setting is None else setting, head=head).eval()
     _fill_all(model, file, untrained=setting is not None)
     if not weights.unchanged():
         raise UserError(
@@ -138,6 +141,13 @@ def _filled(
             f"if you changed it yourself, remove 'weights' from 'saccade' in {CONFIG}"
         )
     return model
+
+
+def _head(task: str) -> type[Head]:
+    if task not in HEADS:
+        return Head.written[task]
+    module, _, name = HEADS[task].partition(":")
+    return getattr(import_module(module), name)
 
 
 def _runner(ours: Mapping[str, Any], path: Path) -> Runner | None:
@@ -170,7 +180,8 @@ def _fill_all(model: AdaptiveViT, file: Path, untrained: bool) -> None:
     if (kind := number_type({k: v for k, v in state.items() if k.startswith("vit.")})) is not None:
         model.to(kind)
     parts = {k: v for k, v in folder_state(model).items() if k in state or not (untrained and k.startswith(LEARNED))}
-    check_tensors(parts, {k: v for k, v in state.items() if k not in others}, type(model).__name__, str(file))
+    what = type(model).__name__ if model.task_head is None else f"this {model.task_head.noun}"
+    check_tensors(parts, {k: v for k, v in state.items() if k not in others}, what, str(file))
     with torch.no_grad():
         for name, own in parts.items():
             own.copy_(state[name])
@@ -178,9 +189,6 @@ def _fill_all(model: AdaptiveViT, file: Path, untrained: bool) -> None:
 
 
 Source = str | os.PathLike | nn.Module  # a timm name, a model folder, a timm ViT, an AdaptiveViT
-
-
-M = TypeVar("M", bound=AdaptiveViT)
 
 
 ADDRESSES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's, for which ``check_name`` says what to do
@@ -251,23 +259,16 @@ def open_dense(
     return model
 
 
-def open_task(source: Source, kind: type[M], what: str, train: str, device: str | torch.device | None = None) -> M:
-    """The model of a task. Raises UserError, naming the way to train one, where the source is another model."""
+def open_task(source: Source, head: type[Head], device: str | torch.device | None = None) -> AdaptiveViT:
+    """The model of a source, with a head of that kind. Raises UserError, naming the way to train one, for another."""
     model = open_model(source, device=device)
-    if not isinstance(model, kind):
-        named = repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else f"this {type(source).__name__}"
-        raise UserError(f"{named} holds no {what}: train one with `saccade train {train}`")
+    head.of(model, repr(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else "this model")
     return model
 
 
 def task_of(model: AdaptiveViT) -> str:
-    """The task that a model is for, a key of ``MODELS``: "classify" unless it has another end."""
-    return model.describe().get("task", "classify")
-
-
-def verb_of(task: str) -> str:
-    """The command that measures models of a task."""
-    return {"classify": "eval", "textimage": "zeroshot"}.get(task, task)
+    """The task that a model is for: "classify" unless it has a head for another."""
+    return CLASSIFY if model.task_head is None else model.task_head.task
 
 
 def open_device(name: str | torch.device) -> torch.device:

@@ -1,18 +1,18 @@
-"""``AdaptiveViT``: a timm ViT, a setting, and what both give — logits, tokens, and a trace of what ran."""
+"""``AdaptiveViT``: a timm ViT, a setting and a head, and what they give — logits, tokens, and a trace of what ran."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from saccade.backbones.plan_builder import build, share
 from saccade.backbones.timm_names import TimmNames
 from saccade.backbones.vit import backbone_of, class_names_of, head_macs
+from saccade.core.head import Head, HeadOutput
 from saccade.core.hooks import FEATURES, HEAD, any_hooked, around, replaced, require_head
 from saccade.core.init import outside
 from saccade.core.lazy import unread
@@ -24,19 +24,18 @@ from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.execution.loop import encode
 from saccade.execution.policy import AUTO, Execution
+from saccade.renamed.model_names import OldNames
 from saccade.setting import Setting
 from saccade.tokenizers.grid import Grid
 
 if TYPE_CHECKING:
     from saccade.runners.runner import Deployment, Runner
 
-View = TypeVar("View", bound="AdaptiveViT")
-
 __all__ = ["AdaptiveViT", "Output", "build", "share"]
 
 
-class AdaptiveViT(TimmNames):
-    """A timm ``VisionTransformer`` run under a setting.
+class AdaptiveViT(OldNames, TimmNames):
+    """A timm ``VisionTransformer`` run under a setting, up to its own classifier or to a head for another task.
 
     ``vit`` is the timm module itself: its state dict is timm's. All that a setting learns lives beside it.
     timm's names are answered too: ``num_classes``, ``forward_features``, ``reset_classifier``, … (``TimmNames``).
@@ -48,9 +47,12 @@ class AdaptiveViT(TimmNames):
         learned: what methods learn, by ``<method>.<name>``; all views of a model share one such dict, so that a method
             has the same parameters in every setting that names it.
         execution: how blocks are run where several ways give the same; None: by the rules. It can be set later too.
+        head: for another task, ``model.task_head`` from then on; None: the ViT's own classifier, or pooled features
+            where it has none. All views share it.
 
     Raises:
-        UserError: unsupported class or block, unknown method, knob out of range.
+        UserError: unsupported class or block, unknown method, knob out of range; a head for a ViT that still has a
+            classifier, or that does not fit it.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class AdaptiveViT(TimmNames):
         trained: tuple[str, ...] = (),
         learned: dict[str, Tensor] | None = None,
         execution: Execution | None = None,
+        head: Head | None = None,
     ) -> None:
         super().__init__()
         self.execution = execution or Execution.default()
@@ -69,7 +72,14 @@ class AdaptiveViT(TimmNames):
         self.vit: ViT = vit
         self._deployment: Deployment | None = None  # another way to run than this module's own
         self.rebuild_plan()
+        self.task_head = head
         self.training = vit.training
+        if head is not None:
+            if vit.num_classes:
+                raise UserError(
+                    f"this ViT still has a classifier of {vit.num_classes} classes: vit.reset_classifier(0)"
+                )
+            head.check(self)
 
     def rebuild_plan(self) -> None:
         """Make tokenizer and plan for what the ViT is now."""
@@ -84,12 +94,18 @@ class AdaptiveViT(TimmNames):
 
     def at(self, setting: str | Setting) -> AdaptiveViT:
         """The same parameters under another setting, run the same way: a light view, nothing is copied or mutated."""
-        return self._run_alike(AdaptiveViT(self.vit, setting, self.trained, self.learned))
-
-    def _run_alike(self, view: View) -> View:
-        """A view that is run as this model is."""
-        view._deployment, view.execution = self._deployment, self.execution
+        view = AdaptiveViT(self.vit, setting, self.trained, self.learned, self.execution, self.task_head)
+        view._deployment = self._deployment
         return view
+
+    def with_head(self, head: Head) -> AdaptiveViT:
+        """The same ViT and setting with a head for another task; the ViT's classifier is taken off for good.
+
+        The head gets the model's device, number type and mode. Raises UserError where it does not fit.
+        """
+        self.vit.reset_classifier(0)
+        head.to(self.vit.patch_embed.proj.weight).train(self.training)
+        return AdaptiveViT(self.vit, self.setting, self.trained, self.learned, self.execution, head)
 
     def deploy(self, runner: Runner | str | Mapping[str, Any] | None = "bf16") -> AdaptiveViT:
         """A view whose forward, outside of training, runs another way: fp32 images in, fp32 logits out all the same.
@@ -109,9 +125,15 @@ class AdaptiveViT(TimmNames):
 
         view = self.at(self.setting)
         view._deployment = None if runner is None else Deployment(Runner.of(runner))
-        if type(self).forward is not AdaptiveViT.forward and not (view.runner is None or view.runner.is_plain):
-            raise UserError(f"a {type(self).__name__} runs as it is: runner {view.runner} is for classifiers")
+        own = type(self).__name__ if self.task_head is None else self.task_head.noun
+        if not (self.classifies or view.runner is None or view.runner.is_plain):
+            raise UserError(f"a {own} runs as it is: runner {view.runner} is for classifiers")
         return view
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a forward gives the logits of the ViT's own classifier: no head, and no subclass' own forward."""
+        return self.task_head is None and type(self).forward is AdaptiveViT.forward
 
     @property
     def runner(self) -> Runner | None:
@@ -121,10 +143,21 @@ class AdaptiveViT(TimmNames):
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """What folders call each class, in the order of the logits: ``n01440764``, ``cat``; None: not known."""
-        return class_names_of(self.vit)
+        return class_names_of(self.vit) if self.task_head is None else self.task_head.class_names
 
-    def forward(self, images: Tensor) -> Output:
-        """images [B, C, h, w], normalised -> logits, tokens, trace; nothing is computed that the logits do not need."""
+    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> HeadOutput:
+        """images [B, C, h, w], normalised -> ``Output``: logits, tokens, trace; or what the head gives.
+
+        Args:
+            args, kwargs: what a head takes beside images, such as a detector's queries.
+        """
+        if self.task_head is None:
+            return self.forward_vit(images, *args, **kwargs)
+        return self.task_head(self, images, *args, **kwargs)
+
+    def forward_vit(self, images: Tensor) -> Output:
+        """images [B, C, h, w], normalised -> logits of the ViT's own classifier (pooled features [B, D] where it has
+        none), tokens, trace; nothing is computed that these logits do not need."""
         if self._deployment is not None and not self.training and not self._deployment.runner.is_plain:
             self._check(images)
             return self._deployment.run(self, images)
@@ -208,13 +241,9 @@ class AdaptiveViT(TimmNames):
         return freeze(self, setting)
 
     def describe(self) -> dict[str, Any]:
-        """What ``rebuild`` must know beside the weights and timm's config, as JSON; "task" where this is a subclass."""
-        return {}
-
-    @classmethod
-    def rebuild(cls, model: AdaptiveViT, described: dict[str, Any]) -> AdaptiveViT:
-        """The model that ``describe`` described, around a fresh one. Raises UserError for bad values."""
-        return model
+        """What a folder must say of the head beside its weights, as JSON: its "task", and what it needs to be built."""
+        head = self.task_head
+        return {} if head is None else {"task": head.task, **head.describe()}
 
     def save(self, folder: str) -> None:
         """Write ``model.safetensors`` and ``config.json``; see :func:`saccade.load`."""
@@ -238,21 +267,6 @@ class AdaptiveViT(TimmNames):
         made = f", compiled{size} at the first call" if runner.compiled else ""
         return f"{said}, runs in {runner.dtype}{made} (fp32 in and out; plain: model.deploy(None))"
 
-    def dense(self, images: Tensor) -> Tensor:
-        """The old name of ``feature_map``."""
-        _renamed("dense", "feature_map")
-        return self.feature_map(images)
-
-    def encode(self, images: Tensor, *, sparse: bool | None = None) -> tuple[Tokens, Trace]:
-        """The old name of ``forward_tokens``."""
-        _renamed("encode", "forward_tokens")
-        return self.forward_tokens(images, sparse=sparse)
-
-    def head(self, tokens: Tokens) -> Tensor:
-        """The old name of ``forward_head``."""
-        _renamed("head", "forward_head")
-        return self.forward_head(tokens)
-
     def _reads_prefix_only(self) -> bool:
         """Whether only the prefix is read of the last block's output, by hooks and a user's own forward too."""
         vit = self.vit
@@ -273,7 +287,3 @@ class AdaptiveViT(TimmNames):
                 f"images of shape {tuple(images.shape)} and type {images.dtype}: expected float [B, {channels}, h, w], "
                 "of one pixel or more"
             )
-
-
-def _renamed(old: str, new: str) -> None:
-    warnings.warn(f"AdaptiveViT.{old} is {new} now", DeprecationWarning, stacklevel=3)

@@ -141,7 +141,7 @@ def test_a_detector_without_answers_is_refused(boxes):
     with pytest.raises(UserError, match="no objects in these images"):
         evaluate_detection(model, boxes(0))
     with pytest.raises(UserError, match="scores all cells and queries alike"):
-        evaluate_detection(silent(model, model.heads.seen, model.heads.shift), boxes(2))
+        evaluate_detection(silent(model, model.task_head.heads.seen, model.task_head.heads.shift), boxes(2))
     with pytest.raises(UserError, match="hold NaN or infinity"):
         evaluate_detection(broken(test_detection.tiny()), boxes(2))
 
@@ -170,7 +170,7 @@ def test_towers_without_answers_are_refused(tmp_path):
             evaluate_words(broken(test_image_text.tiny()), data)
     lost = test_image_text.tiny()
     with torch.no_grad():
-        next(iter(lost.space.texts.parameters())).fill_(float("nan"))
+        next(iter(lost.task_head.space.texts.parameters())).fill_(float("nan"))
     with pytest.raises(UserError, match="embeddings of texts"):
         evaluate_words(lost, told)
 

@@ -148,15 +148,14 @@ def test_what_is_no_runner_is_refused_in_one_line(model, tmp_path, written):
         saccade.load(tmp_path / "m")
 
 
-def test_a_task_that_is_no_classifier_runs_as_it_is(tmp_path):
-    from saccade.tasks.segmentation.segmenter import Segmenter
+def test_what_does_not_classify_runs_as_it_is():
+    from saccade.tasks.segmentation.segmenter import segmenter
 
-    assert Segmenter.forward is not saccade.AdaptiveViT.forward
-    vit = tiny().vit
-    segmenter = type("Other", (saccade.AdaptiveViT,), {"forward": lambda self, images: None})(vit)
-    with pytest.raises(UserError, match="a Other runs as it is"):
-        segmenter.deploy("bf16")
-    assert segmenter.deploy("eager").runner == FP32
+    other = type("Other", (saccade.AdaptiveViT,), {"forward": lambda self, images: None})(tiny().vit)
+    for model, name in ((other, "Other"), (segmenter(tiny(), ("a", "b"), "linear"), "segmentation model")):
+        with pytest.raises(UserError, match=f"a {name} runs as it is"):
+            model.deploy("bf16")
+        assert model.deploy("eager").runner == FP32
 
 
 # Views, copies, training

@@ -24,7 +24,7 @@ from saccade.errors import UserError
 from saccade.tasks.detection.average_precision import average_precision, evaluate_detection, truths, with_spread
 from saccade.tasks.detection.detection_data import BoxSet, Objects, open_boxes, pad, read_coco, seen
 from saccade.tasks.detection.detection_task import Boxed
-from saccade.tasks.detection.detector import Detector, Heads, detections, own_cells
+from saccade.tasks.detection.detector import DetectionHead, Heads, detections, own_cells
 from saccade.tasks.detection.hungarian import Weights, centres, corners, match, terms
 from saccade.tasks.image_text.text_tower import Learned, TextTower, save_table
 from saccade.training.augmentation import Augment
@@ -36,13 +36,13 @@ for library in ("scipy", "pycocotools"):
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 64, "patch_size": 16}
 
 
-def tiny(setting: str = "", words: tuple[str, ...] = ("cup", "dog", "sea horse")) -> Detector:
+def tiny(setting: str = "", words: tuple[str, ...] = ("cup", "dog", "sea horse")) -> saccade.AdaptiveViT:
     torch.manual_seed(0)
     vit = saccade.create_model("vit_tiny_patch16_224", num_classes=0, **TINY).vit
     heads = Heads(TextTower(16, width=16, depth=1, heads=2, length=20), 32, words)
     for part in (heads.shift, heads.scale, heads.box[-1]):
         torch.nn.init.normal_(part.weight, std=0.2)
-    return Detector(vit, setting, heads=heads).eval()
+    return saccade.AdaptiveViT(vit, setting, head=DetectionHead(heads)).eval()
 
 
 def objects(*rows: tuple[float, ...], crowd: tuple[bool, ...] | None = None) -> Objects:
@@ -327,20 +327,20 @@ def test_one_prediction_a_cell_under_any_setting(setting: str) -> None:
 def test_classes_are_cosines_with_any_words() -> None:
     model, x = tiny(), torch.randn(2, 3, 64, 64)
     usual = model(x)
-    other = model(x, model.ask(["dog", "a thing never named"]))
+    other = model(x, model.task_head.ask(["dog", "a thing never named"]))
     assert torch.allclose(other.logits[..., 0], usual.logits[..., 1], atol=1e-5)
     assert torch.equal(other.boxes, usual.boxes) and other.logits.shape[-1] == 2
     features, _, _ = model.features(x)
     cells = features.flatten(2).transpose(1, 2)
-    seen_ = model.heads.seen(cells)
-    near = torch.cosine_similarity(seen_, model.heads.texts.encode(["dog"]), dim=-1)
-    scale = torch.nn.functional.elu(model.heads.scale(cells)[..., 0]) + 1
-    assert torch.allclose((near + model.heads.shift(cells)[..., 0]) * scale, usual.logits[..., 1], atol=1e-4)
+    seen_ = model.task_head.heads.seen(cells)
+    near = torch.cosine_similarity(seen_, model.task_head.heads.texts.encode(["dog"]), dim=-1)
+    scale = torch.nn.functional.elu(model.task_head.heads.scale(cells)[..., 0]) + 1
+    assert torch.allclose((near + model.task_head.heads.shift(cells)[..., 0]) * scale, usual.logits[..., 1], atol=1e-4)
 
 
 def test_macs_are_those_that_torch_counts() -> None:
     model, x = tiny(), torch.randn(1, 3, 64, 64)
-    queries = model.ask(model.heads.names)
+    queries = model.task_head.ask(model.task_head.heads.names)
     for setting in ("dense", "grid(8)", "grid(32)"):
         view = model.at(setting).eval()
         with torch.no_grad():
@@ -363,11 +363,12 @@ def test_gradients_reach_everything_that_learns() -> None:
 def test_saved_and_loaded_it_finds_the_same(tmp_path: Path, queries: str) -> None:
     model, x = tiny("grid(8)"), torch.randn(2, 3, 64, 64)
     if queries == "learned":
-        model = Detector(model.vit, "grid(8)", heads=Heads(Learned(["a", "b"], 6), 32, ["a", "b"])).eval()
+        head = DetectionHead(Heads(Learned(["a", "b"], 6), 32, ["a", "b"]))
+        model = saccade.AdaptiveViT(model.vit, "grid(8)", head=head).eval()
     saccade.save(model, tmp_path / "m")
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
     again = saccade.load(tmp_path / "m")
-    assert isinstance(again, Detector) and again.heads.names == model.heads.names
+    assert isinstance(again.task_head, DetectionHead) and again.task_head.heads.names == model.task_head.heads.names
     assert torch.equal(again(x).boxes, model(x).boxes) and torch.equal(again(x).logits, model(x).logits)
     text = (tmp_path / "m" / "config.json").read_text()
     (tmp_path / "m" / "config.json").write_text(text.replace('"names"', '"name"'))
@@ -377,7 +378,7 @@ def test_saved_and_loaded_it_finds_the_same(tmp_path: Path, queries: str) -> Non
 
 def test_exports_where_counts_are_static() -> None:
     model, x = tiny("grid(16) | tome(r=2)"), torch.randn(2, 3, 64, 64)
-    queries = model.ask(model.heads.names)
+    queries = model.task_head.ask(model.task_head.heads.names)
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
@@ -505,7 +506,7 @@ def changes(*more: str) -> list[str]:
 def test_the_script_trains_a_detector_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     unchecked = changes("data.holdout=0", "run.save_every=1")
     whole = saccade.train("detect", unchecked, out=tmp_path / "whole")
-    assert isinstance(whole.model, Detector) and whole.model.heads.names == list(CLASSES)
+    assert isinstance(whole.model.task_head, DetectionHead) and whole.model.task_head.heads.names == list(CLASSES)
     loaded = saccade.load(tmp_path / "whole" / "model")
 
     stopped, task = tmp_path / "stopped", "saccade.tasks.detection.detection_task:Detect"
@@ -543,7 +544,7 @@ def test_a_detector_learns_from_a_coco_file_and_more_from_another(tmp_path: Path
     paths = [f"data.path={tmp_path / 'photos'}", f"detect.annotations={tmp_path / 'c.json'}", "data.cache_gb=1"]
     paths += ["sampling.settings=['grid(32)']", "run.steps=2"]
     first = saccade.train("detect", changes(*paths, "data.holdout=0.3"), out=tmp_path / "a")
-    assert first.model.heads.names == ["white"] and first.metric == "AP"
+    assert first.model.task_head.heads.names == ["white"] and first.metric == "AP"
     assert [row.setting for row in first.checks] == ["grid(32)"]
     assert all(0 <= row.low <= row.top1 <= row.high <= 1 for row in first.checks)
     assert (tmp_path / "a" / "checks.csv").read_text().splitlines()[0].split(",")[2] == "ap"
@@ -576,7 +577,7 @@ def test_words_from_elsewhere_can_be_queries(tmp_path: Path) -> None:
     made_ = saccade.train(
         "detect", changes(f"texts.table={tmp_path / 't.safetensors'}", "data.holdout=0"), out=tmp_path / "run"
     )
-    assert made_.model.ask(["banana"]).shape == (1, 64)
+    assert made_.model.task_head.ask(["banana"]).shape == (1, 64)
     rows, failures = evaluate_detection(made_.model, open_boxes("scenes", "test"), ["grid(32)"], limit=20, top=5)
     assert [row.setting for row in rows] == ["grid(16)", "grid(32)"] and rows[0].images == 20 and not failures
     assert json.dumps([row.to_dict() for row in rows])
@@ -616,7 +617,7 @@ def test_the_command_measures_and_draws(tmp_path: Path, capsys: pytest.CaptureFi
     assert code == 0 and {row["name"] for row in found} == {"a cup", "dog"} and Image.open(png).size == (70, 50)
     assert all(0 <= x <= 70 and 0 <= y <= 50 for row in found for x, y in (row["box"][:2], row["box"][2:]))
     assert [row["score"] for row in found] == sorted((row["score"] for row in found), reverse=True)
-    torch.nn.init.constant_(model.heads.shift.bias, -20.0)
+    torch.nn.init.constant_(model.task_head.heads.shift.bias, -20.0)
     saccade.save(model, tmp_path / "m")
     code, out, _ = run_command(capsys, "detect", folder, str(tmp_path / "p.png"), "--out", png, "-s", "grid(8)")
     assert code == 0 and "nothing of arrow" in out

@@ -16,10 +16,10 @@ from saccade import checkpoint
 from saccade.cli import main
 from saccade.errors import UserError
 from saccade.tasks.detection.average_precision import evaluate_detection
-from saccade.tasks.detection.detector import Detector, Heads
+from saccade.tasks.detection.detector import DetectionHead, Heads
 from saccade.tasks.evaluate import EVALUATIONS
 from saccade.tasks.image_text.text_tower import TextTower
-from saccade.tasks.image_text.two_tower import Space, TextImage
+from saccade.tasks.image_text.two_tower import Space, TwoTowerHead
 from saccade.tasks.image_text.zero_shot import evaluate_words
 from saccade.tasks.segmentation.mean_iou import evaluate_segmentation
 from saccade.tasks.segmentation.segmenter import segmenter
@@ -44,9 +44,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heads = Heads(TextTower(16, **TOWER), 32, ("cup", "dog"))
     for part in (heads.shift, heads.scale, heads.box[-1]):
         torch.nn.init.normal_(part.weight, std=0.2)
-    saccade.save(Detector(headless(), heads=heads).eval(), root / "detect")
+    saccade.save(saccade.AdaptiveViT(headless(), head=DetectionHead(heads)).eval(), root / "detect")
     space = Space(TextTower(16, **TOWER), 32, project=True)
-    saccade.save(TextImage(headless(), space=space).eval(), root / "textimage")
+    saccade.save(saccade.AdaptiveViT(headless(), head=TwoTowerHead(space)).eval(), root / "textimage")
     photos = {f"{i}.png": encode(picture(40, 36, seed=i)) for i in range(6)}
     halves = Image.new("L", (40, 36))
     halves.paste(1, (20, 0, 40, 36))
@@ -81,7 +81,7 @@ def needed(task: str) -> None:
 
 
 def test_every_task_that_a_folder_can_be_of_is_routed() -> None:
-    assert EVALUATIONS.keys() == checkpoint.MODELS.keys()
+    assert EVALUATIONS.keys() == {checkpoint.CLASSIFY, *checkpoint.HEADS}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -28,17 +28,17 @@ from saccade.tasks.image_text.text_tower import (
     save_table,
     tokenise,
 )
-from saccade.tasks.image_text.two_tower import LOSSES, Space, TextImage, by_sigmoid, by_softmax
+from saccade.tasks.image_text.two_tower import LOSSES, Space, TwoTowerHead, by_sigmoid, by_softmax
 from saccade.tasks.image_text.zero_shot import belonging, ranks, retrieval, zero_shot
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8}
 
 
-def tiny(setting: str = "", *, project: bool = True, loss: str = "sigmoid", out: int = 16) -> TextImage:
+def tiny(setting: str = "", *, project: bool = True, loss: str = "sigmoid", out: int = 16) -> saccade.AdaptiveViT:
     torch.manual_seed(0)
     vit = saccade.create_model("vit_tiny_patch16_224", num_classes=0, **TINY).vit
     space = Space(TextTower(out, width=16, depth=2, heads=2, length=40), 32, project=project, loss=loss)
-    return TextImage(vit, setting, space=space).eval()
+    return saccade.AdaptiveViT(vit, setting, head=TwoTowerHead(space)).eval()
 
 
 # Pairs
@@ -269,8 +269,8 @@ def test_both_towers_reach_one_sphere_under_any_setting() -> None:
         out = model.at(setting).eval()(x)
         assert out.embedding.shape == (3, 16) and torch.allclose(out.embedding.norm(dim=1), torch.ones(3), atol=1e-5)
         assert out.trace.macs().shape == (3,)
-    assert model.words(["a", "b"]).norm(dim=1).sub(1).abs().max() < 1e-5
-    assert model.at("grid(16)").space is model.space and model.at("grid(16)").vit is model.vit
+    assert model.task_head.words(["a", "b"]).norm(dim=1).sub(1).abs().max() < 1e-5
+    assert model.at("grid(16)").task_head.space is model.task_head.space and model.at("grid(16)").vit is model.vit
 
 
 def test_without_a_projection_the_image_tower_is_as_it_was() -> None:
@@ -278,7 +278,8 @@ def test_without_a_projection_the_image_tower_is_as_it_was() -> None:
     pooled = model.vit.forward_head(model.vit.forward_features(x))
     assert torch.allclose(model(x).embedding, F.normalize(pooled, dim=-1), atol=1e-6)
     with pytest.raises(UserError, match="still has a classifier of 5"):
-        TextImage(saccade.create_model("vit_tiny_patch16_224", num_classes=5, **TINY).vit, space=model.space)
+        vit = saccade.create_model("vit_tiny_patch16_224", num_classes=5, **TINY).vit
+        saccade.AdaptiveViT(vit, head=model.task_head)
 
 
 @pytest.mark.parametrize(("project", "loss"), [(True, "softmax"), (False, "sigmoid")])
@@ -287,9 +288,9 @@ def test_saved_and_loaded_it_says_the_same(tmp_path: Path, project: bool, loss: 
     saccade.save(model, tmp_path / "m")
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
     again = saccade.load(tmp_path / "m")
-    assert isinstance(again, TextImage) and str(again.setting) == "grid(16)" and again.space.loss == loss
+    assert str(again.setting) == "grid(16)" and TwoTowerHead.of(again).space.loss == loss
     assert torch.equal(again(x).embedding, model(x).embedding)
-    assert torch.equal(again.words(["a cup"]), model.words(["a cup"]))
+    assert torch.equal(again.task_head.words(["a cup"]), model.task_head.words(["a cup"]))
     assert torch.equal(saccade.load(tmp_path / "m", "dense")(x).embedding, model.at("dense")(x).embedding)
 
 
@@ -350,10 +351,11 @@ def test_towers_learn_to_find_each_other(coloured: Path) -> None:
         features = {s: saccade.AdaptiveViT(model.vit, s)(batch.images).logits for s in ("dense", "grid(16)")}
     texts = [pairs.texts[i][0] for i in batch.indices]
     same = torch.tensor([[a == b for a in texts] for b in texts])
-    optimizer = torch.optim.AdamW(model.space.parameters(), lr=3e-3)
+    space = model.task_head.space
+    optimizer = torch.optim.AdamW(space.parameters(), lr=3e-3)
     for step in range(60):
         x = features["dense" if step % 2 else "grid(16)"]
-        loss = model.space.compare(model.space.images(x), model.space.words(texts), same) / len(texts)
+        loss = space.compare(space.images(x), space.words(texts), same) / len(texts)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -424,9 +426,9 @@ def test_a_locked_tower_stays_and_an_open_one_moves(coloured: Path, tmp_path: Pa
     common = changes(coloured, TEMPLATES, f"model.name={tmp_path / 'start'}", "model.args={}", "data.holdout=0.3")
     lit = saccade.train("flexilit", common, out=tmp_path / "lit")
     clip = saccade.train("flexiclip", [*common, "pairs.width=8"], out=tmp_path / "clip")
-    assert isinstance(lit.model, TextImage) and lit.metric == "R@1" and len(lit.checks) == 2
-    assert isinstance(lit.model.space.project, torch.nn.Identity)
-    assert clip.model.words(["red"]).shape == (1, 8) and clip.model.space.loss == "softmax"
+    assert isinstance(lit.model.task_head, TwoTowerHead) and lit.metric == "R@1" and len(lit.checks) == 2
+    assert isinstance(lit.model.task_head.space.project, torch.nn.Identity)
+    assert clip.model.task_head.words(["red"]).shape == (1, 8) and clip.model.task_head.space.loss == "softmax"
     before = start.vit.state_dict()
     moved = {
         name: [k for k, v in trained.model.vit.state_dict().items() if not torch.equal(v, before[k])]
@@ -434,7 +436,7 @@ def test_a_locked_tower_stays_and_an_open_one_moves(coloured: Path, tmp_path: Pa
     }
     assert not moved["lit"] and len(moved["clip"]) > 20
     more = saccade.train("flexiclip", [*common, f"model.name={tmp_path / 'lit' / 'model'}"], out=tmp_path / "more")
-    assert more.model.space.loss == "sigmoid"  # the space that it began with
+    assert more.model.task_head.space.loss == "sigmoid"  # the space that it began with
     assert "recall_at_1" in (tmp_path / "lit" / "checks.csv").read_text().splitlines()[0]
 
 
@@ -467,11 +469,11 @@ def test_pairs_and_tables_of_embeddings_are_trained_on(tmp_path: Path) -> None:
     save_table(tmp_path / "t.safetensors", said, torch.randn(16, 5))
     more = [f"texts.table={tmp_path / 't.safetensors'}", f"pairs.held={tmp_path / 'p'}"]
     found = saccade.train("flexilit", changes(tmp_path / "p", *more), out=tmp_path / "run")
-    assert isinstance(found.model.space.texts, TextTable) and len(found.checks) == 2
+    assert isinstance(found.model.task_head.space.texts, TextTable) and len(found.checks) == 2
     again = saccade.load(tmp_path / "run" / "model")
-    assert torch.equal(again.words(said), found.model.words(said))
+    assert torch.equal(again.task_head.words(said), found.model.task_head.words(said))
     with pytest.raises(UserError, match="no embedding for the text"):
-        again.words(["another"])
+        again.task_head.words(["another"])
 
 
 def test_which_texts_of_a_batch_are_whose() -> None:

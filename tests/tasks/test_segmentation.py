@@ -36,7 +36,7 @@ from saccade.tasks.segmentation.panoptic_quality import compare, evaluate_panopt
 from saccade.tasks.segmentation.segmentation_data import decode_ids, lookup, open_pixels
 from saccade.tasks.segmentation.segmentation_heads import HEADS, MaskTransformer, build_head
 from saccade.tasks.segmentation.segmentation_task import PixelExamples
-from saccade.tasks.segmentation.segmenter import OVERLAP, VOID, Segmenter, fitted, look, segmenter, windows
+from saccade.tasks.segmentation.segmenter import OVERLAP, VOID, SegmentationHead, fitted, look, segmenter, windows
 from saccade.training.augmentation import Augment, isolated
 from saccade.training.batch_stream import BatchStream
 from saccade.training.checkpoints import newest, read_state
@@ -47,11 +47,11 @@ NAMES = ("left", "right", "spot")
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "img_size": [32, 48]}
 
 
-def small(kind: str = "mask", setting: str = "", classes: tuple[str, ...] = NAMES, **shape) -> Segmenter:
+def small(kind: str = "mask", setting: str = "", classes: tuple[str, ...] = NAMES, **shape) -> saccade.AdaptiveViT:
     """A segmenter with random weights in which every error shows."""
     vit = make_vit("vit", **{"embed_dim": 96, "img_size": (32, 48), "patch_size": 8, **shape})
     made = segmenter(saccade.AdaptiveViT(vit, setting), classes, kind)
-    randomise(made.decoder)
+    randomise(made.task_head.decoder)
     return made.eval()
 
 
@@ -159,7 +159,7 @@ def test_logits_are_the_heads_on_the_dense_map_enlarged(kind, setting):
         images = make_images(model.vit, 2, size)
         out = model(images)
         plain = saccade.AdaptiveViT(model.vit, setting).eval().feature_map(images)
-        oracle = F.interpolate(model.decoder(plain), size=size, mode="bilinear", align_corners=False)
+        oracle = F.interpolate(model.task_head.decoder(plain), size=size, mode="bilinear", align_corners=False)
         assert out.logits.shape == (2, 3, *size) and torch.allclose(out.logits, oracle, atol=1e-5)
 
 
@@ -171,7 +171,7 @@ def test_macs_are_counted_ones(setting):
     trace = model(images).trace
     assert trace.macs().item() == pytest.approx(counted_macs(lambda: model(images)), rel=1e-3)
     cells = trace.grid[0] * trace.grid[1]
-    assert trace.head == model.decoder.macs(cells) > 0
+    assert trace.head == model.task_head.decoder.macs(cells) > 0
 
 
 @torch.no_grad()
@@ -186,19 +186,18 @@ def test_a_batch_equals_its_images_one_by_one(setting):
 def test_a_view_shares_all_parameters():
     model = small()
     view = model.at("grid(16) | evit(0.5)")
-    assert type(view) is Segmenter and view.decoder is model.decoder and view.vit is model.vit
-    assert (view.classes, view.void) == (model.classes, model.void) and not view.training
+    assert view.task_head is model.task_head and view.vit is model.vit and not view.training
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_saved_segmenter_opens_as_it_was(kind, tmp_path):
     model = small(kind, "grid(16)")
-    model.void = 9
+    model.task_head.void = 9
     model.save(str(tmp_path / "model"))
     opened, images = saccade.load(tmp_path / "model"), make_images(model.vit, 2)
-    assert type(opened) is Segmenter and not opened.training and not opened.decoder.training
-    assert (opened.classes, opened.void, str(opened.setting)) == (NAMES, 9, "grid(16)")
+    assert type(opened.task_head) is SegmentationHead and not opened.training and not opened.task_head.decoder.training
+    assert (opened.task_head.classes, opened.task_head.void, str(opened.setting)) == (NAMES, 9, "grid(16)")
     assert torch.equal(opened(images).logits, model(images).logits)
     from safetensors.torch import load_file
 
@@ -236,12 +235,11 @@ def test_a_malformed_folder_is_one_line(change, tmp_path):
 def test_what_cannot_be_is_refused():
     vit = make_vit("vit", img_size=(32, 48), patch_size=8)
     with pytest.raises(UserError, match="reset_classifier"):
-        Segmenter(vit, decoder=build_head(96, "linear", classes=3), classes=NAMES)
+        saccade.AdaptiveViT(vit, head=SegmentationHead(build_head(96, "linear", classes=3), NAMES))
     with pytest.raises(UserError, match="covers them"):
         small().at("grid(20, fit='pad')")
     with pytest.raises(UserError, match="2 names"):
-        vit.reset_classifier(0)
-        Segmenter(vit, decoder=build_head(96, "linear", classes=3), classes=("a", "b"))
+        SegmentationHead(build_head(96, "linear", classes=3), ("a", "b"))
     with pytest.raises(UserError, match="slice"):
         look(small(), torch.zeros(1, 3, 32, 48), "slice")
 
@@ -648,7 +646,7 @@ def equal(a: dict, b: dict) -> bool:
 
 def test_a_run_leaves_what_it_promises(whole, pairs):
     trained, folder = whole
-    assert (trained.metric, trained.column) == ("mIoU", "miou") and type(trained.model) is Segmenter
+    assert (trained.metric, trained.column) == ("mIoU", "miou") and type(trained.model.task_head) is SegmentationHead
     rows = read_table(folder / "checks.csv")
     assert rows[0].keys() == {"step", "setting", "miou", "low", "high", "gmacs"}
     assert {r["setting"] for r in rows} == {"dense", "grid(12)", "grid(16)"}
@@ -660,7 +658,7 @@ def test_a_run_leaves_what_it_promises(whole, pairs):
     scores, _ = evaluate_segmentation(opened, pairs, ["grid(12)"])  # void is the model's own
     of = {c.setting: c.top1 for c in trained.checks}
     assert scores[1].miou.mean == pytest.approx(of["grid(12)"]) and scores[0].gmacs > scores[1].gmacs
-    assert any(k.startswith("student.decoder.") for k in state(folder))
+    assert any(k.startswith("student.task_head.decoder.") for k in state(folder))
 
 
 def test_it_learns_at_every_patch_size(pairs, tmp_path):
@@ -753,11 +751,13 @@ def test_a_segmentation_model_goes_on_with_its_decoder(whole, pairs, tmp_path):
     settled = config(pairs, optim={"lr": 1e-12, "ema": 0.0, "weight_decay": 0.0}, run={"steps": 1})
     settled["model"] = {"name": earlier}
     trained = saccade.train(settled, out=tmp_path / "run")
-    assert torch.allclose(trained.model.decoder.class_tokens, whole[0].model.decoder.class_tokens)
+    assert torch.allclose(trained.model.task_head.decoder.class_tokens, whole[0].model.task_head.decoder.class_tokens)
     other = config(pairs, run={"steps": 1}, segment={"classes": ("a", "b", "c")})
     other["model"] = {"name": earlier}
     fresh = saccade.train(other, out=tmp_path / "other")
-    assert not torch.allclose(fresh.model.decoder.class_tokens, whole[0].model.decoder.class_tokens, atol=1e-3)
+    assert not torch.allclose(
+        fresh.model.task_head.decoder.class_tokens, whole[0].model.task_head.decoder.class_tokens, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(

@@ -206,22 +206,23 @@ def test_decay_falls_on_matrices_alone():
     assert set(seen.values()) == {1} and len(seen) == len(names)
 
 
-def test_what_stands_beside_a_vit_learns_at_the_heads_rate():
+def test_the_head_of_a_task_learns_at_the_heads_rate():
     from saccade.tasks.segmentation.segmenter import segmenter
 
     model = segmenter(tiny(), ("a", "b"), "mask", layers=1)
     student = MultiSettingModel(model, ["dense", "grid(16)"])
-    assert student.beside == ("decoder",) and student.views[1].decoder is model.decoder
-    optimizer = build_optimizer(student, nn.Identity(), Optim(backbone=0.1, head=3.0))
-    names = {id(p): n for n, p in student.named_parameters()}
+    assert student.views[1].task_head is student.task_head is model.task_head
+    project = nn.Linear(2, 3)  # of training alone
+    optimizer = build_optimizer(student, project, Optim(backbone=0.1, head=3.0))
+    names = {id(p): n for n, p in (*student.named_parameters(), *project.named_parameters(prefix="project"))}
     scales = {names[id(p)]: (g["scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert scales.keys() == set(names.values())
-    assert all((scale == 3.0) == name.startswith("decoder.") for name, (scale, _) in scales.items())
-    assert scales["decoder.class_tokens"][1] == 0.0 and scales["decoder.embed.weight"][1] == 0.05
+    assert all((scale == 3.0) == name.startswith(("task_head.", "project.")) for name, (scale, _) in scales.items())
+    assert scales["task_head.decoder.class_tokens"][1] == 0.0 and scales["task_head.decoder.embed.weight"][1] == 0.05
     student.train()
-    assert model.decoder.training
+    assert model.task_head.decoder.training
     student.eval()
-    assert not any(view.training or view.decoder.training for view in student.views)
+    assert not any(view.training or view.task_head.training for view in student.views)
 
 
 def test_rate_warms_up_and_ends_low():

@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from saccade.backbones.vit import class_names_of, resize_of
+from saccade.core.head import PREFIX
 from saccade.errors import UserError
 from saccade.storage.architecture import arguments, table_size
 from saccade.storage.files import check_folder
 from saccade.storage.folder_config import FORMAT
 from saccade.storage.model_folder import write
-from saccade.storage.weights import (
-    require_keepable,
-)
+from saccade.storage.weights import require_keepable
 
 if TYPE_CHECKING:
     from saccade.core.timm_types import ViT
     from saccade.model import AdaptiveViT
-
-    pass
 
 
 LEARNED = "learned."  # before the names of what methods learn
@@ -57,7 +54,7 @@ def save(model: AdaptiveViT, folder: str | os.PathLike, **extra: Any) -> None:
 def folder_state(model: AdaptiveViT) -> dict[str, Tensor]:
     """All weights by their names in a folder: what methods learn is there once, whichever settings name them."""
     views = ("tokenizer.", "plan.")
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith(views)}
+    state = {k.removeprefix(PREFIX): v for k, v in model.state_dict().items() if not k.startswith(views)}
     return state | {LEARNED + k: v for k, v in model.learned.items()}
 
 

@@ -22,7 +22,7 @@ from saccade.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from saccade.tasks.detection.detector import Detector
+    from saccade.model import AdaptiveViT
 
 
 @app.command("detect")
@@ -51,11 +51,11 @@ def command(
     from saccade.cli.scored import is_photo, show_scores
     from saccade.tasks.detection.average_precision import evaluate_detection
     from saccade.tasks.detection.detection_data import open_boxes
-    from saccade.tasks.detection.detector import Detector
+    from saccade.tasks.detection.detector import DetectionHead
     from saccade.terminal.progress import Progress
 
     use_threads(threads)
-    found = open_task(model, Detector, "detector", "detect", device)
+    found = open_task(model, DetectionHead, device)
     if is_photo(data):
         _draw(found, data, setting, ask, least, out, json)
         return
@@ -66,14 +66,14 @@ def command(
 
 
 def _draw(
-    model: Detector, photo: str, settings: list[str], ask: list[str] | None, least: float, out: str, json: bool
+    model: AdaptiveViT, photo: str, settings: list[str], ask: list[str] | None, least: float, out: str, json: bool
 ) -> None:
     from saccade.cli.scored import open_photo
     from saccade.storage.files import write_picture
-    from saccade.tasks.detection.detector import draw, look
+    from saccade.tasks.detection.detector import DetectionHead, draw, look
 
     view, image = open_photo(model, photo, settings, out)
-    names = ask or view.heads.names
+    names = ask or DetectionHead.of(view).class_names
     found = look(view, image, names, least)
     write_picture(out, draw(image, found, names))
     each = [(names[i], s) for i, s in zip(found["labels"].tolist(), found["scores"].tolist(), strict=True)]

@@ -11,9 +11,9 @@ from saccade.cli.common import Batch, Device, Drawing, Json, Limit, Settings, Sp
 from saccade.errors import UserError
 
 if TYPE_CHECKING:
+    from saccade.model import AdaptiveViT
     from saccade.tasks.segmentation.mean_iou import Segmentation
     from saccade.tasks.segmentation.panoptic_quality import PanopticScores
-    from saccade.tasks.segmentation.segmenter import Segmenter
 
 
 @app.command("segment")
@@ -48,11 +48,11 @@ def command(
     from saccade.cli.scored import is_photo, show_scores
     from saccade.tasks.segmentation.mean_iou import evaluate_segmentation
     from saccade.tasks.segmentation.panoptic_quality import evaluate_panoptic
-    from saccade.tasks.segmentation.segmenter import HOW, Segmenter
+    from saccade.tasks.segmentation.segmenter import HOW, SegmentationHead
     from saccade.terminal.progress import Progress
 
     use_threads(threads)
-    found = open_task(model, Segmenter, "segmentation model", "segment", device)
+    found = open_task(model, SegmentationHead, device)
     chosen = next((name for name in HOW if name == how), None)
     if chosen is None:
         raise UserError(f"--how {how} is not one of {', '.join(HOW)}")
@@ -71,7 +71,7 @@ def command(
     show_scores(scores, f"{model}, {data}: {scores.table().title}", json)
 
 
-def _draw(model: Segmenter, photo: str, settings: list[str], out: str, json: bool) -> None:
+def _draw(model: AdaptiveViT, photo: str, settings: list[str], out: str, json: bool) -> None:
     from saccade.cli.scored import open_photo
     from saccade.storage.files import write_picture
     from saccade.tasks.segmentation.class_picture import paint

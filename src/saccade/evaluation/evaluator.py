@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from saccade.checkpoint import task_of, verb_of
 from saccade.data import ImageSet, Loaders, Preprocess, head_labels
 from saccade.data.corrupt import Corruption, corrupted
 from saccade.errors import UserError
@@ -145,8 +144,10 @@ class Evaluator:
 
 def check_head(model: AdaptiveViT) -> None:
     """Raises UserError unless a model classifies, into two classes or more: with one, every answer is right."""
-    if (task := task_of(model)) != "classify":
-        raise UserError(f"this is for classifiers, and the model is for task {task!r}: use `saccade {verb_of(task)}`")
+    if (head := model.task_head) is not None:
+        raise UserError(f"this is for classifiers, and the model is for task {head.task!r}: use `saccade {head.verb}`")
+    if not model.classifies:
+        raise UserError(f"this is for classifiers, and a {type(model).__name__} has a forward of its own")
     if (classes := model.vit.num_classes) < 2:
         has = {0: "no classifier (num_classes=0)"}.get(classes, f"a head of {classes} class")
         raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.checkpoint import Source, open_model, task_of, verb_of
+from saccade.checkpoint import Source, open_model
 from saccade.core.output import Output
 from saccade.data import ImageError, Preprocess
 from saccade.data.inputs import Input, inputs
@@ -60,9 +60,9 @@ class Predictor:
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"{name}={value!r} is not a whole number of 1 or more")
         opened = open_model(model, weights, pretrained, device, deployed=True)
-        if (task := task_of(opened)) != "classify":
+        if (head := opened.task_head) is not None:
             raise UserError(
-                f"this is a model for task {task!r}, which predict does not know: use saccade {verb_of(task)}"
+                f"this is a model for task {head.task!r}, which predict does not know: use saccade {head.verb}"
             )
         if opened.backbone.channels != 3:
             raise UserError(f"this model takes {opened.backbone.channels} channels, and predict gives RGB: call it")

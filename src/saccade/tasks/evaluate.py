@@ -80,7 +80,11 @@ def evaluate(
 
 
 def evaluation_of(task: str) -> Callable[..., Evaluation | Scores]:
-    """The function that measures models of a task."""
+    """The function that measures models of a task. Raises UserError for that of a head from elsewhere."""
+    if task not in EVALUATIONS:
+        raise UserError(
+            f"there is no evaluation of task {task!r}, only of {', '.join(EVALUATIONS)}: measure it yourself"
+        )
     module, _, name = EVALUATIONS[task].partition(":")
     return getattr(import_module(module), name)
 

@@ -11,13 +11,14 @@ from saccade.backbones.vit import resize_of, set_resize
 from saccade.core.timm_types import ViT
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
+from saccade.renamed.model_names import OldWeightNames
 
 
-class MultiSettingModel(nn.Module):
+class MultiSettingModel(OldWeightNames):
     """One ViT under several settings: ``views[i]`` runs the i-th; parameters are counted once.
 
-    The state dict holds ``vit.*`` (timm's keys), what the model has ``beside`` it for all settings, such as
-    ``decoder.*``, and for settings that learn ``settings.<i>.*``.
+    The state dict holds ``vit.*`` (timm's keys), ``settings.<i>.*`` for settings that learn, and ``task_head.*`` where
+    the model has a head, which all settings share.
     """
 
     def __init__(self, model: AdaptiveViT, settings: Sequence[str]) -> None:
@@ -26,10 +27,7 @@ class MultiSettingModel(nn.Module):
         self.views = tuple(model if str(model.setting) == name else model.at(name) for name in settings)
         learned = {str(i): nn.ModuleList([view.tokenizer, view.plan]) for i, view in enumerate(self.views)}
         self.settings: nn.Module = nn.ModuleDict(learned)
-        own = ("vit", "tokenizer", "plan")
-        self.beside = tuple(name for name, _ in model.named_children() if name not in own)
-        for name in self.beside:
-            self.add_module(name, getattr(model, name))
+        self.task_head = model.task_head
         ways = {view.tokenizer.resize for view in self.views} - {None}
         if len(ways) > 1:
             raise UserError(f"the settings resize the patch kernel in {len(ways)} ways: train with one resize=")

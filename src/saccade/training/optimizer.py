@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from saccade.core.head import PREFIX
 from saccade.training.config import Optim
 from saccade.training.multi_setting import MultiSettingModel
 
@@ -15,16 +16,15 @@ from saccade.training.multi_setting import MultiSettingModel
 def build_optimizer(student: MultiSettingModel, extra: nn.Module, rule: Optim) -> torch.optim.AdamW:
     """AdamW with groups for backbone, head and methods, each with and without weight decay.
 
-    Biases, norms, position tables, tokens and whatever timm's ``no_weight_decay`` names do not decay. What a model has
-    beside its ViT and its settings, and ``extra`` (of training alone), learn at the head's rate. Each group keeps its
-    factor on ``lr`` as ``scale``.
+    Biases, norms, position tables, tokens and whatever timm's ``no_weight_decay`` names do not decay. The head of a
+    task, and ``extra`` (of training alone), learn at the rate of the ViT's own head. Each group keeps its factor on
+    ``lr`` as ``scale``.
     """
-    heads = ("vit.head.", "vit.head_dist.", *(f"{name}." for name in student.beside))
     spared = {f"vit.{name}" for name in student.vit.no_weight_decay()}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    named = [*student.named_parameters(), *((f"vit.head.{k}", p) for k, p in extra.named_parameters())]
-    for name, parameter in named:
-        part = "head" if name.startswith(heads) else "backbone" if name.startswith("vit.") else "methods"
+    named = [(_part(name), name, parameter) for name, parameter in student.named_parameters()]
+    named += [("head", name, parameter) for name, parameter in extra.named_parameters()]
+    for part, name, parameter in named:
         decays = parameter.ndim > 1 and name not in spared and not name.endswith(("_token", "_tokens", "pos_embed"))
         groups.setdefault((part, decays), []).append(parameter)
     made = [
@@ -42,6 +42,13 @@ def build_optimizer(student: MultiSettingModel, extra: nn.Module, rule: Optim) -
             for parameter in parameters:
                 parameter.requires_grad_(False)
     return torch.optim.AdamW(made, lr=rule.lr, betas=rule.betas, fused=True)
+
+
+def _part(name: str) -> str:
+    """What a parameter of the student belongs to."""
+    if name.startswith(("vit.head.", "vit.head_dist.", PREFIX)):
+        return "head"
+    return "backbone" if name.startswith("vit.") else "methods"
 
 
 def rate(step: int, steps: int, rule: Optim) -> float:

@@ -21,7 +21,7 @@ from saccade.training.config import Distill, Source
 
 
 def open_source(source: Source) -> AdaptiveViT:
-    """The model that training starts from. Raises UserError for anything amiss."""
+    """The model that training starts from, with its folder's head. Raises UserError for anything amiss."""
     if source.name == "scenes" and not os.path.isdir("scenes"):  # the model that comes with the package
         source = source.model_copy(update={"name": folder("scenes")})
     if os.path.isdir(source.name):
@@ -36,7 +36,7 @@ def open_source(source: Source) -> AdaptiveViT:
         vit = vit if tuple(vit.patch_embed.img_size) == size else resized(vit, size)
     if source.crop_pct is not None:
         vit.pretrained_cfg = {**vit.pretrained_cfg, "crop_pct": source.crop_pct}
-    return AdaptiveViT(vit, learned=model.learned)
+    return AdaptiveViT(vit, learned=model.learned, head=model.task_head)
 
 
 def resized(vit: ViT, size: int | tuple[int, int]) -> ViT:

@@ -43,7 +43,8 @@ class Classify(Task):
         self._loaders = None if self.held is None else Loaders(self.held)
 
     def model(self) -> AdaptiveViT:
-        model = open_source(self.config.model)
+        start = open_source(self.config.model)
+        model = AdaptiveViT(start.vit, learned=start.learned)  # another task's head goes
         fitted = fit_head(model.vit, self.images)
         self.notes += [fitted.how] if fitted.how else []
         self.side, self.labels = max(model.input_size()), fitted.indices

@@ -15,8 +15,9 @@ from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.defined import require_choice, require_finite
 from saccade.evaluation.stats import Interval
+from saccade.model import AdaptiveViT
 from saccade.tasks.detection.detection_data import BoxSet, Objects, open_boxes
-from saccade.tasks.detection.detector import TOP, Detector, Found, detections, squashed
+from saccade.tasks.detection.detector import TOP, DetectionHead, Found, detections, squashed
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Scores, counted
 from saccade.terminal.text_table import Table
@@ -89,7 +90,7 @@ def evaluate_detection(
 
     Raises UserError where nothing can be read, nothing is there to be found, or a class is no query that is known.
     """
-    model = open_task(model, Detector, "detector", "detect", device)
+    model = open_task(model, DetectionHead, device)
     boxes = boxes if isinstance(boxes, BoxSet) else open_boxes(os.fspath(boxes), split, images)
     views = {str(view.setting): view for view in (model, *map(model.at, settings))}
     places, loaders = spread(len(boxes), limit), Loaders(boxes.images)
@@ -120,7 +121,7 @@ def score(setting: str, found: Sequence[Found], there: Sequence[Found], gmacs: f
 
 
 def find(
-    view: Detector,
+    view: AdaptiveViT,
     loader: Loader,
     names: Sequence[str],
     places: Sequence[int],
@@ -134,7 +135,7 @@ def find(
     seen: list[int] = []
     macs = []
     with torch.no_grad():  # not inference mode, whose tensors must not meet training's
-        queries = view.ask(names)
+        queries = DetectionHead.of(view).ask(names)
         for images in loader.batches(batch, places):
             out = view(images.images.to(weight.device, weight.dtype), queries)
             require_finite(out.boxes, view.setting, "boxes")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import InterpolationMode, hflip, pil_to_tensor, resized_crop, vflip
 
-from saccade.checkpoint import load
 from saccade.data import Loaders, Preprocess
 from saccade.data.decoded import Decoded
 from saccade.errors import UserError
@@ -23,7 +21,7 @@ from saccade.model import AdaptiveViT
 from saccade.storage.image_names import CHECK, TEST, kind_of
 from saccade.tasks.detection.average_precision import find, score, truths
 from saccade.tasks.detection.detection_data import BoxSet, Objects, open_boxes, pad, seen
-from saccade.tasks.detection.detector import Detector, Heads, draw, look, squashed
+from saccade.tasks.detection.detector import DetectionHead, Heads, draw, look, squashed
 from saccade.tasks.detection.hungarian import Weights, terms
 from saccade.tasks.image_text.text_tower import Learned, TextTower, open_tower
 from saccade.terminal.progress import Progress
@@ -57,22 +55,22 @@ class Detect(Task):
         found = super().identity() | {"classes": self.boxes.classes, "boxes": self.boxes.fingerprint()}
         return found if self.checked is None else found | {"held boxes": self.checked.fingerprint()}
 
-    def model(self) -> Detector:
+    def model(self) -> AdaptiveViT:
         model = open_source(self.config.model)
         self.side = max(model.input_size())
-        model.vit.reset_classifier(0)
-        return Detector(model.vit, learned=model.learned, heads=self._heads(model.vit.embed_dim))
+        return model.with_head(DetectionHead(self._heads(model)))
 
-    def _heads(self, dim: int) -> Heads:
+    def _heads(self, model: AdaptiveViT) -> Heads:
         """Those of the detector that training starts from, where they can be asked for these names; else new ones."""
-        names, rule, name = self.boxes.classes, self.config.detect, self.config.model.name
-        given = load(name, runner=None).float() if os.path.isdir(name) else None
-        if isinstance(given, Detector) and (given.heads.names == names or isinstance(given.heads.texts, TextTower)):
+        names, rule, given = self.boxes.classes, self.config.detect, model.task_head
+        if isinstance(given, DetectionHead) and (
+            given.heads.names == names or isinstance(given.heads.texts, TextTower)
+        ):
             given.heads.names = names
             return given.heads
         learned = rule.queries == "learned"
         texts = Learned(names, rule.width) if learned else open_tower(rule.width, **self.config.texts.model_dump())
-        return Heads(texts, dim, names)
+        return Heads(texts, model.vit.embed_dim, names)
 
     def ready(self, folder: Path, progress: Progress) -> int:
         self.decoded = decode_once(self.config.data, self.images, self.side, folder, progress)
@@ -85,7 +83,7 @@ class Detect(Task):
         return {name: value / full for name, value in terms(out.logits, out.boxes, targets, self.weights).items()}
 
     def measure(self, view: AdaptiveViT, tick: Tick) -> tuple[Interval, float]:
-        assert self.checked is not None and self.loaders is not None and isinstance(view, Detector)
+        assert self.checked is not None and self.loaders is not None
         loader, names, top = self.loaders.of(squashed(view)), self.checked.classes, self.config.detect.top
         places = spread(len(self.checked), self.config.data.check_limit)
         found, read, gmacs = find(view, loader, names, places, self.config.run.batch, top, tick)
@@ -93,8 +91,7 @@ class Detect(Task):
         return score(str(view.setting), found, there, gmacs).ap, gmacs
 
     def picture(self, view: AdaptiveViT, image: Image.Image) -> Image.Image:
-        assert isinstance(view, Detector)
-        return draw(image, look(view, image), view.heads.names)
+        return draw(image, look(view, image), DetectionHead.of(view).class_names)
 
 
 def open_both(config: Config) -> tuple[BoxSet, BoxSet | None]:

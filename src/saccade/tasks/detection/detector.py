@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+from saccade.core.head import Body, Head
 from saccade.core.record import Trace
 from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.data import Preprocess
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
-from saccade.setting import Setting
+from saccade.renamed.finder import moved
 from saccade.tasks.detection.hungarian import corners
 from saccade.tasks.image_text.text_tower import open_texts
 
@@ -33,6 +34,7 @@ PRIOR = -4.6  # logit of 0.01: at first, hardly anything is an object
 SCALE = 10.0  # of a cosine, at first
 Found = dict[str, Tensor]  # in one image, in torchmetrics' words
 TOP = 100  #    detections of an image that are looked at, as in COCO
+__getattr__ = moved(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,36 +95,27 @@ def own_cells(features: Tensor) -> Tensor:
     return torch.stack([columns, rows, *sides], -1).flatten(0, 1).logit(eps=1e-4)
 
 
-class Detector(AdaptiveViT):
-    """A ViT without a classifier under a setting, with heads on its cells."""
+class DetectionHead(Head):
+    """Class and box heads on every cell of the dense map."""
 
-    def __init__(
-        self,
-        vit: ViT,
-        setting: str | Setting = "",
-        trained: tuple[str, ...] = (),
-        learned: dict[str, Tensor] | None = None,
-        *,
-        heads: Heads,
-    ) -> None:
-        super().__init__(vit, setting, trained, learned)
+    task, noun, verb, config = "detect", "detector", "detect", "detect"
+
+    def __init__(self, heads: Heads) -> None:
+        super().__init__()
         self.heads = heads
-        if vit.num_classes or heads.dim != vit.embed_dim:
-            raise UserError(
-                f"this ViT has {vit.num_classes} classes and width {vit.embed_dim}; heads of width {heads.dim} need "
-                "that width, and no classifier: vit.reset_classifier(0)"
-            )
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """The queries to ask unless others are given."""
         return tuple(self.heads.names)
 
-    def at(self, setting: str | Setting) -> Detector:
-        return self._run_alike(Detector(self.vit, setting, self.trained, self.learned, heads=self.heads))
+    def check(self, model: Body) -> None:
+        if self.heads.dim != model.vit.embed_dim:
+            raise UserError(f"this ViT has width {model.vit.embed_dim} and its heads {self.heads.dim}: make them alike")
 
-    def forward(self, images: Tensor, queries: Tensor | None = None) -> Detected:  # type: ignore[override]
+    def forward(self, model: Body, images: Tensor, queries: Tensor | None = None) -> Detected:
         """images [B, C, h, w], normalised -> one prediction a cell, for ``queries`` [K, E] (None: its own classes)."""
-        features, tokens, trace = self.features(images)
+        features, tokens, trace = model.features(images)
         queries = self.ask(self.heads.names) if queries is None else queries
         logits, boxes = self.heads(features, queries)
         return Detected(logits, boxes, tokens, replace(trace, head=self.heads.macs(logits.shape[1], len(queries))))
@@ -132,18 +125,15 @@ class Detector(AdaptiveViT):
         return self.heads.ask(names)
 
     def describe(self) -> dict[str, Any]:
-        """What ``rebuild`` needs beside the weights."""
         texts: Any = self.heads.texts
-        return {"task": "detect", "queries": texts.describe(), "names": self.heads.names}
+        return {"queries": texts.describe(), "names": self.heads.names}
 
     @classmethod
-    def rebuild(cls, model: AdaptiveViT, ours: dict[str, Any]) -> Detector:
-        """The detector that ``describe`` described, around a fresh ViT. Raises UserError for bad values."""
-        queries, names = ours.get("queries"), ours.get("names")
+    def rebuild(cls, vit: ViT, described: dict[str, Any]) -> DetectionHead:
+        queries, names = described.get("queries"), described.get("names")
         if not (isinstance(queries, dict) and isinstance(names, list) and all(isinstance(n, str) for n in names)):
             raise UserError("this detector does not say what its queries and names are")
-        heads = Heads(open_texts(queries), model.vit.embed_dim, names)
-        return cls(model.vit, model.setting, model.trained, model.learned, heads=heads)
+        return cls(Heads(open_texts(queries), vit.embed_dim, names))
 
 
 def squashed(view: AdaptiveViT) -> Preprocess:
@@ -152,14 +142,14 @@ def squashed(view: AdaptiveViT) -> Preprocess:
 
 
 @torch.no_grad()
-def look(view: Detector, image: Image.Image, names: Sequence[str] | None = None, least: float = 0.3) -> Found:
+def look(view: AdaptiveViT, image: Image.Image, names: Sequence[str] | None = None, least: float = 0.3) -> Found:
     """What is in one RGB image, most certain first: of ``names`` (None: its own classes), scores of ``least`` or more.
 
     Boxes are in pixels of the image; ``labels`` are places in ``names``. Raises ImageError for one too narrow.
     """
     weight = view.vit.patch_embed.proj.weight
     batch = squashed(view)(image).unsqueeze(0).to(weight.device, weight.dtype)
-    (found,) = detections(view(batch, None if names is None else view.ask(names)))
+    (found,) = detections(view(batch, None if names is None else DetectionHead.of(view).ask(names)))
     sides = torch.tensor([image.width, image.height] * 2)
     return {k: v[found["scores"] >= least] for k, v in (found | {"boxes": found["boxes"] * sides}).items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from saccade.checkpoint import load
 from saccade.data import Loaders, Preprocess
 from saccade.data.decoded import Decoded
 from saccade.errors import UserError
@@ -21,7 +19,7 @@ from saccade.model import AdaptiveViT
 from saccade.tasks.classification.classification_task import Labelled
 from saccade.tasks.image_text.image_text_data import Pairs, captioned, open_pairs
 from saccade.tasks.image_text.text_tower import open_tower
-from saccade.tasks.image_text.two_tower import Space, TextImage
+from saccade.tasks.image_text.two_tower import Space, TwoTowerHead
 from saccade.tasks.image_text.zero_shot import belonging, embed, ranks
 from saccade.terminal.progress import Progress
 from saccade.training.config import Config
@@ -52,17 +50,15 @@ class Pairing(Task):
         found = super().identity() | {"texts": self.pairs.fingerprint()}
         return found if self.checked is None else found | {"held texts": self.checked.fingerprint()}
 
-    def model(self) -> TextImage:
-        model, rule, name = open_source(self.config.model), self.config.pairs, self.config.model.name
+    def model(self) -> AdaptiveViT:
+        model, rule = open_source(self.config.model), self.config.pairs
         self.side = max(model.input_size())
-        model.vit.reset_classifier(0)
-        given = load(name, runner=None).float() if os.path.isdir(name) else None
-        if isinstance(given, TextImage):
-            return TextImage(model.vit, learned=model.learned, space=given.space)
+        if isinstance(model.task_head, TwoTowerHead):  # it goes on learning
+            return model
         features = model.vit.num_features
         texts = open_tower(rule.width or features, **self.config.texts.model_dump())
         space = Space(texts, features, project=rule.width is not None, loss=rule.loss)
-        return TextImage(model.vit, learned=model.learned, space=space)
+        return model.with_head(TwoTowerHead(space))
 
     def ready(self, folder: Path, progress: Progress) -> int:
         self.decoded = decode_once(self.config.data, self.images, self.side, folder, progress)
@@ -72,21 +68,21 @@ class Pairing(Task):
         return Paired(self.pairs, self.config.augment.view(seen.size, seen.interpolation, seen.mean), self.decoded)
 
     def terms(self, model: AdaptiveViT, out: Any, targets: Tensor, teacher_out: Any, full: int) -> dict[str, Tensor]:
-        assert isinstance(model, TextImage)
         rows = targets.tolist()
         texts = [self.pairs.texts[place][which] for place, which in rows]
         same = shared([self.pairs.texts[place] for place, _ in rows], texts).to(targets.device)
-        return {self.config.pairs.loss: model.space.compare(out.embedding, model.words(texts), same) / full}
+        space = TwoTowerHead.of(model).space
+        return {self.config.pairs.loss: space.compare(out.embedding, space.words(texts), same) / full}
 
     def measure(self, view: AdaptiveViT, tick: Tick) -> tuple[Interval, float]:
-        assert self.checked is not None and self.loaders is not None and isinstance(view, TextImage)
+        assert self.checked is not None and self.loaders is not None
         places = spread(len(self.checked), self.config.data.check_limit)
         seen = embed(
             view, self.loaders.of(Preprocess.of(view.vit, view.input_size())), places, self.config.run.batch, tick
         )
         texts, own = belonging([self.checked.texts[i] for i in seen.places.tolist()])
         with torch.no_grad():
-            words = view.words(texts).cpu()
+            words = TwoTowerHead.of(view).words(texts).cpu()
         return proportion(ranks(seen.embedding, words, own) < 1), seen.gmacs
 
 

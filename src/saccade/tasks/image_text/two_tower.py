@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.core.head import Body, Head
 from saccade.core.record import Trace
 from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError, nearest
-from saccade.model import AdaptiveViT
-from saccade.setting import Setting
+from saccade.renamed.finder import moved
 from saccade.tasks.image_text.text_tower import open_texts
 
 MOST = 100.0  # of the scale, as in CLIP
+__getattr__ = moved(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,29 +108,18 @@ class Embedded:
     trace: Trace
 
 
-class TextImage(AdaptiveViT):
-    """A ViT without a classifier under a setting, and the space it shares with texts."""
+class TwoTowerHead(Head):
+    """The space that pooled features of images share with texts."""
 
-    def __init__(
-        self,
-        vit: ViT,
-        setting: str | Setting = "",
-        trained: tuple[str, ...] = (),
-        learned: dict[str, Tensor] | None = None,
-        *,
-        space: Space,
-    ) -> None:
-        super().__init__(vit, setting, trained, learned)
+    task, noun, verb, config = "textimage", "text tower", "zeroshot", "flexilit"
+
+    def __init__(self, space: Space) -> None:
+        super().__init__()
         self.space = space
-        if vit.num_classes:
-            raise UserError(f"this ViT still has a classifier of {vit.num_classes} classes: vit.reset_classifier(0)")
 
-    def at(self, setting: str | Setting) -> TextImage:
-        return self._run_alike(TextImage(self.vit, setting, self.trained, self.learned, space=self.space))
-
-    def forward(self, images: Tensor) -> Embedded:  # type: ignore[override]
+    def forward(self, model: Body, images: Tensor) -> Embedded:
         """images [B, C, h, w], normalised -> their places in the space."""
-        out = super().forward(images)  # its logits are pooled features: there is no classifier
+        out = model.forward_vit(images)
         return Embedded(self.space.images(out.logits), out.tokens, out.trace)
 
     def words(self, texts: Sequence[str]) -> Tensor:
@@ -142,19 +132,15 @@ class TextImage(AdaptiveViT):
         return F.normalize(torch.stack([words.mean(0) for words in each]), dim=-1)
 
     def describe(self) -> dict[str, Any]:
-        """What ``rebuild`` needs beside the weights."""
         project = not isinstance(self.space.project, nn.Identity)
-        texts = described(self.space.texts)
-        return {"task": "textimage", "texts": texts, "project": project, "loss": self.space.loss}
+        return {"texts": described(self.space.texts), "project": project, "loss": self.space.loss}
 
     @classmethod
-    def rebuild(cls, model: AdaptiveViT, ours: dict[str, Any]) -> TextImage:
-        """The model that ``describe`` described, around a fresh ViT. Raises UserError for bad values."""
+    def rebuild(cls, vit: ViT, ours: dict[str, Any]) -> TwoTowerHead:
         texts, project, loss = ours.get("texts"), ours.get("project"), ours.get("loss")
         if not (isinstance(texts, dict) and isinstance(project, bool) and isinstance(loss, str)):
             raise UserError("this text-image model does not say what its texts, projection and loss are")
-        space = Space(open_texts(texts), model.vit.num_features, project=project, loss=loss)
-        return cls(model.vit, model.setting, model.trained, model.learned, space=space)
+        return cls(Space(open_texts(texts), vit.num_features, project=project, loss=loss))
 
 
 def described(texts: Any) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.defined import require_choice, require_finite, require_many
 from saccade.evaluation.stats import Interval, proportion
+from saccade.model import AdaptiveViT
 from saccade.tasks.image_text.image_text_data import PHOTO, Pairs, has_texts, open_pairs, prompts, readable
-from saccade.tasks.image_text.two_tower import TextImage
+from saccade.tasks.image_text.two_tower import TwoTowerHead
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Scores, counted
 from saccade.terminal.text_table import Column, Table
@@ -119,7 +120,7 @@ def evaluate_words(
 
     Raises UserError as these do, and for a split or templates where there are texts.
     """
-    model = open_task(model, TextImage, "text tower", "flexilit", device)
+    model = open_task(model, TwoTowerHead, device)
     more: dict[str, Any] = {"limit": limit, "batch": batch, "progress": progress}
     if has_texts(data):
         if split is not None or templates is not None:
@@ -129,7 +130,7 @@ def evaluate_words(
 
 
 def zero_shot(
-    model: TextImage,
+    model: AdaptiveViT,
     images: ImageSet,
     settings: Sequence[str] = (),
     *,
@@ -159,7 +160,7 @@ def zero_shot(
         progress.say(line)
     labels, places = torch.tensor(images.labels), spread(len(images), limit)
     with torch.no_grad():
-        classes = model.eval().classes([prompts(name, templates) for name in named]).cpu()
+        classes = TwoTowerHead.of(model.eval()).classes([prompts(name, templates) for name in named]).cpu()
     found = []
     views, failures = _under(model, settings, images, places, batch, progress)
     for view, seen in views:
@@ -173,7 +174,7 @@ def zero_shot(
 
 
 def retrieval(
-    model: TextImage,
+    model: AdaptiveViT,
     pairs: Pairs,
     settings: Sequence[str] = (),
     *,
@@ -192,7 +193,7 @@ def retrieval(
     require_many(len(texts), "different texts", "recall")
     require_many(len(places), "images", "recall")
     with torch.no_grad():
-        words = require_finite(model.eval().words(texts).cpu(), model.setting, "embeddings of texts")
+        words = require_finite(TwoTowerHead.of(model.eval()).words(texts).cpu(), model.setting, "embeddings of texts")
     place = {at: row for row, at in enumerate(places)}
     found = []
     views, failures = _under(model, settings, pairs.images, places, batch, progress)
@@ -229,7 +230,7 @@ def ranks(asking: Tensor, among: Tensor, own: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def embed(model: TextImage, loader: Loader, places: Sequence[int], batch: int, step: Step = lambda n: None) -> Seen:
+def embed(model: AdaptiveViT, loader: Loader, places: Sequence[int], batch: int, step: Step = lambda n: None) -> Seen:
     """Images at ``places`` in the space; those that cannot be read are left out (``loader.failures`` names them)."""
     weight = next(model.parameters())
     kept: list[int] = []
@@ -245,13 +246,13 @@ def embed(model: TextImage, loader: Loader, places: Sequence[int], batch: int, s
 
 
 def _under(
-    model: TextImage,
+    model: AdaptiveViT,
     settings: Sequence[str],
     images: ImageSet,
     places: list[int],
     batch: int,
     progress: Progress | None,
-) -> tuple[list[tuple[TextImage, Seen]], dict[str, str]]:
+) -> tuple[list[tuple[AdaptiveViT, Seen]], dict[str, str]]:
     """The images under the model's own setting and others, each once; and why which could not be read."""
     views = {str(view.setting): view for view in (model, *map(model.at, settings))}
     bar, loaders, found = (progress or Progress()).start("embedding", len(places) * len(views)), Loaders(images), []

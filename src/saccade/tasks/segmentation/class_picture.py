@@ -8,10 +8,11 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from saccade.data import Preprocess
-from saccade.tasks.segmentation.segmenter import Segmenter, look
+from saccade.model import AdaptiveViT
+from saccade.tasks.segmentation.segmenter import look
 
 
-def paint(model: Segmenter, image: Image.Image) -> Image.Image:
+def paint(model: AdaptiveViT, image: Image.Image) -> Image.Image:
     """A photo under the colours of what a segmenter sees in it."""
     weight = model.vit.patch_embed.proj.weight
     pixels = Preprocess.of(model.vit).normalise(pil_to_tensor(image)).unsqueeze(0)

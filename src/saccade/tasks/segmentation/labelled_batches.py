@@ -11,15 +11,16 @@ from torchvision.transforms.functional import pil_to_tensor
 from saccade.data import Failures, ImageError, Preprocess
 from saccade.errors import UserError
 from saccade.evaluation.defined import require_choice, require_finite
+from saccade.model import AdaptiveViT
 from saccade.tasks.segmentation.segmentation_data import PixelSet
-from saccade.tasks.segmentation.segmenter import How, Seen, Segmenter, look
+from saccade.tasks.segmentation.segmenter import How, Seen, look
 
 Step = Callable[[int], None]
 Pairs = tuple[list[Tensor], list[Tensor], list[int]]
 
 
 def looks(
-    model: Segmenter, pixels: PixelSet, places: Sequence[int], how: How, batch: int, step: Step
+    model: AdaptiveViT, pixels: PixelSet, places: Sequence[int], how: How, batch: int, step: Step
 ) -> Iterator[tuple[Seen, list[Tensor], list[int]]]:
     """What a segmenter says of images, with their labels and places, batch by batch.
 

@@ -16,10 +16,11 @@ from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.defined import require_many
 from saccade.evaluation.stats import Interval
+from saccade.model import AdaptiveViT
 from saccade.renamed.finder import moved
 from saccade.tasks.segmentation.labelled_batches import Step, looks
 from saccade.tasks.segmentation.segmentation_data import VOID, PixelSet, open_pixels
-from saccade.tasks.segmentation.segmenter import How, Segmenter
+from saccade.tasks.segmentation.segmenter import How, SegmentationHead
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Scores, counted
 from saccade.terminal.text_table import Table
@@ -94,7 +95,7 @@ def interval(statistic: Callable[..., Tensor], sums: Sequence[Tensor], other: Se
     return Interval(mean, low, high)
 
 
-def count(model: Segmenter, pixels: PixelSet, places: Sequence[int], how: How, batch: int, step: Step) -> Counts:
+def count(model: AdaptiveViT, pixels: PixelSet, places: Sequence[int], how: How, batch: int, step: Step) -> Counts:
     """Run a segmenter on pairs; those that cannot be read are left out and named in ``segmentation_data.failures``."""
     kept: list[int] = []
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -182,7 +183,7 @@ def evaluate_segmentation(
     Labels are compared at the images' own size. mIoU is that of all images together, as in the field.
 
     Args:
-        model: a segmenter, or a folder that one was trained in; ``device`` as in ``saccade.checkpoint.open_model``.
+        model: a segmenting one, or a folder that it was trained in; ``device`` as in ``saccade.checkpoint.open_model``.
         data: a folder or zip, see ``saccade.tasks.segmentation.segmentation_data``; classes are the model's own.
         void: the value in label files that is no class; None: as in training.
         how: see ``saccade.tasks.segmentation.segmenter.look``.
@@ -191,18 +192,19 @@ def evaluate_segmentation(
     Raises:
         UserError: bad data or settings.
     """
-    model = open_task(model, Segmenter, "segmentation model", "segment", device)
+    model = open_task(model, SegmentationHead, device)
+    head = SegmentationHead.of(model)
     pixels = (
         data
         if isinstance(data, PixelSet)
-        else open_pixels(os.fspath(data), split, model.classes, model.void if void is None else void)
+        else open_pixels(os.fspath(data), split, head.classes, head.void if void is None else void)
     )
-    if pixels.classes != model.classes:
-        at = next((i for i, (a, b) in enumerate(zip(pixels.classes, model.classes, strict=False)) if a != b), None)
-        first = "" if at is None else f"; class {at} is {pixels.classes[at]!r} and {model.classes[at]!r}"
-        counts = f"{len(pixels.classes)} classes in {pixels.images.path}, {len(model.classes)} in the model"
+    if pixels.classes != head.classes:
+        at = next((i for i, (a, b) in enumerate(zip(pixels.classes, head.classes, strict=False)) if a != b), None)
+        first = "" if at is None else f"; class {at} is {pixels.classes[at]!r} and {head.classes[at]!r}"
+        counts = f"{len(pixels.classes)} classes in {pixels.images.path}, {len(head.classes)} in the model"
         raise UserError(f"{counts}{first}: give the model's, in its order")
-    require_many(len(model.classes), "classes", "mIoU")
+    require_many(len(head.classes), "classes", "mIoU")
     chosen = spread(len(pixels), limit)
     named = [s for s in map(str, settings) if s not in ("", "dense")]
     views = {name: model.at(name).eval() for name in ("dense", *named)}  # all checked before any is run
@@ -215,7 +217,7 @@ def evaluate_segmentation(
         bar(0, what=name)
         found[name] = count(view, pixels, chosen, how, batch, bar)
     bar.finish()
-    rows = [summed(name, one, found["dense"], model.classes) for name, one in found.items()]
+    rows = [summed(name, one, found["dense"], head.classes) for name, one in found.items()]
     return Segmentation(rows, pixels.failures)
 
 

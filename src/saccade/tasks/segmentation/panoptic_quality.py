@@ -29,7 +29,7 @@ from saccade.tasks.segmentation.labelled_batches import looks
 from saccade.tasks.segmentation.mean_iou import interval
 from saccade.tasks.segmentation.panoptic_data import PanopticSet
 from saccade.tasks.segmentation.segmentation_data import VOID
-from saccade.tasks.segmentation.segmenter import How, Segmenter
+from saccade.tasks.segmentation.segmenter import How, SegmentationHead
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Scores, counted
 from saccade.terminal.text_table import Column, Table
@@ -88,7 +88,7 @@ def evaluate_panoptic(
     """Panoptic quality of every setting, things being connected parts of the map; and why which could not be read.
 
     Args:
-        model: a segmenter, or a folder that one was trained in; ``device`` as in ``saccade.checkpoint.open_model``.
+        model: a segmenting one, or a folder that it was trained in; ``device`` as in ``saccade.checkpoint.open_model``.
         data: a folder or zip laid out as this module says, or as COCO's.
         things: the classes of which single things are told apart; the others are stuff.
         void: red of what has no class; None: as in label files of the training.
@@ -97,20 +97,21 @@ def evaluate_panoptic(
     Raises:
         UserError: bad data, settings or things; torchmetrics or scipy missing.
     """
-    model = open_task(model, Segmenter, "segmentation model", "segment", device)
-    void = model.void if void is None else void
+    model = open_task(model, SegmentationHead, device)
+    head = SegmentationHead.of(model)
+    void = head.void if void is None else void
     if isinstance(data, PanopticSet):
         pixels = data
     else:
         from saccade.tasks.segmentation.coco_panoptic import open_panoptic  # it is a set of this module's kind
 
-        pixels = open_panoptic(os.fspath(data), split, model.classes, void)
-    unknown = [name for name in things if name not in model.classes]
+        pixels = open_panoptic(os.fspath(data), split, head.classes, void)
+    unknown = [name for name in things if name not in head.classes]
     if unknown or not things:
-        found = f"there is no class {unknown[0]!r}{nearest(unknown[0], model.classes)}" if unknown else "no things"
-        raise UserError(f"{found}: give things of {', '.join(model.classes)}")
-    places = {model.classes.index(name) for name in things}
-    require_many(len(model.classes), "classes", "panoptic quality")
+        found = f"there is no class {unknown[0]!r}{nearest(unknown[0], head.classes)}" if unknown else "no things"
+        raise UserError(f"{found}: give things of {', '.join(head.classes)}")
+    places = {head.classes.index(name) for name in things}
+    require_many(len(head.classes), "classes", "panoptic quality")
     chosen = spread(len(pixels), limit)
     named = [s for s in map(str, settings) if s not in ("", "dense")]
     views = {name: model.at(name).eval() for name in ("dense", *named)}
@@ -122,7 +123,7 @@ def evaluate_panoptic(
         for seen, truths, _ in looks(view, pixels, chosen, how, batch, bar):
             for logits, truth in zip(seen.logits, truths, strict=True):
                 said = parts(logits.argmax(0).cpu().numpy(), places, least)
-                counts.append(compare(torch.from_numpy(said), truth, places, len(model.classes)))
+                counts.append(compare(torch.from_numpy(said), truth, places, len(head.classes)))
                 macs += seen.macs
         sums = [torch.stack(part) for part in zip(*counts, strict=True)]
         if not any(bool(part.any()) for part in sums[1:]):

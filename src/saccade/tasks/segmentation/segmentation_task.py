@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.tv_tensors import Image as TvImage
 from torchvision.tv_tensors import Mask
 
-from saccade.checkpoint import load
 from saccade.data import Preprocess
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
@@ -24,7 +22,7 @@ from saccade.model import AdaptiveViT
 from saccade.tasks.segmentation.class_picture import paint
 from saccade.tasks.segmentation.mean_iou import count, interval, mean_iou
 from saccade.tasks.segmentation.segmentation_data import VOID, PixelSet, open_pixels, pixel_splits
-from saccade.tasks.segmentation.segmenter import Segmenter, segmenter
+from saccade.tasks.segmentation.segmenter import SegmentationHead, segmenter
 from saccade.training.augmentation import Augment
 from saccade.training.config import Config
 from saccade.training.image_sets import check_split, checking, divided
@@ -66,15 +64,13 @@ class Segment(Task):
         found = super().identity() | {"labels": self.pixels.fingerprint()}
         return found if self.checked is None else found | {"held labels": self.checked.fingerprint()}
 
-    def model(self) -> Segmenter:
-        source, rule = self.config.model, self.config.segment
-        plain = open_source(source)
-        earlier = load(source.name, "dense", runner=None).float() if os.path.isdir(source.name) else None
-        if isinstance(earlier, Segmenter) and earlier.classes == rule.classes:  # its decoder goes on learning
-            known: dict[str, Any] = {"decoder": earlier.decoder, "classes": rule.classes, "void": rule.void}
-            return Segmenter(plain.vit, learned=plain.learned, **known)
+    def model(self) -> AdaptiveViT:
+        model, rule = open_source(self.config.model), self.config.segment
+        given = model.task_head
+        if isinstance(given, SegmentationHead) and given.classes == rule.classes:  # its decoder goes on learning
+            return model.with_head(SegmentationHead(given.decoder, rule.classes, rule.void))
         knobs = {} if rule.head == "linear" else {"layers": rule.layers}
-        return segmenter(plain, rule.classes, rule.head, void=rule.void, **knobs)
+        return segmenter(model, rule.classes, rule.head, void=rule.void, **knobs)
 
     def teach(self, student: MultiSettingModel) -> None:
         if self.config.distill.teacher not in ("", "self"):
@@ -102,13 +98,12 @@ class Segment(Task):
         return TeacherOutput(out.logits.detach(), out.tokens.x.detach())
 
     def measure(self, view: AdaptiveViT, tick: Tick) -> tuple[Interval, float]:
-        assert self.checked is not None and isinstance(view, Segmenter)
+        assert self.checked is not None
         places = spread(len(self.checked), self.config.data.check_limit)
         found = count(view, self.checked, places, self.config.segment.how, self.config.run.batch, tick)
         return interval(mean_iou, found.sums), found.macs / 1e9
 
     def picture(self, view: AdaptiveViT, image: Image.Image) -> Image.Image:
-        assert isinstance(view, Segmenter)
         return paint(view, image)
 
 

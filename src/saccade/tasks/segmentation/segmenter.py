@@ -1,4 +1,4 @@
-"""``Segmenter``: a ViT under a setting and a head on its dense map — a class for every pixel, at any patch size.
+"""Segmentation: a ViT under a setting and a head on its dense map — a class for every pixel, at any patch size.
 
 The map is that of the whole grid whatever the setting did to the tokens on the way: a merged cell has its token's
 features, a dropped one its last. So patch size, merging and pruning are call-time values here too.
@@ -15,94 +15,82 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saccade.core.head import Body, Head
 from saccade.core.output import Output
 from saccade.core.timm_types import ViT
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
-from saccade.setting import Setting
+from saccade.renamed.finder import moved
 from saccade.tasks.segmentation.segmentation_heads import LinearHead, MaskTransformer, build_head
 
 How = Literal["fit", "whole", "slide"]
 HOW: tuple[How, ...] = ("fit", "whole", "slide")
 VOID = 255  # of no class, in arrays of labels (uint8)
 OVERLAP = 1 / 3  # least share of a window that its neighbour sees too
+__getattr__ = moved(__name__)
 
 
-class Segmenter(AdaptiveViT):
-    """A timm ViT without a classifier under a setting, with a decoder on its dense map.
+class SegmentationHead(Head):
+    """A decoder on the dense map: a class for every pixel.
 
     Args:
-        decoder: a head on maps of the ViT's width; see ``saccade.tasks.segmentation.segmentation_heads``.
+        decoder: of maps of the ViT's width; see ``saccade.tasks.segmentation.segmentation_heads``.
         classes: what each is called, in the decoder's order.
         void: the value that was no class in the label files it was trained on; see
         ``saccade.tasks.segmentation.segmentation_data``.
 
     Raises:
-        UserError: a ViT that still has a classifier, a decoder of other classes or width, and what AdaptiveViT raises.
+        UserError: a decoder of another number of classes.
     """
 
-    def __init__(
-        self,
-        vit: ViT,
-        setting: str | Setting = "",
-        trained: tuple[str, ...] = (),
-        learned: dict[str, Tensor] | None = None,
-        *,
-        decoder: LinearHead | MaskTransformer,
-        classes: tuple[str, ...],
-        void: int = VOID,
-    ) -> None:
-        super().__init__(vit, setting, trained, learned)
-        if vit.num_classes:
-            raise UserError(f"this ViT still has a classifier of {vit.num_classes} classes: vit.reset_classifier(0)")
+    task, noun, verb, config = "segment", "segmentation model", "segment", "segment"
+
+    def __init__(self, decoder: LinearHead | MaskTransformer, classes: tuple[str, ...], void: int = VOID) -> None:
+        super().__init__()
         if decoder.classes != len(classes):
             raise UserError(f"{len(classes)} names for a decoder of {decoder.classes} classes: give one each")
-        if getattr(self.tokenizer, "fit", "resize") in ("pad", "crop"):
-            raise UserError(f"{self.setting}: a class for every pixel needs a grid that covers them: use fit='resize'")
         self.decoder, self.classes, self.void = decoder, tuple(classes), void
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.classes
 
-    def at(self, setting: str | Setting) -> Segmenter:
-        known: dict[str, Any] = {"decoder": self.decoder, "classes": self.classes, "void": self.void}
-        return self._run_alike(Segmenter(self.vit, setting, self.trained, self.learned, **known))
+    def check(self, model: Body) -> None:
+        if getattr(model.tokenizer, "fit", "resize") in ("pad", "crop"):
+            raise UserError(f"{model.setting}: a class for every pixel needs a grid that covers them: use fit='resize'")
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, model: Body, images: Tensor) -> Output:
         """images [B, C, h, w], normalised -> logits [B, K, h, w], tokens, trace; the trace's head is the decoder."""
-        features, tokens, trace = self.features(images)
+        features, tokens, trace = model.features(images)
         logits = self.decoder(features)
         cells = logits.shape[-2] * logits.shape[-1]
         return Output(enlarged(logits, images.shape[-2:]), tokens, replace(trace, head=self.decoder.macs(cells)))
 
     def describe(self) -> dict[str, Any]:
-        return {"task": "segment", "decoder": self.decoder.describe(), "classes": list(self.classes), "void": self.void}
+        return {"decoder": self.decoder.describe(), "classes": list(self.classes), "void": self.void}
 
     @classmethod
-    def rebuild(cls, model: AdaptiveViT, described: dict[str, Any]) -> Segmenter:
+    def rebuild(cls, vit: ViT, described: dict[str, Any]) -> SegmentationHead:
         decoder, classes, void = (described.get(name) for name in ("decoder", "classes", "void"))
         named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
         if not (isinstance(decoder, dict) and named and type(void) is int and 0 <= void < 2**16):
             raise UserError("this segmentation model does not say what its decoder, its classes and void are")
-        head = build_head(model.vit.embed_dim, **{"kind": None, **decoder})
-        names = tuple(classes or ())
-        return cls(model.vit, model.setting, model.trained, model.learned, decoder=head, classes=names, void=void)
+        return cls(build_head(vit.embed_dim, **{"kind": None, **decoder}), tuple(classes or ()), void)
 
 
 def segmenter(
     model: AdaptiveViT, classes: tuple[str, ...], kind: str = "mask", *, void: int = VOID, **knobs: Any
-) -> Segmenter:
-    """A segmenter with a new decoder around a model, whose classifier is taken off. Raises UserError as ``Segmenter``.
+) -> AdaptiveViT:
+    """A model with a new decoder in place of its classifier, which is taken off.
 
     Args:
-        kind: of head, "linear" or "mask", and its ``knobs``.
+        kind: of decoder, "linear" or "mask", and its ``knobs``.
+
+    Raises:
+        UserError: unknown kind or knobs, a grid that does not cover the image.
     """
-    model.vit.reset_classifier(0)
-    head = build_head(model.vit.embed_dim, kind, classes=len(classes), **knobs).to(model.vit.patch_embed.proj.weight)
-    head.train(model.training)
-    known: dict[str, Any] = {"decoder": head, "classes": classes, "void": void}
-    return Segmenter(model.vit, model.setting, model.trained, model.learned, **known)
+    decoder = build_head(model.vit.embed_dim, kind, classes=len(classes), **knobs)
+    return model.with_head(SegmentationHead(decoder, classes, void))
 
 
 def enlarged(logits: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
@@ -112,14 +100,14 @@ def enlarged(logits: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a segmenter says of images at their own size."""
+    """What a segmentation model says of images at their own size."""
 
     logits: Tensor  # [B, K, H, W] fp32
     macs: float  #    of an image: ViT, and decoder, of all windows
     decoder: float  # of these, the decoder's
 
 
-def look(model: Segmenter, images: Tensor, how: How = "fit") -> Seen:
+def look(model: AdaptiveViT, images: Tensor, how: How = "fit") -> Seen:
     """Segment images of any size.
 
     Args:
@@ -128,13 +116,14 @@ def look(model: Segmenter, images: Tensor, how: How = "fit") -> Seen:
             takes it as it is; "slide" looks through overlapping windows of the model's input size and averages logits.
 
     Raises:
-        UserError: another ``how``.
+        UserError: another ``how``, or a model for another task.
     """
+    classes = len(SegmentationHead.of(model).classes)
     if how not in HOW:
         raise UserError(f"how={how!r} is not one of {', '.join(HOW)}")
     size, own = tuple(images.shape[-2:]), model.input_size()
     if how == "slide":
-        return _slide(model, images, own)
+        return _slide(model, images, own, classes)
     target = fitted(size, own) if how == "fit" else size
     if target != size:
         images = F.interpolate(images, size=target, mode="bicubic", antialias=True)
@@ -163,9 +152,9 @@ def _starts(length: int, part: int) -> list[int]:
     return [round(i * (length - part) / (count - 1)) for i in range(count)]
 
 
-def _slide(model: Segmenter, images: Tensor, window: tuple[int, int]) -> Seen:
+def _slide(model: AdaptiveViT, images: Tensor, window: tuple[int, int], classes: int) -> Seen:
     size = images.shape[-2:]
-    total = images.new_zeros(len(images), len(model.classes), *size, dtype=torch.float32)
+    total = images.new_zeros(len(images), classes, *size, dtype=torch.float32)
     seen, macs, decoder = total.new_zeros(size), 0.0, 0.0
     for top, left, h, w in windows(size, window):
         rows, columns = slice(top, top + h), slice(left, left + w)
