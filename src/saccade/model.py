@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from saccade.backbones.plan_builder import build, share
 from saccade.backbones.timm_names import TimmNames
@@ -57,7 +57,7 @@ class AdaptiveViT(OldNames, TimmNames):
 
     def __init__(
         self,
-        vit: ViT,
+        vit: nn.Module,
         setting: str | Setting = "",
         trained: tuple[str, ...] = (),
         learned: dict[str, Tensor] | None = None,
@@ -69,15 +69,15 @@ class AdaptiveViT(OldNames, TimmNames):
         self.setting = Setting.parse(setting)
         self.trained = trained
         self.learned: dict[str, Tensor] = {} if learned is None else learned
-        self.vit: ViT = vit
+        self.vit: ViT = cast(ViT, vit)
         self._deployment: Deployment | None = None  # another way to run than this module's own
         self.rebuild_plan()
         self.task_head = head
         self.training = vit.training
         if head is not None:
-            if vit.num_classes:
+            if self.vit.num_classes:
                 raise UserError(
-                    f"this ViT still has a classifier of {vit.num_classes} classes: vit.reset_classifier(0)"
+                    f"this ViT still has a classifier of {self.vit.num_classes} classes: vit.reset_classifier(0)"
                 )
             head.check(self)
 

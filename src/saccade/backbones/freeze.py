@@ -52,15 +52,17 @@ def freeze(model: AdaptiveViT, setting: str | Setting | None = None) -> ViT:
 def rebuilt(vit: ViT, kernel: Tensor, table: Tensor | None, grid: tuple[int, int], size: tuple[int, int]) -> ViT:
     """A copy of a timm ViT with another kernel [D, C, ph, pw] and position table [1, P + gh * gw, D], for inputs of
     ``size`` pixels. The rest of it stays as it is."""
-    swaps = [(vit.patch_embed.proj.weight, kernel)] + ([] if table is None else [(vit.pos_embed, table)])
+    swaps = [(vit.patch_embed.proj.weight, kernel)]
+    if table is not None and vit.pos_embed is not None:
+        swaps.append((vit.pos_embed, table))
     new = {id(old): nn.Parameter(_own(value), old.requires_grad) for old, value in swaps}
     made = copied(vit, new)  # takes what is there already as the copies of the old ones
     patch, embed = (kernel.shape[-2], kernel.shape[-1]), made.patch_embed
     embed.proj.kernel_size = embed.proj.stride = embed.patch_size = patch
     embed.grid_size, embed.num_patches = grid, grid[0] * grid[1]
     # timm derives the grid from the input size. A flexible table has a grid of its own: timm is told a size that fits.
-    fits = tuple(s if s // p == g else p * g for s, p, g in zip(size, patch, grid, strict=True))
-    embed.img_size = fits
+    height, width = (s if s // p == g else p * g for s, p, g in zip(size, patch, grid, strict=True))
+    embed.img_size = fits = (height, width)
     made.set_input_size(img_size=fits, patch_size=patch)  # changes nothing; timm notes it for rebuilding
     embed.img_size = size
     made.feature_info = [{**info, "reduction": max(patch)} for info in made.feature_info]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import cast
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import Attention, PatchEmbed
@@ -78,13 +79,13 @@ def set_resize(vit: ViT, spec: ResizeSpec | None) -> None:
     vit.pretrained_cfg = facts if spec is None else {**facts, "resize": spec.to_dict()}
 
 
-def class_names_of(vit: ViT) -> tuple[str, ...] | None:
+def class_names_of(vit: nn.Module) -> tuple[str, ...] | None:
     """What folders call each class of the head, in its order; None where that is not known, or there is no head.
 
     From ``pretrained_cfg["label_names"]``, timm's own field, where it is as long as the head; else ImageNet's synsets,
     where timm says that the weights are ImageNet's and the head still has as many classes.
     """
-    cfg, count = getattr(vit, "pretrained_cfg", None) or {}, vit.num_classes
+    cfg, count = getattr(vit, "pretrained_cfg", None) or {}, cast(ViT, vit).num_classes
     names = cfg.get("label_names")
     if count and isinstance(names, (list, tuple)) and len(names) == count:
         return tuple(map(str, names))

@@ -74,7 +74,7 @@ def flexify(
     vit = _google(source, Path(weights or ""), size) if google else open_dense(source, weights, pretrained).vit
     known = PRESETS["google"] if google else backbone_of(vit).resize
     spec = choose("flexify", resize, known)
-    embed, old = vit.patch_embed, tuple(vit.patch_embed.grid_size)
+    embed, old = vit.patch_embed, vit.patch_embed.grid_size
     kernel, cells = _pair("underlying", underlying, embed.patch_size, 256), _pair("grid", grid, old, 256)
     with torch.no_grad():
         filters = resize_kernel(embed.proj.weight, kernel, spec)

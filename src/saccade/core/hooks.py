@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import BackwardHook
 
 from saccade.core.lazy import changed
+from saccade.core.timm_types import TimmBlock, ViT
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 
@@ -53,16 +54,14 @@ def plain_linear(module: nn.Module) -> bool:
     return not is_traceable_wrapper_subclass(module.weight)
 
 
-def plain_block(block: nn.Module) -> bool:
+def plain_block(block: TimmBlock) -> bool:
     """Whether a block may be run in parts: its own forward, and that of its attention, are timm's."""
-    attn: Any = block.attn
-    return exact(block, Block) and exact(attn, Attention)
+    return exact(block, Block) and exact(block.attn, Attention)
 
 
-def watched(block: nn.Module) -> bool:
+def watched(block: TimmBlock) -> bool:
     """Whether a block has to see all tokens of all images side by side, [B, N, D], as timm's hooks and forwards do."""
-    attn: Any = block.attn
-    return any_hooked((block, attn, attn.attn_drop)) or not plain_block(block)
+    return any_hooked((block, block.attn, block.attn.attn_drop)) or not plain_block(block)
 
 
 def untouched(module: nn.Module) -> bool:
@@ -109,12 +108,11 @@ def copied(module: M, memo: dict[int, Any] | None = None) -> M:
     return copy.deepcopy(module, memo)
 
 
-def require_features(vit: nn.Module) -> None:
+def require_features(vit: ViT) -> None:
     """UserError where a timm ViT has a forward of the user's own, which the loop over its blocks does not run."""
     owner, name = "vit", replaced(vit, FEATURES)
-    blocks: Any = vit.blocks
     if name is None:
-        owner, name = "vit.blocks", replaced(blocks, ("forward",))
+        owner, name = "vit.blocks", replaced(vit.blocks, ("forward",))
     if name is not None:
         raise UserError(
             f"{owner}.{name} was replaced, and this runs timm's own, block by block: use a hook, which is heard, or "

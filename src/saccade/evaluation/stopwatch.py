@@ -49,7 +49,7 @@ Clock = Callable[[], float]
 class Stopwatch(Execution):
     """An execution that measures what it is asked, for a kind of shape that it does not know yet."""
 
-    block: TimmBlock = None
+    block: TimmBlock = field(kw_only=True)
     clock: Clock = time.perf_counter
     found: dict[str, str | float] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,7 +53,7 @@ class Choose(Gater):
         return Gates(mask, patch_indices=chosen if tokens.valid is None and tokens.keep_mask is None else None)
 
 
-def asked(attn: Any, asker: Tensor, x: Tensor) -> Tensor:
+def asked(attn: Attention, asker: Tensor, x: Tensor) -> Tensor:
     """Σ over heads of q · k: asker [B, 1, D], x [B, N, D] -> [B, N], but for what is the same for all tokens.
 
     A sum over heads of what is linear in x is one vector for each image, Wkᵀ q: no key has to be made. (Where a model

@@ -53,7 +53,7 @@ def build(name: str, args: Mapping[str, Any]) -> ViT:
             given[knob] = known[given[knob]]
     if "norm_layer" in given and eps is not None:
         given["norm_layer"] = partial(given["norm_layer"], eps=eps)
-    return timm.create_model(name, **given)
+    return cast(ViT, timm.create_model(name, **given))
 
 
 def arguments(vit: ViT, name: str) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def grid_positions(vit: ViT, grid: tuple[int, int], spec: ResizeSpec) -> Tensor 
     """A ViT's position table on a grid, [1, P + gh * gw, D] (no P where prefix tokens have none); None: no table."""
     if vit.pos_embed is None:
         return None
-    old, prefix = tuple(vit.patch_embed.grid_size), 0 if vit.no_embed_class else vit.num_prefix_tokens
+    old, prefix = vit.patch_embed.grid_size, 0 if vit.no_embed_class else vit.num_prefix_tokens
     make = partial(resize_positions, old=old, new=grid, num_prefix=prefix, spec=spec)
     return cached_weight(vit, "positions", (grid, old, spec), vit.pos_embed, make)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import cast
 
 import timm
 from torch import nn
@@ -44,9 +45,9 @@ def resized(vit: ViT, size: int | tuple[int, int]) -> ViT:
     patch, (h, w) = vit.patch_embed.patch_size, (size, size) if isinstance(size, int) else size
     if min(h, w) < 1 or h % patch[0] or w % patch[1]:
         raise UserError(f"model.size={size} is no multiple of the patch size {patch[0]}x{patch[1]}")
-    old, new = tuple(vit.patch_embed.grid_size), (h // patch[0], w // patch[1])
+    old, new = vit.patch_embed.grid_size, (h // patch[0], w // patch[1])
     table, spec = vit.pos_embed, resize_of(vit) or ResizeSpec()
-    vit.patch_embed.set_input_size(img_size=size)
+    vit.patch_embed.set_input_size(img_size=(h, w))
     if table is not None:
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
         vit.pos_embed = nn.Parameter(resize_positions(table.detach(), old, new, prefix, spec))
@@ -112,8 +113,7 @@ def start_from(student: ViT, teacher: nn.Module) -> None:
     if own[kernel].shape != state[kernel].shape:
         state[kernel] = resize_kernel(state[kernel], tuple(own[kernel].shape[-2:]), spec)
     if table in own and own[table].shape != state[table].shape:
-        sides: list[ViT] = [teacher, student]
-        old, new = (tuple(vit.patch_embed.grid_size) for vit in sides)
+        old, new = (vit.patch_embed.grid_size for vit in (cast(ViT, teacher), student))
         prefix = 0 if student.no_embed_class else student.num_prefix_tokens
         state[table] = resize_positions(state[table], old, new, prefix, spec)
     wrong = [k for k in own if own[k].shape != state[k].shape]

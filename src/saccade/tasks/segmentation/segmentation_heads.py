@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade.core.costs import block_cost
+from saccade.core.timm_types import TimmBlock
 from saccade.errors import UserError, nearest
 
 LAYERS = 2  #       of the mask transformer, as in the paper
@@ -81,7 +82,7 @@ class MaskTransformer(nn.Module):
     def macs(self, cells: int) -> int:
         """Multiply-accumulates for one image of so many cells."""
         dim, tokens = self.embed.in_features, cells + self.classes
-        costs = [block_cost(block) for block in self.blocks]
+        costs = [block_cost(cast(TimmBlock, block)) for block in self.blocks]
         blocks = sum(cast(int, cost.attention(tokens, tokens)) + tokens * cost.mlp for cost in costs)
         return cells * dim * dim + blocks + tokens * dim * dim + cells * self.classes * dim
 

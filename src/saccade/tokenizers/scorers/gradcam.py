@@ -9,7 +9,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +85,8 @@ def _listen(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
 def _as_map(x: Tensor, net: nn.Module) -> Tensor:
     """Features of any layout as [B, C, h, w]."""
     if x.ndim == 3:  # tokens
-        tokens: Any = net
-        return x[:, tokens.num_prefix_tokens :].mT.unflatten(2, tuple(tokens.patch_embed.grid_size))
+        vit = cast(ViT, net)
+        return x[:, vit.num_prefix_tokens :].mT.unflatten(2, vit.patch_embed.grid_size)
     return x.permute(0, 3, 1, 2) if getattr(net, "output_fmt", "NCHW") == "NHWC" else x
 
 
