@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 
+from torch import nn
+
 from oracles import make_vit
 from saccade.backbones.vit import backbone_of
 from saccade.core.registry import registry
+from saccade.model import AdaptiveViT
 from saccade.setting import Setting
 
-SHAPE = {"depth": 4, "embed_dim": 192, "num_heads": 6, "img_size": 128}  # 65 tokens
+SHAPE = {"depth": 4, "embed_dim": 96, "num_heads": 6, "img_size": 128}  # 65 tokens
 
 
 HARD = {
@@ -61,7 +64,7 @@ HARD = {
         "adavit(share=0.5, threshold=0.97, heads='partial')",
     ],
     "ats": ["ats(0.5, at=[0, 3])", "ats(0.1, at=1, score='received')"],
-    "avit": ["avit(gamma=1, beta=-2)", "avit(at=[2, 3], gamma=0.5, beta=1)", "avit(gamma=1, beta=-0.5)"],
+    "avit": ["avit(gamma=1, beta=-2)", "avit(at=[2, 3], gamma=0.5, beta=0.5)", "avit(gamma=1, beta=-0.5)"],
     "ltmp": [
         "ltmp(0.5, at=[0, 1], start=0.9, merge=None)",
         "ltmp(0.6, at=1, weight=0.0, start=1.0, merge=0.2)",
@@ -100,3 +103,14 @@ def settings_of(name: str) -> list[str]:
     menu = menu_of(name)
     some = [*menu[:1], *menu[len(menu) // 2 : len(menu) // 2 + 1], *menu[-1:], *HARD.get(name, [name])]
     return list(dict.fromkeys(str(Setting.parse(text)) for text in some))
+
+
+@functools.cache
+def learns(text: str) -> bool:
+    """Whether something of a setting is trained and saved."""
+    return bool(AdaptiveViT(_deit(), text).learned)
+
+
+@functools.cache
+def _deit() -> nn.Module:
+    return make_vit("deit", **SHAPE)

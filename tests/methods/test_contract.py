@@ -10,6 +10,7 @@ import copy
 import gc
 import io
 import itertools
+import math
 import pickle
 import resource
 import threading
@@ -20,7 +21,7 @@ import torch
 
 import saccade.core.plan
 from oracles import RandomGates, add_gates, counted_macs, make_images, make_vit, relative
-from registered_settings import HARD, SHAPE, menu_of, settings_of
+from registered_settings import HARD, SHAPE, learns, menu_of, settings_of
 from saccade.backbones.saving import save
 from saccade.checkpoint import load
 from saccade.core.plan import Gater, Method, Plan, Reducer
@@ -72,6 +73,8 @@ TOKENIZERS = [name for name, entry in registry().items() if entry.kind == "token
 RAGGED = {"ats", "avit", "ltmp"}
 PARTNERS = {"evit", "tome", "tokenlearner"}  # of each kind: drops and fuses, merges, mixes
 ONE_EACH = [settings_of(name)[-1] for name in registry()]
+# What is saved is a line and what the methods have learned: one setting of each name, and of those that learn all.
+SAVED = [text if text in ONE_EACH or learns(text) else pytest.param(text, marks=slow, id=text) for text in SETTINGS]
 
 
 def in_pairs() -> list:
@@ -92,12 +95,21 @@ def in_pairs() -> list:
 
 @pytest.fixture(scope="module")
 def vit():
-    return make_vit("deit", **SHAPE).requires_grad_(False)
+    return make_vit("deit", seed=1, **SHAPE).requires_grad_(False)  # by seed 0, avit halts all before the last block
 
 
 @pytest.fixture(scope="module")
 def images(vit):
     return make_images(vit, 3)
+
+
+@pytest.fixture
+def plain(vit):
+    """timm's model of the same shape with nothing of these weights: not a number, until they are loaded."""
+    twin = copy.deepcopy(vit)
+    for weight in twin.parameters():
+        weight.fill_(math.nan)
+    return twin
 
 
 @pytest.fixture
@@ -258,14 +270,13 @@ def test_gradients_reach_every_parameter(vit, images, text):
         assert weight.grad.isfinite().all() and (blind or weight.grad.abs().sum() > 0), name
 
 
-@pytest.mark.parametrize("text", SOME)
-def test_weights_make_the_round_trip(vit, images, text, tmp_path):
+@pytest.mark.parametrize("text", SAVED)
+def test_weights_make_the_round_trip(vit, images, plain, text, tmp_path):
     model = AdaptiveViT(vit, text)
     save(model, tmp_path / "model")
     found = load(tmp_path / "model").requires_grad_(False)  # as `vit`: torch 2.9 rounds frozen products differently
     with torch.no_grad():
         assert torch.equal(found(images).logits, model(images).logits)
-    plain = make_vit("deit", seed=1, **SHAPE)
     base = {k.removeprefix("vit."): v for k, v in found.state_dict().items() if k.startswith("vit.")}
     plain.load_state_dict(base, strict=True)
     with torch.no_grad():
@@ -282,7 +293,7 @@ def test_sixteen_threads_agree_with_one(vit, text):
 
     def work(i: int) -> None:
         with torch.no_grad():
-            found[i] = [model(batches[(i + step) % 16]).logits for step in range(3)]
+            found[i] = [model(batches[(i + step) % 16]).logits for step in range(2)]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(16)]
     for thread in threads:
@@ -315,7 +326,7 @@ def test_memory_does_not_grow(text):
     for _ in range(5):
         model(batch)
     tensors, peak = alive(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(50):
+    for _ in range(25):
         model(batch)
         model.forward_tokens(batch)
     assert alive() == tensors
@@ -357,9 +368,9 @@ def test_at_shares_the_parameters_and_mutates_nothing(vit, images, text):
 
 @torch.no_grad()
 @pytest.mark.parametrize("text", SOME)
-def test_ten_runs_are_one(vit, images, text):
+def test_runs_are_one_whatever_the_seed(vit, images, text):
     first = AdaptiveViT(vit, text)(images)
-    for seed in range(10):
+    for seed in range(4):
         torch.manual_seed(seed)
         again = AdaptiveViT(vit, text)(images)
         assert torch.equal(again.logits, first.logits)
@@ -386,7 +397,7 @@ def test_dense_map_has_every_cell(vit, images, text):
     model = AdaptiveViT(vit, text)
     features = model.feature_map(images)
     tokens, _ = model.forward_tokens(images)
-    assert features.shape == (3, 192, *tokens.grid) and features.isfinite().all()
+    assert features.shape == (3, vit.embed_dim, *tokens.grid) and features.isfinite().all()
     flat = features.flatten(2).transpose(1, 2)
     spread = vit.norm(tokens.scatter_to_grid(tokens.patches))
     owned = tokens.owner >= 0
@@ -400,7 +411,7 @@ def test_no_images_give_no_logits(vit, text):
     model = AdaptiveViT(vit, text)
     out = model(torch.zeros(0, 3, 128, 128))
     assert out.logits.shape == (0, 10) and out.trace.macs().shape == (0,)
-    assert model.feature_map(torch.zeros(0, 3, 128, 128)).shape[:2] == (0, 192)
+    assert model.feature_map(torch.zeros(0, 3, 128, 128)).shape[:2] == (0, vit.embed_dim)
 
 
 # --- methods together -----------------------------------------------------------------------------------------------
