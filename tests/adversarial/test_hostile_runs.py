@@ -18,7 +18,7 @@ import saccade
 from attack import VALUES, attempt, damaged, twisted
 from data_helpers import encode, picture, write_folder
 from saccade.errors import UserError
-from saccade.storage.run_folder import _ours
+from saccade.storage.signs import is_ours
 from saccade.training.checkpoints import read_state
 from saccade.training.config import Config, read_config, shipped
 from saccade.training.logging import read_table
@@ -226,4 +226,4 @@ def test_files_of_a_run_without_an_end(tmp_path, name):
         with pytest.raises(UserError, match="is over 64 MiB"):
             read_state(file.parent)
     else:
-        assert not _ours(file, ("rows",))
+        assert not is_ours(file, ("rows",))

@@ -6,6 +6,7 @@ The resizes' numbers are in ``test_resampling.py``.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import pickle
 import re
@@ -560,8 +561,48 @@ def test_a_file_that_is_no_npz_is_not_unpickled(google, tmp_path, kind):
     else:
         data = {"pickle": pickle.dumps(Bomb()), "cut": google.read_bytes()[:5000], "text": b"hello", "empty": b""}
         file.write_bytes(data[kind])
-    with pytest.raises(UserError, match=r"not a readable .npz|not of a|finite"):
+    with pytest.raises(UserError, match=r"not a readable .npz|has no array|finite"):
         flexify(make_vit("flexivit", depth=2), weights=file)
+
+
+def hostile(kind: str) -> dict[str, bytes]:
+    """Members of an .npz that would take more than they hold."""
+
+    def header(shape: tuple[int, ...]) -> bytes:
+        stream = io.BytesIO()
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        return stream.getvalue()
+
+    kernel = header((1, 1, 3, 1)) + bytes(12)
+    return {
+        "larger than it is": {"embedding/kernel": header((10**6, 10**6, 3, 96)) + bytes(64)},
+        "zeros without end": {"embedding/kernel": kernel, "head/bias": header((2 * 10**7,)) + bytes(8 * 10**7)},
+        "blocks without end": {
+            "embedding/kernel": kernel,
+            "Transformer/encoderblock/LayerNorm_0/bias": header((10**6, 1)) + bytes(4 * 10**6),
+        },
+        "no array at all": {"embedding/kernel": kernel, "cls": b"text"},
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("larger than it is", "not a readable .npz.* bytes and has"),
+        ("zeros without end", "20,000,003 numbers, limit"),
+        ("blocks without end", r"not of 1 to 1000 blocks"),
+        ("no array at all", "not a readable .npz"),
+    ],
+)
+def test_an_npz_is_examined_before_anything_is_allocated(tmp_path, monkeypatch, kind, says):
+    file = tmp_path / "hostile.npz"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in hostile(kind).items():
+            archive.writestr(f"{name}.npy", data)
+    monkeypatch.setattr(np, "load", lambda *a, **k: pytest.fail("arrays were read"))
+    with pytest.raises(UserError, match=says) as refused:
+        read_npz(file)
+    assert "\n" not in str(refused.value)
 
 
 # --- convert ---------------------------------------------------------------------------------------------------------

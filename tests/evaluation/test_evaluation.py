@@ -419,6 +419,19 @@ def test_a_damaged_entry_is_measured_again(model, tmp_path, text):
     assert torch.equal(store.get("a", [1], lambda: pytest.fail("was written")).nll, found.nll)
 
 
+def test_an_entry_of_another_setting_in_its_place_is_measured_again(model, tmp_path):
+    first, other = Cache(tmp_path, model), Cache(tmp_path, model, "other images")
+    for store, name in ((first, "a"), (first, "b"), (other, "a")):
+        store.get(name, [1], lambda: predictions(1))
+        store.get(name, [1], lambda: pytest.fail("was written"))
+    data = first._file("a", [1]).read_bytes()
+    calls = []
+    for store, name in ((first, "b"), (other, "a")):
+        store._file(name, [1]).write_bytes(data)
+        store.get(name, [1], lambda: calls.append(1) or predictions(1))
+    assert len(calls) == 2
+
+
 def test_a_model_with_a_single_number_among_its_weights_has_a_cache(tmp_path):
     one, two = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     assert one.num_batches_tracked.ndim == 0

@@ -17,11 +17,15 @@ import saccade
 from data_helpers import encode, picture, write_folder
 from saccade.analysis import cka, correspondence
 from saccade.analysis.merging import ratio
+from saccade.analysis.usage import usage
 from saccade.errors import UserError
 from saccade.evaluation.defined import require_choice, require_finite
 from saccade.evaluation.speed import bench
+from saccade.reports import token_map
 from saccade.tasks.detection.average_precision import evaluate_detection
+from saccade.tasks.detection.detector import look
 from saccade.tasks.image_text.zero_shot import evaluate_words
+from saccade.tasks.segmentation.class_picture import paint
 from saccade.tasks.segmentation.mean_iou import evaluate_segmentation, interval, mean_iou
 from saccade.tasks.segmentation.panoptic_quality import evaluate_panoptic
 from small_runs import files, tiny
@@ -69,6 +73,28 @@ def test_tune_by_speed_alone_names_what_is_of_no_use(tmp_path, monkeypatch):
     shorten(monkeypatch)
     found = saccade.tune(broken(tiny()), None, "2x", out=tmp_path, seconds=0)
     assert "0 of" in found.recommendation[0] and "Of no use" in found.recommendation[0]
+
+
+# Pictures
+
+
+def test_nothing_is_drawn_of_what_is_not_finite(tmp_path):
+    photo, images = (
+        picture(64, 64),
+        write_folder(tmp_path / "images", {f"{i}.png": encode(picture()) for i in range(2)}),
+    )
+    out = tmp_path / "out.png"
+    for draw in (
+        lambda: saccade.view(broken(tiny()), photo, out=out),
+        lambda: saccade.view(broken(tiny()), photo, "evit(0.5)", out=out),
+        lambda: token_map(broken(tiny()), photo),
+        lambda: usage(broken(tiny()), images, out=out),
+        lambda: paint(broken(small()), photo),
+        lambda: look(broken(test_detection.tiny()), photo),
+    ):
+        with pytest.raises(UserError, match="hold NaN or infinity") as error:
+            draw()
+        assert "\n" not in str(error.value) and not out.exists()
 
 
 # Segmentation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -99,6 +100,8 @@ def test_logits_that_are_all_alike_are_no_hit_for_class_zero(photos, monkeypatch
 def test_one_image_is_no_certainty(photos):
     _, row = saccade.eval(tiny(), str(photos), ["evit(0.9)"], limit=1).rows
     assert row.images == 1 and row.delta.high - row.delta.low > 0.5
+    assert row.nll.three()[1:] == row.kl.three()[1:] == (0.0, math.inf)
+    assert row.to_dict()["nll"]["high"] is None
     assert json.loads(json.dumps(row.to_dict(), allow_nan=False))
 
 

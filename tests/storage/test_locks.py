@@ -20,7 +20,8 @@ from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.storage.files import check_folder, part_beside, replacing, sweep, write_picture, write_text
 from saccade.storage.locks import LOCK, owning
-from saccade.storage.run_folder import EVAL, TRAIN, TUNE, check_apart, taking
+from saccade.storage.run_folder import check_apart, taking
+from saccade.storage.signs import EVAL, TRAIN, TUNE
 
 HOLDER = """
 import sys, time

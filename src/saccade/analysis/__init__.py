@@ -35,7 +35,8 @@ from saccade.reports.analysis_report import AnalysisReport, render_analysis
 from saccade.reports.report_blocks import render_parts
 from saccade.setting import Call, Setting
 from saccade.storage.files import check_folder, json_text, write_json, write_texts
-from saccade.storage.run_folder import ANALYZE, owned
+from saccade.storage.run_folder import owned
+from saccade.storage.signs import ANALYZE
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result
 from saccade.terminal.text_table import Column, Table

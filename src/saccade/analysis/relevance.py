@@ -105,8 +105,7 @@ def half(cells: Tensor) -> float:
 
 def share(values: list[float]) -> Interval:
     """The mean of shares of an image with its 95 % interval; of one image it is 0 … 1, since it has no spread."""
-    found = bootstrap(torch.tensor(values))
-    return found if len(values) > 1 else Interval(found.mean, 0.0, 1.0)
+    return bootstrap(torch.tensor(values), least=0.0, most=1.0)
 
 
 @register("relevance", misfit=no_classes)

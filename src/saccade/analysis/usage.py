@@ -15,6 +15,7 @@ from saccade.core.gates import Gates
 from saccade.core.record import BlockTrace
 from saccade.data import ImageSet, Loader, Preprocess, head_labels, open_images
 from saccade.evaluation.accuracy import spread
+from saccade.evaluation.defined import require_finite
 from saccade.evaluation.evaluator import check_head
 from saccade.model import AdaptiveViT
 from saccade.storage.files import check_picture, write_picture
@@ -90,12 +91,13 @@ def usage(
     for seen in zip(*(loader.batches(batch, chosen) for loader in loaders), strict=True):
         own, whole = (part.images.to(weight.device, weight.dtype) for part in (seen[0], seen[-1]))
         with torch.inference_mode():
-            trace = view(own).trace
+            ran = view(own)
+            require_finite(ran.logits, view.setting)
             masks = view.forward_tokens(own, sparse=False)[1]
-            logp = dense(whole).logits.double().log_softmax(-1).cpu()
+            logp = require_finite(dense(whole).logits, dense.setting).double().log_softmax(-1).cpu()
         start = _tokens(masks.first)
         shares.append(torch.stack([_used(block, start, view.backbone.heads) for block in masks.blocks], dim=1))
-        costs.append(trace.macs().cpu() / 1e9)
+        costs.append(ran.trace.macs().cpu() / 1e9)
         truth = logp.argmax(-1) if known is None else known[seen[0].indices]
         losses.append(-logp.gather(1, truth.unsqueeze(1)).squeeze(1))
         names += [images.names[i] for i in seen[0].indices]

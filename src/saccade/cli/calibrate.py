@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +18,7 @@ from saccade.cli.common import (
     Split,
     Threads,
     Weights,
+    kept_in,
     open_model,
     print_json,
     print_result,
@@ -56,13 +56,14 @@ def command(
     if out is not None:
         check_place(out)
         check_apart(out, [model, data, weights])
+    if cache is not None:
+        check_apart(cache, [model, data, weights])
     vit = open_model(model, weights, pretrained, device, threads)
     if out is not None:
         check_savable(vit)
-    folder = None if cache is None else Path(cache)
-    with Progress(shown=True) as progress:
+    with Progress(shown=True) as progress, kept_in(cache):
         found = calibrate(
-            vit, data, setting, gmacs, split=split, limit=limit, batch=batch, cache=folder, progress=progress
+            vit, data, setting, gmacs, split=split, limit=limit, batch=batch, cache=cache, progress=progress
         )
     if out is not None:
         vit.at(found.setting).save(out)

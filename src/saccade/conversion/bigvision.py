@@ -5,11 +5,13 @@ Names and layouts are those of the files; timm (Apache-2.0) reads them too, at o
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -18,6 +20,10 @@ from torch import Tensor
 from saccade.errors import UserError
 
 PREFIXES = ("", "params/", "params/img/", "img/", "opt/target/")
+ENDING = ".npy"  # of the members of an .npz
+MOST_NUMBERS = 4 * 10**9  # of all arrays; the largest published ViT has 1.8 · 10^9
+DENSEST = 10  # numbers a byte of the file: weights do not compress, and zeros without end are no ViT
+MOST_BLOCKS = 1000
 Rule = tuple[str, Callable[[Tensor], Tensor]]
 
 
@@ -60,7 +66,8 @@ def read_npz(file: str | os.PathLike) -> dict[str, Tensor]:
     """A big_vision ViT under timm's names, float32; ``pos_embed`` [1, g * g, D] has no entry for the class token.
 
     Raises:
-        UserError: missing, another format, object arrays (never unpickled), an array that is not known.
+        UserError: missing, another format, object arrays (never unpickled), an array that is not known, or arrays of
+            more numbers than a ViT of that file could have.
     """
     arrays = _unstacked(_arrays(Path(file)))
     state: dict[str, Tensor] = {}
@@ -90,22 +97,70 @@ def read_npz(file: str | os.PathLike) -> dict[str, Tensor]:
 
 
 def _arrays(path: Path) -> dict[str, Tensor]:
-    """The arrays of the image tower, without their prefix."""
+    """The arrays of the image tower, without their prefix; nothing is read before all of them are known to be right."""
     if not path.is_file():
         raise UserError(f"there is no weights file {str(path)!r}")
     try:
+        with zipfile.ZipFile(path) as members:
+            prefix = _check_members(members, path)
         with np.load(path, allow_pickle=False) as archive:
-            prefix = next((p for p in PREFIXES if f"{p}embedding/kernel" in archive), None)
-            if prefix is None:
-                raise UserError(f"{str(path)!r} has no array 'embedding/kernel': it is not a ViT of big_vision")
             found = {n.removeprefix(prefix): archive[n] for n in archive if n.startswith(prefix)}
-    except (ValueError, OSError, EOFError, TypeError, BadZipFile, AttributeError) as error:
+    except (ValueError, OSError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{str(path)!r} is not a readable .npz of plain arrays ({reason[:150]})") from None
     for name, array in found.items():
-        if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or not np.isfinite(array).all():
+        if not np.isfinite(array).all():
             raise UserError(f"{str(path)!r}: {name} is not an array of finite real numbers")
     return {name: torch.from_numpy(array.astype(np.float32)) for name, array in found.items()}
+
+
+def _check_members(archive: zipfile.ZipFile, path: Path) -> str:
+    """The prefix of the image tower's arrays, by what their headers say. Raises UserError for what is no ViT's, or
+    would take more memory than one, ValueError for members that are no arrays."""
+    names = archive.namelist()
+    prefix = next((p for p in PREFIXES if f"{p}embedding/kernel{ENDING}" in names), None)
+    if prefix is None:
+        raise UserError(f"{str(path)!r} has no array 'embedding/kernel': it is not a ViT of big_vision")
+    own = [info for info in archive.infolist() if info.filename.startswith(prefix)]
+    short = [info.filename.removeprefix(prefix).removesuffix(ENDING) for info in own]
+    if unknown := [name for name in short if not _is_known(name)]:
+        raise UserError(
+            f"{str(path)!r} holds {len(unknown)} arrays that are not of a big_vision ViT ({', '.join(unknown[:3])}, …)"
+        )
+    numbers = 0
+    for name, info in zip(short, own, strict=True):
+        shape, kind, header = _read_header(archive, info)
+        if kind.kind != "f":
+            raise UserError(f"{str(path)!r}: {name} is not an array of finite real numbers")
+        if "encoderblock/" in name and (not shape or shape[0] > MOST_BLOCKS):
+            raise UserError(f"{str(path)!r}: {name} of shape {shape} is not of 1 to {MOST_BLOCKS} blocks")
+        if (size := header + math.prod(shape) * kind.itemsize) != info.file_size:
+            raise ValueError(f"{name} of shape {shape} takes {size} bytes and has {info.file_size}")
+        numbers += math.prod(shape)
+    limit = min(MOST_NUMBERS, DENSEST * path.stat().st_size)
+    if numbers > limit:
+        raise UserError(f"{str(path)!r} holds {numbers:,} numbers, limit {limit:,} for a file of its size")
+    return prefix
+
+
+def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape and type of an array, and the bytes before it. Raises ValueError, for objects too."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in readers:
+            raise ValueError(f"{info.filename} is of version {version} of the format")
+        shape, _, kind = readers[version](member)
+        if kind.hasobject:
+            raise ValueError(f"{info.filename} holds objects")
+        return shape, kind, member.tell()
+
+
+def _is_known(name: str) -> bool:
+    """Whether a ViT has an array of this name, stacked or one a block."""
+    inside = re.fullmatch(r"Transformer/encoderblock(?:_\d+)?/(.+)", name)
+    part = rf"{ATTENTION}/({'|'.join(JOINED)})/(kernel|bias)"
+    return inside[1] in BLOCK or re.fullmatch(part, inside[1]) is not None if inside else name in TOP
 
 
 def _unstacked(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from saccade.errors import UserError
 from saccade.evaluation.answers import Predictions
 from saccade.evaluation.defined import NonFinite
 from saccade.evaluation.evaluator import Evaluator, check_head
-from saccade.evaluation.stats import Interval, bootstrap, mcnemar, paired_difference, proportion
+from saccade.evaluation.stats import Interval, bootstrap, mcnemar, paired_difference, proportion, without_infinity
 from saccade.model import AdaptiveViT
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result
@@ -46,8 +46,8 @@ class Score:
     mac_ratio: float  #      dense ÷ this
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return asdict(self)
+        """Plain numbers, for JSON; None for a limit of an interval that is infinite."""
+        return without_infinity(asdict(self))
 
 
 def score(setting: str, found: Predictions, dense: Predictions, evaluator: Evaluator) -> Score:
@@ -69,11 +69,11 @@ def score(setting: str, found: Predictions, dense: Predictions, evaluator: Evalu
         images=len(found.indices),
         top1=proportion(hit),
         top5=proportion((found.top == truth.unsqueeze(1)).any(1)),
-        nll=bootstrap(found.nll),
+        nll=bootstrap(found.nll, least=0.0),
         delta=delta,
         p_value=p_value,
         agreement=proportion(found.top[:, 0] == evaluator.best(found)),
-        kl=bootstrap(found.kl),
+        kl=ITSELF if found is dense else bootstrap(found.kl, least=0.0),
         tokens=found.tokens.mean().item(),
         gmacs=gmacs.mean().item(),
         gmacs_p50=gmacs.quantile(0.5).item(),

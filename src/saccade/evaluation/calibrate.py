@@ -29,6 +29,9 @@ from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.stats import Interval, proportion
 from saccade.model import AdaptiveViT
 from saccade.setting import Setting
+from saccade.storage.files import check_folder
+from saccade.storage.foreign import check_not_foreign
+from saccade.storage.run_folder import check_apart
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result, counted
 from saccade.terminal.text_table import Table
@@ -133,7 +136,7 @@ def calibrate(
     split: str | None = None,
     limit: int | None = 200,
     batch: int = 32,
-    cache: Path | None = None,
+    cache: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> Calibrated:
     """Bisect the ``threshold`` of a setting until the mean MACs of an image are just within a budget.
@@ -150,11 +153,15 @@ def calibrate(
         progress: where to show it; None: nowhere.
 
     Raises:
-        UserError: bad data or setting, or a budget that no threshold meets.
+        UserError: bad data or setting, a budget that no threshold meets, a cache in a folder of somebody's data.
     """
     if isinstance(gmacs, bool) or not 0 < gmacs < 1e6:
         raise UserError(f"gmacs={gmacs!r} is not a number above 0 and below a million")
     with_threshold(setting, 0.5)  # refuses before anything is read
+    if cache is not None:
+        check_folder(cache)
+        check_apart(cache, [model, data, weights])
+        check_not_foreign(cache)
     model = open_model(model, weights, pretrained, device).deploy(None)
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
     evaluator = Evaluator(model, images, batch=batch)
@@ -163,7 +170,7 @@ def calibrate(
     for line in evaluator.notes:
         progress.say(line)
     advance = progress.start("calibrating", (STEPS + 4) * len(places))
-    store = None if cache is None else Cache.of(cache, evaluator)
+    store = None if cache is None else Cache.of(Path(cache), evaluator)
     advance(0, what="calibrating: the dense model")
     dense = evaluator.predict(evaluator.dense, places, advance)
     evaluator.need(dense, "dense")

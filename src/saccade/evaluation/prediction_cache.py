@@ -62,7 +62,7 @@ class Cache:
         found = compute()
         tensors = {f.name: getattr(found, f.name).contiguous() for f in fields(found)}
         with replacing(file) as part:
-            safetensors.torch.save_file(tensors, part, metadata={SEAL: _sum(tensors)})
+            safetensors.torch.save_file(tensors, part, metadata={SEAL: _sum(tensors, file)})
         return found
 
     def check(self, name: str, now: Predictions) -> None:
@@ -90,12 +90,13 @@ def _read(file: Path) -> Predictions | None:
             seal = (opened.metadata() or {}).get(SEAL)
     except (SafetensorError, ValueError, KeyError, OSError):
         return None
-    return Predictions(**tensors) if seal == _sum(tensors) else None
+    return Predictions(**tensors) if seal == _sum(tensors, file) else None
 
 
-def _sum(tensors: Mapping[str, Tensor]) -> str:
-    """Of values, types and shapes: a flipped bit is another accuracy, and shows in nothing else."""
-    seal = hashlib.sha256()
+def _sum(tensors: Mapping[str, Tensor], file: Path) -> str:
+    """Of values, types and shapes: a flipped bit is another accuracy, and shows in nothing else. Of the names too that
+    stand for model, images and setting: a file that was put in the place of another is none."""
+    seal = hashlib.sha256(f"{file.parent.name}/{file.stem}\0".encode())
     for name, value in sorted(tensors.items()):
         seal.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
         seal.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -26,7 +26,8 @@ from saccade.reports.render_tokens import token_map
 from saccade.reports.rows import Row, Sample
 from saccade.runners.runner import FP32
 from saccade.storage.files import check_folder, json_text, staged
-from saccade.storage.run_folder import TUNE, owned
+from saccade.storage.run_folder import owned
+from saccade.storage.signs import TUNE
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result
 from saccade.terminal.text_table import Table

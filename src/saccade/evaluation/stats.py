@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,13 @@ class Interval:
         return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in self.three()))
 
 
+def without_infinity(value: Any) -> Any:
+    """A mapping of numbers with None for limits that are infinite, which JSON cannot write."""
+    if isinstance(value, dict):
+        return {name: without_infinity(one) for name, one in value.items()}
+    return None if isinstance(value, float) and math.isinf(value) else value
+
+
 def proportion(hits: Tensor) -> Interval:
     """Share of hits [n] (bool), with Wilson's interval."""
     n, p = len(hits), hits.double().mean().item()
@@ -41,10 +49,16 @@ def proportion(hits: Tensor) -> Interval:
     return Interval(p, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def bootstrap(values: Tensor, seed: int = 0) -> Interval:
-    """Mean of values [n], with its percentile bootstrap interval over images; of paired differences too."""
+def bootstrap(values: Tensor, seed: int = 0, *, least: float = -math.inf, most: float = math.inf) -> Interval:
+    """Mean of values [n], with its percentile bootstrap interval over images; of paired differences too.
+
+    One image tells nothing of others, and every resample of it is itself: its interval is all that a value can be, from
+    ``least`` to ``most``.
+    """
     values = values.double()
     n, mean = len(values), values.mean().item()
+    if n == 1:
+        return Interval(mean, least, most)
     kinds, counts = values.unique(return_counts=True)
     generator = torch.Generator().manual_seed(seed)
     if len(kinds) <= 16:  # few distinct values: resampling images is drawing how many of each

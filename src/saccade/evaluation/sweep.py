@@ -23,7 +23,8 @@ from saccade.reports.sweep_report import SweepReport, curve_kind, render_sweep
 from saccade.runners.runner import FP32, Runner
 from saccade.setting import Call, Setting, expand
 from saccade.storage.files import check_folder, json_text, write_texts
-from saccade.storage.run_folder import EVAL, owned
+from saccade.storage.run_folder import owned
+from saccade.storage.signs import EVAL
 from saccade.terminal.progress import Progress
 
 SECONDS = 10.0  # of timing, where a range is asked for
@@ -129,7 +130,7 @@ def trained_for(model: AdaptiveViT, row: Score) -> bool | None:
         return None
     known = registry()
     listed = {_normal(model, known, setting) for setting in model.trained}
-    same = row.kl.high == 0.0 and row.mac_ratio == 1.0 and _normal(model, known, "dense") in listed
+    same = row.kl.mean == 0.0 and row.mac_ratio == 1.0 and _normal(model, known, "dense") in listed
     return same or _normal(model, known, row.setting) in listed
 
 

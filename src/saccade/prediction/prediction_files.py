@@ -8,18 +8,22 @@ import json
 import os
 import re
 import sys
+import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import safetensors
 from safetensors.numpy import save_file
 
 from saccade.data import ImageError
 from saccade.errors import UserError
 from saccade.prediction.predictions import Prediction
-from saccade.storage.files import check_folder, replacing, write_text
-from saccade.storage.foreign import check_no_photos
+from saccade.storage.files import check_folder, check_target, is_our_picture, replacing, write_picture, write_text
+from saccade.storage.foreign import check_not_foreign
+from saccade.storage.signs import PREDICT, is_ours
 from saccade.terminal.text_table import width_of
 
 COLUMNS = ("image", "label", "class", "index", "probability", "gmacs", "error")
@@ -56,13 +60,14 @@ class EmbeddingFile:
     """Embeddings of all images that could be read, written whole at the end.
 
     ``.npz`` holds ``embedding`` fp32 [n, D] and ``names``; ``.safetensors`` the same tensor, and ``names`` as JSON in
-    its metadata. Raises UserError for another ending, before the work.
+    its metadata. Raises UserError for another ending, and where a file is there that is none of these: before the work.
     """
 
     def __init__(self, path: str) -> None:
         if not path.endswith(KINDS):
             raise UserError(f"embeddings in {path!r}: give a file that ends in {' or '.join(KINDS)}")
         check_folder(Path(path).parent)
+        check_target(path, is_our_embedding)
         self.path, self.names, self.rows = path, list[str](), list[np.ndarray]()
 
     def add(self, found: Prediction) -> None:
@@ -74,19 +79,38 @@ class EmbeddingFile:
         if not self.rows:
             return
         embedding = np.stack(self.rows)
-        with replacing(self.path) as part:
+        with replacing(self.path, is_our_embedding) as part:
             if self.path.endswith(".npz"):
                 np.savez(part, embedding=embedding, names=np.array(self.names))
             else:
                 save_file({"embedding": embedding}, part, metadata={"names": json.dumps(self.names)})
 
 
+def is_our_embedding(file: Path) -> bool:
+    """Whether a file is one that ``EmbeddingFile`` wrote: it holds what that writes, and nothing else."""
+    try:
+        if file.suffix == ".npz":
+            with zipfile.ZipFile(file) as archive:
+                return sorted(archive.namelist()) == ["embedding.npy", "names.npy"]
+        with safetensors.safe_open(file, "np") as opened:
+            return list(opened.keys()) == ["embedding"] and "names" in (opened.metadata() or {})
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, safetensors.SafetensorError):
+        return False
+
+
 class PredictionFolder:
-    """``predictions.csv``, and in ``tokens/`` a picture of what each token of an image stands for."""
+    """``predictions.csv``, and in ``tokens/`` a picture of what each token of an image stands for.
+
+    Raises UserError where the folder, or a file of these names, is somebody else's: before the work.
+    """
 
     def __init__(self, path: str, top: int) -> None:
         check_folder(path)
-        check_no_photos(path)
+        check_not_foreign(path)
+        for name, signs in PREDICT.items():
+            check_target(Path(path) / name, partial(is_ours, signs=signs))
+        for picture in sorted(Path(path, "tokens").glob("*.png")):
+            check_target(picture, is_our_picture)
         self.path, self.table, self.taken = Path(path), io.StringIO(), set[str]()
         self._write = csv_lines(self.table, top)
 
@@ -97,8 +121,7 @@ class PredictionFolder:
                 picture = found.token_map()
             except ImageError:  # it could be read a moment ago; its row is there
                 return
-            with replacing(self.path / "tokens" / f"{self._free(found.name)}.png") as part:
-                picture.save(part, "PNG")
+            write_picture(self.path / "tokens" / f"{self._free(found.name)}.png", picture)
 
     def close(self) -> None:
         write_text(self.path / "predictions.csv", self.table.getvalue())

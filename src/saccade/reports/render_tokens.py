@@ -16,6 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 from saccade.checkpoint import Source, open_model
 from saccade.core.record import BlockTrace
 from saccade.data import Preprocess, decode
+from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.reports.token_map import draw_blocks, draw_tokens
 from saccade.storage.files import check_picture, write_picture
@@ -70,7 +71,7 @@ def view(
         The picture, and the number of patch tokens after each block, or in it where gates leave some out.
 
     Raises:
-        UserError: bad setting; ImageError: an image that cannot be read.
+        UserError: bad setting, tokens that are not finite; ImageError: an image that cannot be read.
     """
     model = open_model(model, weights, pretrained, device)
     chosen = model if setting is None else model.at(setting).eval()
@@ -109,7 +110,12 @@ def _look(model: AdaptiveViT, image: Image.Image | str | os.PathLike) -> Looked:
     weight = next(model.parameters())
     with torch.inference_mode():
         images = prepare.normalise(crop).unsqueeze(0).to(weight.device, weight.dtype)
-        _, trace = model.forward_tokens(images, sparse=False)  # the gates are in the trace of what is masked
+        tokens, trace = model.forward_tokens(images, sparse=False)  # the gates are in the trace of what is masked
+    if not tokens.x.isfinite().all():
+        raise UserError(
+            f"the tokens of `{model.setting}` hold NaN or infinity for {name}: where they go means nothing; "
+            "check the weights and the number type"
+        )
     owners = [_computed(block).cpu() for block in trace.blocks]
     return to_pil_image(crop), trace.first[0].cpu(), owners, trace.grid
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from saccade.errors import UserError
 from saccade.storage.files import check_folder, discard, part_beside, reported, shortened, sweep, to_disk
 from saccade.storage.folder_config import CONFIG, Seal, read_bytes
-from saccade.storage.foreign import check_no_photos
+from saccade.storage.foreign import check_not_foreign
 from saccade.storage.locks import owning
 from saccade.storage.weights import digest
 
@@ -94,7 +94,7 @@ def check_place(folder: str | os.PathLike) -> None:
 
 def check_ours(folder: Path) -> None:
     """Raises UserError where a folder holds images, or a config or weights that are not a Saccade model's."""
-    check_no_photos(folder)
+    check_not_foreign(folder)
     remedy = "remove them, or give another folder"
     if (folder / CONFIG).exists():
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,22 +11,15 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from saccade.errors import UserError
-from saccade.storage.files import check_folder, read_at_most, shortened, sweep
-from saccade.storage.foreign import check_no_photos
+from saccade.storage.files import check_folder, shortened, sweep
+from saccade.storage.foreign import check_not_foreign
 from saccade.storage.locks import owning
 from saccade.storage.model_folder import check_ours
+from saccade.storage.signs import Signs, is_ours
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Signs = tuple[str, ...]  # of a file that we wrote: keys of its object in JSON, else words near its beginning
-PAGE: Signs = ('<meta name="generator" content="saccade">',)
-TRAIN = {"config.json": ("optim", "sampling"), "metrics.csv": ("step",), "checks.csv": ("step",), "report.html": PAGE}
-TUNE = {"frontier.csv": ("setting",), "frontier.json": ("verdict", "rows"), "report.html": PAGE}
-EVAL = {"scores.csv": ("setting",), "scores.json": ("facts", "rows"), "report.html": PAGE}
-ANALYZE = {"analysis.json": ("facts", "findings"), "report.html": PAGE}
 BELOW = ("model", "checkpoints", "cache")  # folders of ours in it
-HEAD = 2**16  # characters that are looked through for signs
-MOST_BYTES = 256 << 20  # of a JSON file of ours
 
 
 def owned(writes: Mapping[str, Signs]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -66,11 +58,11 @@ def taking(out: str | os.PathLike, writes: Mapping[str, Signs], inputs: Iterable
     check_folder(folder)
     check_apart(out, inputs)
     for name, signs in writes.items():
-        if (folder / name).exists() and not _ours(folder / name, signs):
+        if (folder / name).exists() and not is_ours(folder / name, signs):
             raise UserError(
                 f"{shortened(out)} holds a {name} that is of something else: remove it, or give another folder"
             )
-    check_no_photos(folder)
+    check_not_foreign(folder)
     if (folder / "model").is_dir():
         check_ours(folder / "model")
     with owning(folder) as path:
@@ -92,17 +84,3 @@ def check_apart(out: str | os.PathLike, inputs: Iterable[object]) -> None:
             raise UserError(f"{shortened(out)} is within {shortened(str(given))}, which is read: give another place")
         if target in source.parents and source.relative_to(target).parts[0] in BELOW:
             raise UserError(f"{shortened(out)} would write over {shortened(str(given))}, which is read: give another")
-
-
-def _ours(file: Path, signs: Signs) -> bool:
-    try:
-        if not file.stat().st_size:
-            return True
-        if file.suffix == ".json":
-            found = json.loads(read_at_most(file, MOST_BYTES))
-            return isinstance(found, dict) and all(sign in found for sign in signs)
-        with open(file, encoding="utf-8", errors="replace") as stream:
-            head = stream.read(HEAD)
-        return all(sign in head for sign in signs)
-    except (OSError, ValueError, RecursionError):
-        return False

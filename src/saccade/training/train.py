@@ -16,7 +16,8 @@ from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.reports import Checked
 from saccade.storage.files import write_json
-from saccade.storage.run_folder import TRAIN, taking
+from saccade.storage.run_folder import taking
+from saccade.storage.signs import TRAIN
 from saccade.terminal import text_table as tables
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result

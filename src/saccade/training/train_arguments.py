@@ -14,7 +14,7 @@ from saccade.backbones.saving import save
 from saccade.checkpoint import Source, open_model
 from saccade.errors import UserError
 from saccade.storage.files import check_folder
-from saccade.storage.foreign import check_no_photos
+from saccade.storage.foreign import check_not_foreign
 from saccade.training.checkpoints import newest
 from saccade.training.config import Config
 
@@ -59,7 +59,7 @@ def _saved(module: nn.Module, out: Path, weights: str | os.PathLike | None) -> P
     folder = out / SOURCE
     if newest(out / "checkpoints", "last") is None:  # else it is there, or the run is another
         check_folder(out)
-        check_no_photos(out)
+        check_not_foreign(out)
         save(open_model(module, weights), folder)
     return folder
 

@@ -25,6 +25,7 @@ from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.data import Preprocess
 from saccade.errors import UserError
+from saccade.evaluation.defined import require_finite
 from saccade.model import AdaptiveViT
 from saccade.renamed.finder import moved
 from saccade.tasks.detection.hungarian import corners
@@ -145,11 +146,16 @@ def squashed(view: AdaptiveViT) -> Preprocess:
 def look(view: AdaptiveViT, image: Image.Image, names: Sequence[str] | None = None, least: float = 0.3) -> Found:
     """What is in one RGB image, most certain first: of ``names`` (None: its own classes), scores of ``least`` or more.
 
-    Boxes are in pixels of the image; ``labels`` are places in ``names``. Raises ImageError for one too narrow.
+    Boxes are in pixels of the image; ``labels`` are places in ``names``.
+
+    Raises UserError for answers that are not finite, ImageError for an image too narrow.
     """
     weight = view.vit.patch_embed.proj.weight
     batch = squashed(view)(image).unsqueeze(0).to(weight.device, weight.dtype)
-    (found,) = detections(view(batch, None if names is None else DetectionHead.of(view).ask(names)))
+    out = view(batch, None if names is None else DetectionHead.of(view).ask(names))
+    for values in (out.boxes, out.logits):
+        require_finite(values, view.setting, "answers")
+    (found,) = detections(out)
     sides = torch.tensor([image.width, image.height] * 2)
     return {k: v[found["scores"] >= least] for k, v in (found | {"boxes": found["boxes"] * sides}).items()}
 

@@ -8,16 +8,18 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from saccade.data import Preprocess
+from saccade.evaluation.defined import require_finite
 from saccade.model import AdaptiveViT
 from saccade.tasks.segmentation.segmenter import look
 
 
 def paint(model: AdaptiveViT, image: Image.Image) -> Image.Image:
-    """A photo under the colours of what a segmenter sees in it."""
+    """A photo under the colours of what a segmenter sees in it. Raises UserError where its logits are not finite."""
     weight = model.vit.patch_embed.proj.weight
     pixels = Preprocess.of(model.vit).normalise(pil_to_tensor(image)).unsqueeze(0)
     with torch.no_grad():
         seen = look(model, pixels.to(weight.device, weight.dtype))
+    require_finite(seen.logits, model.setting)
     return painted(image, seen.logits[0].argmax(0).cpu())
 
 
