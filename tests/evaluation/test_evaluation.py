@@ -462,6 +462,8 @@ def test_tune_writes_its_four_things_and_they_agree(tuned):
     assert details["verdict"] == tuned.recommendation
     assert details["met"] is tuned.met
     page = (tuned.folder / "report.html").read_text()
+    config = json.loads((tuned.folder / "model" / "config.json").read_text())["saccade"]
+    assert {details["facts"]["run"], config["run"]} == {row["run"] for row in table} and config["run"] in page
     assert "evit(" in page and "21 to choose by, 21 reported" in page
     assert page.count("data:image/") >= 4
     assert all(line for line in tuned.recommendation) and len(tuned.recommendation) >= 1

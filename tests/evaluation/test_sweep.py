@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,38 @@ def test_the_folder_holds_table_numbers_and_page(swept):
     )
     assert all(float(t["gmacs"]) == r.gmacs for t, r in zip(table, rows, strict=True))
     assert numbers["not_read"] == {} and "interleaved" in numbers["facts"]["timing"]
+
+
+def runs_in(folder: Path) -> dict[str, str]:
+    """The run that each file of a sweep names."""
+    (table,) = {row["run"] for row in csv.DictReader((folder / "scores.csv").open())}
+    page = re.search(r"<dt>run</dt><dd>(\w+)</dd>", (folder / "report.html").read_text(encoding="utf-8"))
+    numbers = json.loads((folder / "scores.json").read_text())["facts"]["run"]
+    return {"report.html": page and page[1], "scores.csv": table, "scores.json": numbers}
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_files_of_two_runs_after_a_kill_between_them_name_both(model, photos, tmp_path, monkeypatch, done):
+    evaluate(model, photos, ["tome(r=1)"], out=tmp_path, limit=6)
+    (first,) = {*runs_in(tmp_path).values()}
+    replace, moved = os.replace, []
+
+    def killed(source, target):
+        if Path(target).parent == tmp_path:
+            if len(moved) == done:
+                raise KeyboardInterrupt
+            moved.append(Path(target).name)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, photos, ["tome(r=2)"], out=tmp_path, limit=6)
+    found = runs_in(tmp_path)
+    assert {name for name, run in found.items() if run != first} == {*moved} and len({*found.values()}) == 2
+    evaluate(model, photos, ["tome(r=2)"], out=tmp_path, limit=6)
+    (again,) = {*runs_in(tmp_path).values()}
+    assert again == found[moved[0]] != first
 
 
 def test_the_page_draws_every_range_twice_and_marks_what_was_not_trained_for(swept):

@@ -27,7 +27,7 @@ from saccade.data import ImageSet, Preprocess, open_images
 from saccade.data.store import TooLong, read_regular
 from saccade.errors import UserError, nearest
 from saccade.evaluation.accuracy import spread
-from saccade.evaluation.circumstances import circumstances, model_name
+from saccade.evaluation.circumstances import RUN, circumstances, model_name, run_name
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.sweep import expanded
 from saccade.model import AdaptiveViT
@@ -222,10 +222,11 @@ class _Page:
         notes += [f"`{name}` could not be read: {reason}" for name, reason in [*study.failures.items()][:10]]
         known = registry()
         sections = [(name, known[name].summary, found.lines, found.markup) for name, found in self.found.items()]
-        report = AnalysisReport(f"{model_name(study.model)}: analysis", self.command, sections, facts, notes)
         findings = {name: {"lines": found.lines, **found.data} for name, found in self.found.items()}
         written = {"facts": facts, "settings": study.settings, "findings": findings, "left_out": self.left_out,
                    "not_read": study.failures}  # fmt: skip
+        facts[RUN] = run_name(self.command, written)
+        report = AnalysisReport(f"{model_name(study.model)}: analysis", self.command, sections, facts, notes)
         pages = {"report.html": render_analysis(report), "analysis.json": json_text(written)}
         write_texts({folder / name: text for name, text in pages.items()})
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,25 @@ import torch
 import saccade
 from saccade.model import AdaptiveViT
 
+RUN = "run"  # what files say of the run that wrote them
 
-def csv_text(rows: Sequence[Any]) -> str:
-    """Dataclasses of one kind as a table with a heading, floats unrounded."""
+
+def csv_text(rows: Sequence[Any], run: str) -> str:
+    """Dataclasses of one kind as a table with a heading, floats unrounded; their run is in the last column."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(vars(rows[0])), lineterminator="\n")
+    writer = csv.DictWriter(text, [*vars(rows[0]), RUN], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(vars(row) for row in rows)
+    writer.writerows({**vars(row), RUN: run} for row in rows)
     return text.getvalue()
+
+
+def run_name(command: str, written: Mapping[str, Any]) -> str:
+    """A name for what a run writes, by its content: 12 hex digits.
+
+    Page, table and numbers of one run take their places one after another. A process that is killed between leaves
+    whole files of two runs: each file names its own, as ``run``, so that this can be seen.
+    """
+    return hashlib.sha256(json.dumps([command, written]).encode()).hexdigest()[:12]
 
 
 def model_name(model: AdaptiveViT) -> str:

@@ -16,7 +16,7 @@ from saccade.checkpoint import Source, open_model
 from saccade.data import ImageSet
 from saccade.evaluation.allowance import Allowance, Clock
 from saccade.evaluation.candidates import Target
-from saccade.evaluation.circumstances import circumstances, csv_text, model_name
+from saccade.evaluation.circumstances import RUN, circumstances, csv_text, model_name, run_name
 from saccade.evaluation.options import Measured, Search
 from saccade.evaluation.recommendation import Recommendation, conclude
 from saccade.evaluation.tune import search
@@ -156,6 +156,16 @@ def tune(
     if assumed:
         lines.append(f"Assumed, as nothing was asked for: {aim}; batches of {batch} images (--batch).")
     left_out = [f"`{name}` is left out: {reason}" for name, reason in found.failed.items()]
+    details = [_details(row, m) for row, m in zip(rows, found.measured, strict=True)]
+    written = {
+        "verdict": lines,
+        "met": recommendation.met,
+        "facts": facts,
+        "notes": found.notes,
+        "left_out": found.failed,
+        "rows": details,
+    }
+    facts[RUN] = run = run_name(command, written)
 
     report = Report(
         title=f"{model_name(model)}: {aim}",
@@ -167,19 +177,11 @@ def tune(
         samples=_samples(model, found, recommendation),
         notes=[*found.notes, *left_out],
     )
-    details = [_details(row, m) for row, m in zip(rows, found.measured, strict=True)]
-    written = {
-        "verdict": lines,
-        "met": recommendation.met,
-        "facts": facts,
-        "notes": found.notes,
-        "left_out": found.failed,
-    }
-    numbers = json_text({**written, "rows": details})
-    pages = {"report.html": render_report(report), "frontier.csv": csv_text(rows), "frontier.json": numbers}
+    pages = {"report.html": render_report(report), "frontier.csv": csv_text(rows, run)}
+    pages["frontier.json"] = json_text(written)
     with staged({folder / name: text for name, text in pages.items()}):
         if found.evaluator is not None:
-            save(chosen, folder / "model", verdict=lines)
+            save(chosen, folder / "model", verdict=lines, run=run)
     setting, runner = str(chosen.setting), str(option.runner)
     return TuneResult(chosen, setting, runner, lines, recommendation.met, rows, folder, found.failed)
 

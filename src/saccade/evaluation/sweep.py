@@ -12,7 +12,7 @@ from saccade.core.registry import Entry, registry
 from saccade.data import ImageSet, open_images
 from saccade.evaluation import accuracy
 from saccade.evaluation.accuracy import Score
-from saccade.evaluation.circumstances import circumstances, csv_text, model_name
+from saccade.evaluation.circumstances import RUN, circumstances, csv_text, model_name, run_name
 from saccade.evaluation.speed import Speed, time_together
 from saccade.evaluation.successive_halving import front
 from saccade.evaluation.sweep_result import Evaluation, SweepRow, untrained_note
@@ -165,6 +165,8 @@ def _publish(
     notes += [f"`{name}` is left out: {reason}" for name, reason in found.left_out.items()]
     table = _table(model, rows, ranged)
     places = {row.setting: i for i, row in enumerate(rows)}
+    written = {"facts": facts, "rows": [r.to_dict() for r in rows], "not_read": failures, "left_out": found.left_out}
+    facts[RUN] = run = run_name(command, written)
     report = SweepReport(
         title=f"{model_name(model)}: {', '.join(ranged) or 'settings'}",
         command=command,
@@ -176,8 +178,7 @@ def _publish(
         untrained={i for i, row in enumerate(rows) if row.trained is False},
         notes=notes,
     )
-    written = {"facts": facts, "rows": [r.to_dict() for r in rows], "not_read": failures, "left_out": found.left_out}
-    pages = {"report.html": render_sweep(report), "scores.csv": csv_text(table), "scores.json": json_text(written)}
+    pages = {"report.html": render_sweep(report), "scores.csv": csv_text(table, run), "scores.json": json_text(written)}
     write_texts({folder / name: text for name, text in pages.items()})
 
 
