@@ -8,7 +8,7 @@ from statistics import median
 
 from saccade.reports.figure import Figure
 from saccade.reports.formatting import escape, known, number, percent, points, times
-from saccade.reports.html_table import render_table
+from saccade.reports.html_table import render_table, scrolling
 from saccade.reports.page import (
     how_it_was,
     render_figure,
@@ -137,5 +137,4 @@ def _table(report: Report) -> str:
 
 
 def _box(report: Report, places: set[int], label: str) -> str:
-    table = render_table(report.rows, report.metric_name, places)
-    return tag("div", table, kind="scroll", tabindex=0, role="region", aria_label=label)
+    return scrolling(render_table(report.rows, report.metric_name, places), label)

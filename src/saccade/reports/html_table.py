@@ -137,3 +137,8 @@ def whisker(row: Row, low: float, high: float) -> str:
     parts = tag("title", limits) + tag("path", kind="zero", d=f"M{at(0.0):.1f} 1v14") + line
     parts += tag("g", shape, kind=f"mark {row.family}")
     return tag("svg", parts, kind="forest", viewBox="0 0 70 16", role="img", aria_label=limits)
+
+
+def scrolling(table: str, label: str) -> str:
+    """A table in a box of its own, which scrolls where the page is narrower than the table."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">{table}</div>'

@@ -9,7 +9,7 @@ from PIL import Image
 
 from saccade.reports.formatting import escape
 from saccade.reports.heat_map import heat_figure, path_figure
-from saccade.reports.html_table import Column, Head, lay_out
+from saccade.reports.html_table import Column, Head, lay_out, scrolling
 from saccade.reports.page import render_figures
 from saccade.reports.pictures import render_panels
 from saccade.reports.svg import tag
@@ -88,4 +88,4 @@ def _table(part: Table) -> str:
         return Head(row, "dense" if row == "dense" else "reduction")
 
     table = lay_out([*part.rows], head, [column(k, name) for k, name in enumerate(part.columns)])
-    return tag("div", table, kind="scroll", tabindex=0, role="region", aria_label=part.title)
+    return scrolling(table, part.title)

@@ -8,12 +8,11 @@ from itertools import pairwise
 
 from saccade.reports.figure import Figure
 from saccade.reports.formatting import escape, known
-from saccade.reports.frontier_report import FAMILIES
-from saccade.reports.html_table import render_table
+from saccade.reports.frontier_report import FAMILIES, Report
+from saccade.reports.html_table import render_table, scrolling
 from saccade.reports.label_placement import place_labels
 from saccade.reports.page import how_it_was, render_figures, render_legend, render_page, section
 from saccade.reports.plots import LAYOUTS, conversion_figure, marker, sane, tip
-from saccade.reports.rows import Row
 from saccade.reports.svg import Axis, Box, Line, canvas, frame, span, tag
 
 HOLLOW = "fill: var(--card); stroke: var(--c, currentColor); stroke-width: 1.8"
@@ -24,19 +23,12 @@ def curve_kind(k: int) -> str:
     return f"series s{2 + k % 6}"
 
 
-@dataclass(frozen=True)
-class SweepReport:
-    """All that the page shows. ``verdict[0]`` is the answer; `` `code` `` in verdict and notes is set as code."""
+@dataclass(frozen=True, kw_only=True)
+class SweepReport(Report):
+    """All that the page shows: a report, and which of its rows lie on a curve. It has no photos."""
 
-    title: str
-    command: str
-    verdict: list[str]
-    facts: dict[str, str]
-    metric_name: str
-    rows: list[Row]
     curves: dict[str, list[int]]  # rows of each range, in its order
     untrained: set[int] = field(default_factory=set)  # rows that the weights were not trained for
-    notes: list[str] = field(default_factory=list)
 
 
 def render_sweep(report: SweepReport) -> str:
@@ -44,8 +36,7 @@ def render_sweep(report: SweepReport) -> str:
     first, *rest = report.verdict or [report.title]
     figures = sweep_figures(report)
     conversion = conversion_figure(report.rows)
-    table = tag("div", render_table(report.rows, report.metric_name), kind="scroll", tabindex=0, role="region",
-                aria_label="All settings")  # fmt: skip
+    table = scrolling(render_table(report.rows, report.metric_name), "All settings")
     hint = tag("p", "Select a heading to sort. Intervals are at 95 %.", kind="hint")
     bodies = [
         ("sweep", "Accuracy along the range", _legend(report) + render_figures(figures) if figures else ""),

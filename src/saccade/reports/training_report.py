@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from saccade.reports.curves import LOW, SMALL, Series, broken_note, curve_figure, step_range
 from saccade.reports.figure import Figure
 from saccade.reports.formatting import amount, compact, escape, known, number, percent, points, prose, whole
-from saccade.reports.html_table import Column, Head, lay_out
+from saccade.reports.html_table import Column, Head, lay_out, scrolling
 from saccade.reports.page import how_it_was, render_figures, render_legend, render_page, render_tiles, section
 from saccade.reports.pictures import render_samples
 from saccade.reports.plots import marker
@@ -220,7 +220,7 @@ def _table(report: TrainingReport, found: Sequence[Learned]) -> str:
         return Head(f.setting, f.kind, note=note)
 
     table = lay_out(found, head, columns)
-    box = tag("div", table, kind="scroll", tabindex=0, role="region", aria_label="What each setting got")
+    box = scrolling(table, "What each setting got")
     return tag("p", "Select a heading to sort. Intervals are at 95 %.", kind="hint") + box
 
 
