@@ -741,7 +741,7 @@ def test_mistakes_are_named_before_any_work(model, photos, tmp_path, monkeypatch
 def test_the_command_analyzes(run: Run, tmp_path):
     arguments = ["analyze", "model", "photos", "-s", "dense", "-s", "grid(8..32)", "--limit", 12, "--out", tmp_path]
     code, out, err = run(*arguments, "--what", "cka | correspondence(photos=1)", "--json")
-    assert (code, err) == (0, "")
+    assert code == 0 and "saccade:" not in err  # a slow machine shows progress there
     assert list(json.loads(out)) == ["cka", "correspondence"]
     code, out, _ = run(*arguments, "--what", "cka")
     assert code == 0 and out.startswith("cka:\n  At the end the class token") and "report.html" in out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from saccade.cli.common import print_failures, print_json, print_result
 from saccade.errors import UserError
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from saccade.evaluation.accuracy import Evaluated
     from saccade.model import AdaptiveViT
     from saccade.terminal.results import Scores
-
-M = TypeVar("M", bound="AdaptiveViT")
 
 
 def show_scores(found: Scores | Evaluated, title: str, json: bool) -> None:
@@ -34,7 +32,7 @@ def is_photo(data: str) -> bool:
     return data.lower().endswith(EXTENSIONS)
 
 
-def open_photo(model: M, photo: str, settings: list[str], out: str) -> tuple[M, Image.Image]:
+def open_photo(model: AdaptiveViT, photo: str, settings: list[str], out: str) -> tuple[AdaptiveViT, Image.Image]:
     """A model under the one setting that a photo is drawn under, and the photo, for a PNG at ``out``.
 
     Raises:
@@ -51,4 +49,4 @@ def open_photo(model: M, photo: str, settings: list[str], out: str) -> tuple[M, 
     check_picture(out)
     check_apart(out, [photo])
     view = model.at(settings[0]).eval() if settings else model
-    return view, decode(Path(photo), photo)  # type: ignore[return-value]  # a view is of the model's own class
+    return view, decode(Path(photo), photo)
