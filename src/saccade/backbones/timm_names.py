@@ -28,30 +28,37 @@ class TimmNames(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """Of the ViT's head; 0: it has none."""
         return self.vit.num_classes
 
     @property
     def num_features(self) -> int:
+        """Channels D of the tokens, as timm calls them."""
         return self.vit.num_features
 
     @property
     def head_hidden_size(self) -> int:
+        """Channels of what the classifier reads."""
         return self.vit.head_hidden_size
 
     @property
     def embed_dim(self) -> int:
+        """Channels D of the tokens."""
         return self.vit.embed_dim
 
     @property
     def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: class, registers."""
         return self.vit.num_prefix_tokens
 
     @property
     def global_pool(self) -> str:
+        """How the head pools: 'token', 'avg' or 'map'."""
         return self.vit.global_pool
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
+        """timm's facts of each block's output."""
         return self.vit.feature_info
 
     @property
@@ -65,6 +72,7 @@ class TimmNames(nn.Module):
 
     @property
     def default_cfg(self) -> dict[str, Any]:
+        """timm's other name of ``pretrained_cfg``."""
         return self.vit.pretrained_cfg
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -98,6 +106,7 @@ class TimmNames(nn.Module):
         return self.vit.forward_head(features, pre_logits=pre_logits)
 
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The ViT's last layer; two of a distilled one."""
         return self.vit.get_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -112,6 +121,7 @@ class TimmNames(nn.Module):
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks again in the backward pass rather than keep what they made."""
         self.vit.set_grad_checkpointing(enable)
 
     def __getattr__(self, name: str) -> Any:

@@ -175,9 +175,11 @@ class Moments:
         self.products = self.products + (rows.T @ rows).double()
 
     def mean(self) -> Tensor:
+        """Of all rows, [width], fp64."""
         return cast(Tensor, self.sums) / self.count
 
     def covariance(self) -> Tensor:
+        """Of all rows, [width, width], fp64."""
         return cast(Tensor, self.products) / self.count - torch.outer(self.mean(), self.mean())
 
 

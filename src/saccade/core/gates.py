@@ -22,6 +22,7 @@ class Places:
     n: int
 
     def made(self) -> Tensor:
+        """The mask, fp32."""
         mask = torch.zeros(len(self.places), self.n, device=self.places.device, dtype=torch.float32)
         return mask.scatter(1, self.places, 1.0)
 

@@ -14,7 +14,8 @@ Value = TypeVar("Value")
 class Recipe(Protocol):
     """Something that a tensor can be made of."""
 
-    def made(self) -> Tensor: ...
+    def made(self) -> Tensor:
+        """The tensor."""
 
 
 class Lazy:

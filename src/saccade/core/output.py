@@ -62,10 +62,12 @@ class LazyOutput(Output):
 
     @property
     def tokens(self) -> Tokens:  # type: ignore[override]
+        """Of a plain forward, which runs when they are read."""
         return self._whole.tokens
 
     @property
     def trace(self) -> Trace:  # type: ignore[override]
+        """Of a plain forward, which runs when it is read."""
         return self._whole.trace
 
     def __repr__(self) -> str:

@@ -18,17 +18,28 @@ class Moves(Protocol):
     """What a reduction says of where tokens go; see ``saccade.core.reduction.Reduction``."""
 
     @property
-    def keep(self) -> Tensor: ...
+    def keep(self) -> Tensor:
+        """Tokens that stay, [B, M]."""
+
     @property
-    def src(self) -> Tensor | None: ...
+    def src(self) -> Tensor | None:
+        """Tokens that merge, [B, R]."""
+
     @property
-    def dst(self) -> Tensor | None: ...
+    def dst(self) -> Tensor | None:
+        """Into which of those that stay, [B, R]."""
+
     @property
-    def merge_gate(self) -> Tensor | None: ...
+    def merge_gate(self) -> Tensor | None:
+        """Whether each does, 0/1 [B, R]; None: all."""
+
     @property
-    def fuse(self) -> Tensor | None: ...
+    def fuse(self) -> Tensor | None:
+        """Tokens that become one more, [B, Q]."""
+
     @property
-    def valid(self) -> Tensor | None: ...
+    def valid(self) -> Tensor | None:
+        """Which of those that stay are no padding, [B, M]."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Cells:
     device: torch.device
 
     def made(self) -> Tensor:
+        """The map [B, G]."""
         return torch.arange(self.cells, device=self.device).expand(self.images, -1)
 
 
@@ -52,6 +64,7 @@ class Moved:
     n: int
 
     def made(self) -> Tensor:
+        """The map after the reduction, [B, G]."""
         known: Tensor | None = self.__dict__.get("known")
         if known is None:
             before = self.before if isinstance(self.before, Tensor) else self.before.made()

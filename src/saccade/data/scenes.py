@@ -246,9 +246,11 @@ class Rendered:
         self._boxes: dict[str, Box] = {}
 
     def names(self) -> list[str]:
+        """Of all scenes, split by split."""
         return [name for split in sorted(self.counts) for name in _names(split, self.counts[split])]
 
     def size(self, name: str) -> int:
+        """Bytes of a scene's file."""
         return len(HEADER) + 3 * SIZE * SIZE
 
     def digest(self, name: str, limit: int) -> bytes:

@@ -42,6 +42,7 @@ class ImageSet:
 
     @property
     def labelled(self) -> bool:
+        """Whether each image has a class."""
         return self.labels is not None
 
     def __len__(self) -> int:

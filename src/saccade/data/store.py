@@ -64,6 +64,7 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Stamp | None:
+        """The stamp of a file; None where there is none."""
         try:
             found = path.stat()
         except (OSError, ValueError):
@@ -71,6 +72,7 @@ class Stamp(NamedTuple):
         return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
 
     def settled(self) -> bool:
+        """Whether the file is old enough for a later change to change its stamp."""
         return time.time_ns() - max(self.modified, self.changed) > SETTLED
 
 
@@ -145,13 +147,16 @@ class Folder(_Hashed):
             raise UserError(f"{folder} cannot be listed ({error.strerror}): make it readable") from error
 
     def size(self, name: str) -> int:
+        """Bytes; -1 where there is no such file."""
         stamp = self.stamp(name)
         return -1 if stamp is None else stamp.size
 
     def stamp(self, name: str) -> Stamp | None:
+        """Of the file; None where there is none."""
         return Stamp.of(self.path / name)
 
     def read(self, name: str, limit: int) -> bytes:
+        """The whole file. Raises TooLong for more than ``limit`` bytes, NoFile, OSError."""
         return read_regular(self.path / name, limit)
 
 
@@ -185,12 +190,15 @@ class Zip(_Hashed):
         return names
 
     def size(self, name: str) -> int:
+        """Bytes, unpacked."""
         return self._zip().getinfo(name).file_size
 
     def stamp(self, name: str) -> Stamp | None:
+        """Of the archive; None where it is gone."""
         return Stamp.of(self.path)
 
     def read(self, name: str, limit: int) -> bytes:
+        """The whole file. Raises TooLong for more than ``limit`` bytes, ValueError for a link."""
         archive = self._zip()
         info = archive.getinfo(name)
         if info.file_size > limit:

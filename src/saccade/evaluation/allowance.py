@@ -41,6 +41,7 @@ class Allowance:
 
     @property
     def limited(self) -> bool:
+        """Whether there is a limit."""
         return math.isfinite(self.seconds)
 
     def spent(self) -> float:

@@ -58,6 +58,7 @@ class SearchRun:
 
     @property
     def evaluator(self) -> Evaluator:
+        """What measures accuracy; there is none in a run about speed alone."""
         assert self._judge is not None
         return self._judge
 

@@ -86,6 +86,7 @@ class Speeds(Result, list[Speed]):
 
     @property
     def rows(self) -> list[Speed]:
+        """A plain list of them."""
         return [*self]
 
     def table(self) -> Table:
@@ -106,12 +107,11 @@ class Speeds(Result, list[Speed]):
             for s in self
         ]
         columns = ["setting", "batch", "images/s", "speed-up", "MAC ratio", "conversion", "verdict"]
-        columns += ["ms p50 / p90 / p99", "MB", "attention"]
         runs, runner = (min(s.runs for s in self), self[0].runner) if self else (0, "")
         caption = f"{runner}, {torch.get_num_threads()} threads; medians of {runs} or more interleaved runs."
         if broken := list(dict.fromkeys(s.setting for s in self if not s.finite)):
             caption += f" The logits of {', '.join(broken)} hold NaN or infinity in {runner}: of no use as it is."
-        return Table("Speed", columns, cells, caption)
+        return Table("Speed", [*columns, "ms p50 / p90 / p99", "MB", "attention"], cells, caption)
 
 
 def bench(

@@ -38,7 +38,8 @@ from saccade.execution.residual import residual
 class Executor(Protocol):
     """A way to run a block."""
 
-    def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]: ...
+    def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
+        """Run a step's block: tokens afterwards, and what ran."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Whole:
     """timm's own forward, with its hooks, and no operator of ours."""
 
     def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
+        """The block as it is called."""
         n = tokens.length
         kernel = "fused" if step.block.attn.fused_attn else "unfused"
         ran = BlockTrace(block_cost(step.block), n, n, n, (n, n), 0, kernel, unread(tokens))
@@ -69,6 +71,7 @@ class PrefixOnly:
     execution: Execution
 
     def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
+        """The block for the prefix; patches stay as they are."""
         block, left, tokens = step.block, step.left(tokens), padded(tokens)
         prefix, before = tokens.num_prefix, tokens.x.shape[1]
         how: dict[str, Any] = {"queries": prefix, "keep_mask": live_keys(tokens), "execution": self.execution}
@@ -98,6 +101,7 @@ class Parts:
     packs: ClassVar[bool] = True  # … and single tokens
 
     def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
+        """Attention and MLP, each in its own way, within the block's hooks."""
         require_plain(step.block, Block, f"blocks[{step.index}]")
         return through(step.block, partial(self.run, step), self.laid_out(step, tokens))
 

@@ -49,6 +49,7 @@ class Predictor(nn.Module):
         self.outer: Any = layers
 
     def macs(self, n: int) -> int:
+        """For n tokens."""
         half, quarter = self.dim // 2, self.dim // 4
         return n * (self.dim * self.dim + self.dim * half + half * quarter + quarter)
 

@@ -54,6 +54,7 @@ class Learn(Reducer):
         return self.macs_of_maps(n) + n * self.tokens * self.dim + self.fused * fuse
 
     def macs_of_maps(self, n: int) -> int:
+        """MACs of the weights, for n tokens."""
         return n * HIDDEN * (self.dim + self.tokens)
 
     def weights(self, tokens: Tokens) -> Tensor:
@@ -81,6 +82,7 @@ class LearnByConvolution(Learn):
         return init_module(layers, seed)
 
     def macs_of_maps(self, n: int) -> int:
+        """MACs of the weights, for n tokens."""
         return 9 * n * self.tokens * (self.dim + 3 * self.tokens)
 
     def weights(self, tokens: Tokens) -> Tensor:

@@ -71,11 +71,13 @@ class EmbeddingFile:
         self.path, self.names, self.rows = path, list[str](), list[np.ndarray]()
 
     def add(self, found: Prediction) -> None:
+        """Remember an image's embedding, where it has one."""
         if found.embedding is not None:
             self.names.append(found.name)
             self.rows.append(found.embedding)
 
     def close(self) -> None:
+        """Write the file, where there is something for it."""
         if not self.rows:
             return
         embedding = np.stack(self.rows)
@@ -115,6 +117,7 @@ class PredictionFolder:
         self._write = csv_lines(self.table, top)
 
     def add(self, found: Prediction) -> None:
+        """Write what was found of an image."""
         self._write(found)
         if found.error is None:
             try:
@@ -124,6 +127,7 @@ class PredictionFolder:
             write_picture(self.path / "tokens" / f"{self._free(found.name)}.png", picture)
 
     def close(self) -> None:
+        """Write the table."""
         write_text(self.path / "predictions.csv", self.table.getvalue())
 
     def _free(self, name: str) -> str:

@@ -108,6 +108,7 @@ class Prediction:
 
     @property
     def probability(self) -> float | None:
+        """Of the best class; None where there are no classes."""
         return self.probabilities[0] if self.probabilities else None
 
     @property

@@ -35,10 +35,12 @@ class Series:
 
     @property
     def good(self) -> np.ndarray:
+        """The values that are numbers."""
         return self.values[~np.isnan(self.values)]
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, float]], name: str) -> Series:
+        """A column of a log by step; rows without it are left out."""
         pairs = [(_real(r.get("step", i)), _real(r[name])) for i, r in enumerate(rows) if r.get(name) is not None]
         table = np.array([p for p in pairs if not math.isnan(p[0])], dtype=np.float64).reshape(-1, 2)
         table = table[np.argsort(table[:, 0], kind="stable")]  # a resumed run may have logged a step twice

@@ -36,6 +36,7 @@ class View(Result, _Seen):
 
     @property
     def rows(self) -> list[dict[str, int]]:
+        """Tokens after each block."""
         return [{"block": block, "tokens": count} for block, count in enumerate(self.tokens)]
 
     def __repr__(self) -> str:

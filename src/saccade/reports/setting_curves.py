@@ -39,10 +39,12 @@ class Learned:
 
     @property
     def gmacs(self) -> float | None:
+        """At the last check that knows it."""
         return next((c.gmacs for c in reversed(self.checks) if known(c.gmacs)), None)
 
     @property
     def top1(self) -> float | None:
+        """At the last check that has one."""
         return self.last.top1 if self.last else None
 
 

@@ -44,6 +44,7 @@ class Axis:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def clamp(self, value: float) -> float:
+        """The place of a value, or of the end that it lies beyond."""
         return self(min(max(value, self.low), self.high))
 
     def ticks(self, wanted: int) -> list[float]:

@@ -189,6 +189,7 @@ class Watch:
         self.state = self.now()
 
     def now(self) -> tuple:
+        """What would be different if a weight, a hook or the head had been changed."""
         tensors = (*self.tensors, *self.learned.values())
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         return id(self.vit.head), sum(map(len, self.hooks)), state

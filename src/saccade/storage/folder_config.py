@@ -132,6 +132,7 @@ class FolderConfig(Strict):
 
     @model_validator(mode="after")
     def names_fit(self) -> FolderConfig:
+        """As many different names as classes."""
         names, count = self.label_names, self.args.num_classes
         if names is not None and (len(names) != count or len({*names}) < count):
             raise ValueError(f"label_names: {len({*names})} different names for {count} classes")

@@ -15,6 +15,7 @@ class Methods(Result, list[str]):
 
     @property
     def rows(self) -> list[dict[str, Any]]:
+        """One for each name: what it is and takes."""
         known = registry()
         return [_described(known[name]) for name in self]
 

@@ -36,6 +36,7 @@ class Table:
             self._write()
 
     def add(self, row: Row) -> None:
+        """One more row, written at once."""
         self.rows.append(row)
         if not self.writing:
             return
@@ -141,11 +142,13 @@ class Board:
             self._writer = SummaryWriter(str(folder))
 
     def add(self, row: Row) -> None:
+        """The numbers of a row, at its step."""
         if self._writer is not None:
             for name, value in row.items():
                 if name != "step" and isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
+        """Nothing comes any more."""
         if self._writer is not None:
             self._writer.close()

@@ -42,6 +42,7 @@ class MultiSettingModel(OldWeightNames):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.vit.patch_embed.proj.weight.device
 
     def macs(self) -> list[float]:

@@ -40,6 +40,7 @@ class Precision:
     gmacs: float  # of an image; queries are made once for all
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return asdict(self)
 
 

@@ -78,9 +78,11 @@ class TextTower(nn.Module):
         return self.head((share.unsqueeze(-1) * self.norm(x)).sum(1))
 
     def encode(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> [n, E], not normalised."""
         return self(tokenise(texts, self.shape["length"]).to(self.pos_embed.device))
 
     def describe(self) -> dict[str, Any]:
+        """What ``open_texts`` makes it again by."""
         return {"kind": "bytes", "out": self.head.out_features, **self.shape}
 
 
@@ -120,9 +122,11 @@ class TextTable(_Known):
         self.head = nn.Linear(table.shape[1], out, bias=False)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
+        """n texts of the table -> [n, E], not normalised."""
         return self.head(self.table[self.places(texts)])
 
     def describe(self) -> dict[str, Any]:
+        """What ``open_texts`` makes it again by."""
         return {"kind": "table", "out": self.head.out_features, "in": self.head.in_features, "texts": self.texts}
 
 
@@ -135,9 +139,11 @@ class Learned(_Known):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
+        """n texts of those learned -> [n, E], not normalised."""
         return self.table[self.places(texts)]
 
     def describe(self) -> dict[str, Any]:
+        """What ``open_texts`` makes it again by."""
         return {"kind": "learned", "out": self.table.shape[1], "texts": self.texts}
 
 

@@ -38,6 +38,7 @@ class ZeroShot:
     gmacs: float  # of an image
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return asdict(self)
 
 
@@ -55,6 +56,7 @@ class Retrieval:
     image_at_5: Interval
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return asdict(self)
 
 

@@ -49,6 +49,7 @@ class PixelSet:
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Their names, in order of number."""
         return tuple(self.images.classes or ())
 
     def read(self, i: int) -> tuple[Image.Image, np.ndarray]:

@@ -43,6 +43,7 @@ class Geometry:
         return self.cells[0] >> level, self.cells[1] >> level
 
     def nodes(self, level: int) -> int:
+        """How many a level has."""
         h, w = self.grid(level)
         return h * w
 
@@ -161,6 +162,7 @@ def table(build: Callable[..., np.ndarray]) -> Callable[..., Tensor]:
     def shared(g: Geometry, *values: object) -> Tensor:
         return plain(g.cells, g.patch, g.levels, *values)  # a compiler knows tuples as constants, and no class of ours
 
+    shared.__doc__ = build.__doc__
     return shared
 
 

@@ -74,6 +74,7 @@ class ResizeSpec:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, as ``from_dict`` takes them."""
         return asdict(self)
 
 

@@ -33,6 +33,7 @@ class Shelf:
         return alike and torch.equal(own, source)
 
     def bytes(self) -> int:
+        """Of all that is kept on it, its source too."""
         return sum(_bytes(t) for t in (self.source, *self.made.copy().values()))
 
 

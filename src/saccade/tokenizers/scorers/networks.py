@@ -65,6 +65,7 @@ class Network:
 
     @property
     def stats(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, as tuples."""
         return tuple(self.mean), tuple(self.std)
 
     def macs(self, height: int, width: int) -> int:
