@@ -14,7 +14,8 @@ import timm
 import torch
 
 from saccade.evaluation.stopwatch import faster_attention
-from saccade.execution.attention import attend, class_attention
+from saccade.execution.attention import attend
+from saccade.execution.mixing import class_attention
 from saccade.methods.common.matching import best_edges
 from saccade.runners.allocator import steady_allocator
 
@@ -61,7 +62,7 @@ def shares(batch: int = 8, n: int = 197) -> None:
         lambda: block(x),
         lambda: class_attention(q[:, :, 0], k, None),
         lambda: best_edges(key[:, 1::2], key[:, ::2], 13),
-        lambda: attend(block.attn, x, read=frozenset({"key"})).key,
+        lambda: attend(block.attn, x, read=frozenset({"key"})).stats.key,
         lambda: attend(block.attn, x),
     ]
     whole, row, matching, keyed, plain = medians(ways, 40)

@@ -72,9 +72,9 @@ def shares(model: saccade.AdaptiveViT, batch: int, runs: int) -> None:
     backbone, block = model.backbone, model.vit.blocks[0]
     n, grid = backbone.num_patches, model.vit.patch_embed.grid_size
     x = torch.randn(batch, backbone.num_prefix + n, backbone.dim)
-    state = {"size": torch.ones(batch, n), "key": torch.randn(batch, n, backbone.head_dim)}
-    state |= {name: torch.rand(batch, n) / n for name in ("cls_attn", "received")}
-    tokens = Tokens(x, torch.arange(n).expand(batch, -1), tuple(grid), backbone.num_prefix, **state)
+    stats = {name: torch.rand(batch, n) / n for name in ("cls_attn", "attn_received", "value_norm")}
+    tokens = Tokens(x, torch.arange(n).expand(batch, -1), tuple(grid), backbone.num_prefix, torch.ones(batch, n))
+    tokens = tokens.with_stats(key=torch.randn(batch, n, backbone.head_dim), **stats)
     print("| method, first step | decides | and moves | reads | in all |\n|---|---|---|---|---|")
     for name, entry in registry().items():
         steps = entry(backbone, (), {}).steps if entry.kind == "method" else []

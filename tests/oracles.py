@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import timm
 import torch
@@ -20,10 +20,12 @@ from torch.nn import functional as F
 from saccade.core import operator_counter as counter
 from saccade.core.gates import Gates
 from saccade.core.plan import Gater, Method, Plan
-from saccade.core.reduction import Reduction, SoftReduction
-from saccade.core.tokens import Tokens
+from saccade.core.reduction import Fuse, Merge, Reduction, SoftReduction
+from saccade.core.tokens import AttentionStats, Tokens
 from saccade.model import AdaptiveViT
 from saccade.storage.skeletons import without_values
+
+STATS = frozenset(f.name for f in fields(AttentionStats))
 
 # Families of timm, shrunk: three blocks of width 96 on sixteen patches.
 FAMILIES: dict[str, tuple[str, dict]] = {
@@ -100,7 +102,18 @@ def make_tokens(
     """A random token set, one cell for each patch token."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(images, prefix + patches, width, generator=generator, dtype=dtype)
-    return Tokens(x, torch.arange(patches).expand(images, -1), (1, patches), prefix, **state)
+    return with_fields(Tokens(x, torch.arange(patches).expand(images, -1), (1, patches), prefix), **state)
+
+
+def field_of(tokens: Tokens, name: str) -> Tensor | None:
+    """A field of the tokens, or a reading of their attention."""
+    return getattr(tokens.stats if name in STATS else tokens, name)
+
+
+def with_fields(tokens: Tokens, **values) -> Tokens:
+    """The tokens with other fields, or readings of attention, by name."""
+    stats = {name: values.pop(name) for name in STATS if name in values}
+    return replace(tokens, **values, stats=replace(tokens.stats, **stats) if stats else tokens.stats)
 
 
 # --- attention and blocks -------------------------------------------------------------------------------------------
@@ -229,19 +242,19 @@ def retokenize_by_hand(
 def reduce_by_hand(tokens: Tokens, r: Reduction) -> Tokens:
     """What ``reduce`` has to give for a hard reduction: loops over images, slots and members."""
     images = range(len(tokens.x))
-    fields = ("size", "valid", "gate_mask", "key", "cls_attn", "attn_received")
-    has = {name: getattr(tokens, name) for name in fields if getattr(tokens, name) is not None}
-    merges = r.src is not None
-    if merges and "size" not in has:
+    names = ("size", "valid", "gate_mask", "key", "cls_attn", "attn_received")
+    has = {name: field_of(tokens, name) for name in names if field_of(tokens, name) is not None}
+    if r.merge and "size" not in has:
         has["size"] = torch.ones(len(tokens.x), tokens.num_patches)
     x: list[list[Tensor]] = []
     state: dict[str, list] = {name: [] for name in has}
     owner = torch.full_like(tokens.owner, -1)
     for b in images:
         members = [[int(i)] for i in r.keep[b]]
-        for source, slot in zip(r.src[b].tolist(), r.dst[b].tolist(), strict=True) if merges else []:
+        for source, slot in zip(r.merge.src[b].tolist(), r.merge.dst[b].tolist(), strict=True) if r.merge else []:
             members[slot].append(source)
-        weight = r.weight if r.weight is not None else has.get("size", torch.ones(len(tokens.x), tokens.num_patches))
+        weight = has.get("size", torch.ones(len(tokens.x), tokens.num_patches))
+        weight = r.merge.weight if r.merge and r.merge.weight is not None else weight
         patches, rows = tokens.patches[b], []
         new: dict[str, list] = {name: [] for name in has}
         for group in members:
@@ -257,7 +270,7 @@ def reduce_by_hand(tokens: Tokens, r: Reduction) -> Tokens:
                     total = sum(float(part) for part in parts)
                     new[name].append(torch.tensor(min(total, 1.0) if name == "gate_mask" else total))
         if r.fuse is not None:
-            rest, share = r.fuse[b].tolist(), r.fuse_weight[b].tolist()
+            rest, share = r.fuse.index[b].tolist(), r.fuse.weight[b].tolist()
             members.append(rest)
             rows.append(sum(s * patches[i] for s, i in zip(share, rest, strict=True)))
             for name, value in has.items():
@@ -275,7 +288,7 @@ def reduce_by_hand(tokens: Tokens, r: Reduction) -> Tokens:
         x.append([*tokens.x[b, : tokens.num_prefix], *rows])
         for name, values in new.items():
             state[name].append(torch.stack(values))
-    return replace(
+    return with_fields(
         tokens,
         x=torch.stack([torch.stack(rows) for rows in x]),
         owner=owner,
@@ -297,13 +310,7 @@ def random_reduction(images: int, patches: int, seed: int, *, merge: bool, fuse:
     keep, src, rest = table[:, :kept], table[:, kept : kept + merged], table[:, kept + merged : kept + merged + fused]
     dst = torch.tensor([[rng.randrange(kept) for _ in range(merged)] for _ in range(images)]).reshape(images, merged)
     weights = torch.tensor([[rng.uniform(0.1, 2) for _ in range(fused)] for _ in range(images)])
-    return Reduction(
-        keep,
-        src=src if merge else None,
-        dst=dst.long() if merge else None,
-        fuse=rest if fused else None,
-        fuse_weight=weights if fused else None,
-    )
+    return Reduction(keep, Merge(src, dst.long()) if merge else None, Fuse(rest, weights) if fused else None)
 
 
 def random_mixture(images: int, patches: int, left: int, seed: int = 0) -> SoftReduction:

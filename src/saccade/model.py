@@ -188,7 +188,7 @@ class AdaptiveViT(OldNames, TimmNames):
         self._check(images)
         start = self.tokenizer(self.vit, images)
         if dense:
-            start = replace(start, dropped_features=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
+            start = start.with_dropped_features()
         skip = not self.training if sparse is None else sparse
         tokens, blocks = encode(self.vit, start, self.plan, whole=whole, sparse=skip, execution=self.execution)
         embed = self.tokenizer.macs(self.vit, start)

@@ -28,6 +28,7 @@ from saccade import analysis
 from saccade.analysis import analyze, bias, cka, correspondence, ensemble, registry, relevance
 from saccade.analysis.layers import cell_map, levels, watch
 from saccade.analysis.study import Answers, Finding, Study, readable, usual
+from saccade.core.tokens import DROPPED
 from saccade.data import open_images
 from saccade.errors import UserError
 from saccade.evaluation.stats import paired_difference
@@ -94,7 +95,7 @@ def test_levels_are_what_the_blocks_hand_on(model, setting):
 @given(st.lists(st.integers(-1, 3), min_size=6, max_size=6))
 def test_a_cell_map_gives_each_cell_its_token(owner):
     tokens = make_tokens(1, 4, width=3)
-    tokens = type(tokens)(tokens.x, torch.tensor([owner]), (2, 3), 1, dropped_features=torch.full((1, 6, 3), 7.0))
+    tokens = type(tokens)(tokens.x, torch.tensor([owner]), (2, 3), 1, state={DROPPED: torch.full((1, 6, 3), 7.0)})
     found = cell_map(tokens, (2, 3))
     pooled = cell_map(tokens, (1, 1))
     for cell, own in enumerate(owner):

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 from oracles import FAMILIES, counted_macs, make_images, make_vit, randomise, relative
 from saccade.backbones.vit import backbone_of
-from saccade.core.reduction import Reduction, reduce
+from saccade.core.reduction import Merge, Reduction, reduce
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 
@@ -142,7 +142,7 @@ def merged_tokens(model: AdaptiveViT, images: torch.Tensor):
     keep = torch.tensor([0, 2, 4, 5, 6, 8, 9, 10, 11, 12, 13, 14, 15]).expand(len(images), -1)
     src = torch.tensor([1, 3, 7]).expand(len(images), -1)
     dst = torch.tensor([0, 0, 3]).expand(len(images), -1)
-    return reduce(tokens, Reduction(keep, src=src, dst=dst))
+    return reduce(tokens, Reduction(keep, Merge(src, dst)))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from oracles import (
     attention_by_hand,
+    field_of,
     make_images,
     make_tokens,
     make_vit,
@@ -21,9 +22,10 @@ from oracles import (
     random_reduction,
     reduce_by_hand,
     relative,
+    with_fields,
 )
-from saccade.core.reduction import Reduction, SoftReduction, reduce
-from saccade.core.tokens import Tokens
+from saccade.core.reduction import Fuse, Merge, Reduction, SoftReduction, reduce
+from saccade.core.tokens import DROPPED, Tokens
 from saccade.execution import attention
 from saccade.execution.attention import attend
 from saccade.execution.policy import Execution
@@ -65,7 +67,7 @@ def test_reduce_is_what_loops_give(seed, images, patches, prefix, fields, kinds)
     torch.testing.assert_close(found.x, expected.x, rtol=0, atol=1e-6)
     assert torch.equal(found.owner, expected.owner)
     for name in FIELDS:
-        a, b = getattr(found, name), getattr(expected, name)
+        a, b = field_of(found, name), field_of(expected, name)
         assert (a is None) == (b is None), name
         if b is not None:
             torch.testing.assert_close(a.to(b.dtype), b, rtol=0, atol=1e-6, msg=name)
@@ -76,7 +78,9 @@ def test_weights_of_a_merge_need_not_be_sizes(seed, images, patches, prefix):
     tokens = full_tokens(images, patches, prefix, seed, ("size", "key"), torch.float64)
     reduction = random_reduction(images, patches, seed, merge=True, fuse=False, drop=False)
     weight = torch.rand(images, patches, dtype=torch.float64) + 0.1
-    found, expected = (f(tokens, replace(reduction, weight=weight)) for f in (reduce, reduce_by_hand))
+    found, expected = (
+        f(tokens, replace(reduction, merge=replace(reduction.merge, weight=weight))) for f in (reduce, reduce_by_hand)
+    )
     torch.testing.assert_close(found.x, expected.x, rtol=0, atol=1e-6)
     torch.testing.assert_close(found.size, expected.size.to(found.size.dtype))
 
@@ -94,7 +98,7 @@ def test_soft_reduction_mixes_patches_and_forgets_what_it_cannot_carry(seed, ima
         for cell, token in enumerate(tokens.owner[b].tolist()):
             gave = -1 if token < 0 else max(range(left), key=lambda m: float(soft.weights[b, m, token]))
             assert int(found.owner[b, cell]) == gave
-    assert all(getattr(found, name) is None for name in FIELDS)
+    assert all(field_of(found, name) is None for name in FIELDS)
 
 
 @given(seeds, st.integers(1, 3), st.integers(1, 12), st.tuples(*[st.booleans()] * 3))
@@ -150,7 +154,7 @@ def test_none_is_the_identity():
 
 
 def test_a_dropped_cell_keeps_its_last_features():
-    tokens = make_tokens(2, 6, dropped_features=torch.zeros(2, 6, 8))
+    tokens = make_tokens(2, 6, state={DROPPED: torch.zeros(2, 6, 8)})
     first = reduce(tokens, Reduction(torch.tensor([[0, 1, 3, 4, 5], [0, 1, 2, 3, 4]])))
     changed = replace(first, x=first.x + 1)
     second = reduce(changed, Reduction(torch.tensor([[1, 2, 3], [1, 2, 3]])))
@@ -202,8 +206,8 @@ def test_key_bias_of_the_token_set():
     assert tokens.key_bias() is None
     assert replace(tokens, size=size).key_bias()[0].tolist() == pytest.approx([0, 0, 0, *map(math.log, (2, 3, 4))])
     assert replace(tokens, valid=valid).key_bias()[0].tolist() == [0, 0, 0, 0, 0, hidden]
-    assert replace(tokens, gate_mask=mask).key_bias()[0].tolist() == [0, 0, 0, hidden, 0, 0]
-    all_three = replace(tokens, size=size, valid=valid, gate_mask=mask).key_bias()[0]
+    assert with_fields(tokens, gate_mask=mask).key_bias()[0].tolist() == [0, 0, 0, hidden, 0, 0]
+    all_three = with_fields(tokens, size=size, valid=valid, gate_mask=mask).key_bias()[0]
     assert all_three.tolist() == pytest.approx([0, 0, 0, hidden, math.log(3), hidden])
     assert all_three.dtype == torch.float32
 
@@ -227,11 +231,11 @@ def test_readings_are_those_of_the_full_attention(family, biased, fused):
             y, shares, keys = attention_by_hand(attn, x[b], None if bias is None else bias[b])
             assert relative(some.x[b], y) <= 1e-5 and relative(every.x[b], y) <= 1e-5
             for found in (some, every):
-                assert (found.cls_attn[b] - shares[:, 0].mean(0)).abs().max() <= 1e-6
-                assert float(found.cls_attn[b].sum()) == pytest.approx(1, abs=1e-6)
-                assert relative(found.key[b], keys.mean(0)) <= 1e-5
-            assert (every.attn_received[b] - shares.mean((0, 1))).abs().max() <= 1e-6
-    assert some.attn_received is None
+                assert (found.stats.cls_attn[b] - shares[:, 0].mean(0)).abs().max() <= 1e-6
+                assert float(found.stats.cls_attn[b].sum()) == pytest.approx(1, abs=1e-6)
+                assert relative(found.stats.key[b], keys.mean(0)) <= 1e-5
+            assert (every.stats.attn_received[b] - shares.mean((0, 1))).abs().max() <= 1e-6
+    assert some.stats.attn_received is None
 
 
 @pytest.mark.parametrize("queries", [1, 5])
@@ -319,9 +323,9 @@ def test_all_fused_tokens_without_attention():
     """Nobody attended to any of the rest: the fused token is zero, and no NaN may come of it."""
     tokens = make_tokens(1, 4, cls_attn=torch.tensor([[0.9, 0.1, 0.0, 0.0]]), key=torch.randn(1, 4, 4))
     rest = torch.tensor([[2, 3]])
-    found = reduce(tokens, Reduction(torch.tensor([[0, 1]]), fuse=rest, fuse_weight=tokens.cls_attn.gather(1, rest)))
+    found = reduce(tokens, Reduction(torch.tensor([[0, 1]]), fuse=Fuse(rest, tokens.stats.cls_attn.gather(1, rest))))
     assert (found.patches[0, 2] == 0).all()
-    assert found.key.isfinite().all()
+    assert found.stats.key.isfinite().all()
 
 
 @pytest.mark.parametrize("setting", ["tome(r=7)", "evit(0.5, fuse=True)", "imagepiece(keep=0.6)", "random(0.5)"])
@@ -378,7 +382,7 @@ def test_gradient_of_the_fusing_weights():
     tokens = make_tokens(1, 4)
     score = torch.tensor([[0.4, 0.3, 0.2, 0.1]], requires_grad=True)
     rest = torch.tensor([[2, 3]])
-    found = reduce(tokens, Reduction(torch.tensor([[0, 1]]), fuse=rest, fuse_weight=score.gather(1, rest)))
+    found = reduce(tokens, Reduction(torch.tensor([[0, 1]]), fuse=Fuse(rest, score.gather(1, rest))))
     found.patches[0, 2].sum().backward()
     assert score.grad[0].tolist() == pytest.approx([0, 0, *tokens.patches[0, 2:].sum(-1).tolist()])
 
@@ -400,9 +404,9 @@ def test_an_image_does_not_depend_on_its_batch(seed, patches, fields):
     for b in range(3):
         names = ("x", "owner", *FIELDS)
         alone = reduce(
-            replace(tokens, **{name: only(getattr(tokens, name), b) for name in names}),
-            replace(reduction, keep=only(reduction.keep, b), src=only(reduction.src, b), dst=only(reduction.dst, b)),
+            with_fields(tokens, **{name: only(field_of(tokens, name), b) for name in names}),
+            Reduction(only(reduction.keep, b), Merge(only(reduction.merge.src, b), only(reduction.merge.dst, b))),
         )
         for name in names:
-            whole = only(getattr(found, name), b)
-            assert whole is None or torch.equal(whole, getattr(alone, name)), name
+            whole = only(field_of(found, name), b)
+            assert whole is None or torch.equal(whole, field_of(alone, name)), name

@@ -20,6 +20,7 @@ from oracles import (
     make_tokens,
     make_vit,
     relative,
+    with_fields,
 )
 from saccade.core.gates import Gates, straight_through
 from saccade.core.packing import Rows
@@ -59,7 +60,7 @@ def test_masked_equals_sparse(family, setting):
         masked, sparse = (model.forward_tokens(images, sparse=way)[0] for way in (False, True))
         assert relative(sparse.x, masked.x) <= 1e-5
         assert relative(model.forward_head(sparse), model.forward_head(masked)) <= 1e-5
-        assert masked.gate_mask is sparse.gate_mask is None, "gates are of one block only"
+        assert masked.stats.gate_mask is sparse.stats.gate_mask is None, "gates are of one block only"
         plain, _ = AdaptiveViT(vit, setting).forward_tokens(images)
         assert relative(sparse.x, plain.x) > 0.01, "the gates do something"
 
@@ -178,7 +179,7 @@ def test_gather_and_scatter_are_exact(seed, images, patches, prefix, with_images
         return 2 * x
 
     dense, _ = residual(tokens, branch, on=on)
-    sparse, count = residual(tokens, branch, on=on, sparse=True)
+    sparse, count = residual(tokens, branch, on=on, skipped="rows")
     assert torch.equal(dense, sparse)
     runs = tokens.pad_prefix(mask, 1.0) * (1 if on is None else on.unsqueeze(1))
     assert torch.equal(sparse, torch.where(runs.unsqueeze(-1) > 0, 3 * tokens.x, tokens.x))
@@ -199,11 +200,11 @@ def test_sparse_execution_computes_no_more_than_it_says(vit):
         ([1, 0, 1], [4, 0, 3], (7, 8)),
         ([0, 0, 1], [0, 0, 3], (3, 8)),
     ):
-        found = residual(tokens, branch, on=torch.tensor(on), sparse=True)[1]
+        found = residual(tokens, branch, on=torch.tensor(on), skipped="rows")[1]
         assert torch.as_tensor(found).tolist() == counts
         assert seen.pop() == shape
-    assert residual(tokens, branch, on=torch.zeros(3), sparse=True)[1] == 0 and not seen
-    found = residual(replace(tokens, gate_mask=None), branch, on=torch.tensor([0, 1, 0]), sparse=True)[1]
+    assert residual(tokens, branch, on=torch.zeros(3), skipped="rows")[1] == 0 and not seen
+    found = residual(with_fields(tokens, gate_mask=None), branch, on=torch.tensor([0, 1, 0]), skipped="rows")[1]
     assert found == 6, "for each image that ran"
     assert seen.pop() == (1, 6, 8)
 

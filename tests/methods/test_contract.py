@@ -145,7 +145,7 @@ def test_off_is_timm_exactly(vit, images, text):
 @pytest.mark.parametrize("text", MENUS + in_pairs())
 def test_every_cell_is_owned_once_and_the_prefix_is_untouched(vit, images, reductions, text):
     tokens, trace = AdaptiveViT(vit, text).forward_tokens(images)
-    assert tokens.key is tokens.cls_attn is tokens.attn_received is tokens.gate_mask is None, (
+    assert tokens.stats.key is tokens.stats.cls_attn is tokens.stats.attn_received is tokens.stats.gate_mask is None, (
         "these are of one block only"
     )
     cells = tokens.grid[0] * tokens.grid[1]
@@ -160,7 +160,7 @@ def test_every_cell_is_owned_once_and_the_prefix_is_untouched(vit, images, reduc
             stands_for = after.area() > 0
             if (before.area() > 0).all():  # of a soft reduction, some mixtures may be no cell's largest
                 assert (stands_for if after.valid is None else stands_for | ~after.valid).all()
-            if reduction.src is not None and torch.equal(after.owner < 0, before.owner < 0):
+            if reduction.merge is not None and torch.equal(after.owner < 0, before.owner < 0):
                 ragged = reduction.valid is not None  # may leave padding behind, with the size that it has
                 total, expected = (sizes(t, only_valid=ragged).sum(1) for t in (after, before))
                 assert torch.equal(total, expected), "a merge that drops nothing loses nothing"

@@ -79,11 +79,11 @@ def test_fused_token_is_the_weighted_sum_of_the_rest(keep):
     tokens = make_tokens(2, 20, cls_attn=torch.rand(2, 20))
     found = reduce(tokens, KeepAttended(keep, "cls_attn", fuse=True)(tokens))
     for b in range(2):
-        order = sorted(range(20), key=lambda i: -float(tokens.cls_attn[b, i]))
+        order = sorted(range(20), key=lambda i: -float(tokens.stats.cls_attn[b, i]))
         count = found.num_patches - 1
         kept = sorted(order[:count])
         assert torch.equal(found.patches[b, :count], tokens.patches[b, kept]), "in their old order"
-        fused = sum((tokens.cls_attn[b, i] * tokens.patches[b, i] for i in order[count:]), torch.zeros(8))
+        fused = sum((tokens.stats.cls_attn[b, i] * tokens.patches[b, i] for i in order[count:]), torch.zeros(8))
         torch.testing.assert_close(found.patches[b, -1], fused)
 
 

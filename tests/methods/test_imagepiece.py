@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from oracles import (
     prune_by_hand,
     relative,
     retokenize_by_hand,
+    with_fields,
 )
 from saccade import reports as views
 from saccade.analysis import analyze, merging
@@ -51,7 +51,7 @@ def test_equals_the_procedure_by_hand(patches, p, merge):
     tokens = judged_tokens(patches)
     found = reduce(tokens, retokenizer(p, merge)(tokens))
     for b in range(3):
-        args = tokens.patches[b], tokens.cls_attn[b], tokens.key[b], tokens.size[b].tolist()
+        args = tokens.patches[b], tokens.stats.cls_attn[b], tokens.stats.key[b], tokens.size[b].tolist()
         x, size, _ = retokenize_by_hand(*args, p, merge, prefix=0)
         torch.testing.assert_close(found.patches[b], x, rtol=0, atol=1e-5)
         assert found.size[b].tolist() == size
@@ -80,15 +80,15 @@ def test_only_the_least_attended_merge(patches):
     bottom = math.floor(0.3 * patches)
     reduction = retokenizer()(tokens)
     for b in range(3):
-        order = tokens.cls_attn[b].argsort().tolist()
-        into = reduction.keep[b, reduction.dst[b]].tolist()
-        merged = {*reduction.src[b].tolist(), *into}
+        order = tokens.stats.cls_attn[b].argsort().tolist()
+        into = reduction.keep[b, reduction.merge.dst[b]].tolist()
+        merged = {*reduction.merge.src[b].tolist(), *into}
         assert merged <= set(order[:bottom])
         attentive = order[-math.ceil(0.7 * patches) :]
         assert not merged & set(attentive), "the share of merged tokens in the top 70 % is 0"
     found = reduce(tokens, reduction)
     for b in range(3):
-        into = set(reduction.dst[b].tolist())
+        into = set(reduction.merge.dst[b].tolist())
         for slot, token in enumerate(reduction.keep[b].tolist()):
             assert (slot in into) or relative(found.patches[b, slot], tokens.patches[b, token]) <= 1e-6
 
@@ -96,9 +96,9 @@ def test_only_the_least_attended_merge(patches):
 def test_while_tome_merges_attentive_tokens():
     """The negative control: on random data about 70 % of what ToMe merges is in the top 70 %."""
     tokens = judged_tokens(196)
-    groups = merge_by_hand(tokens.patches[0], tokens.key[0], [1.0] * 196, 13, has_class=False)[2]
+    groups = merge_by_hand(tokens.patches[0], tokens.stats.key[0], [1.0] * 196, 13, has_class=False)[2]
     merged = {i for group in groups if len(group) > 1 for i in group}
-    attentive = set(tokens.cls_attn[0].argsort().tolist()[-137:])
+    attentive = set(tokens.stats.cls_attn[0].argsort().tolist()[-137:])
     assert 0.5 < len(merged & attentive) / len(merged) < 0.9
 
 
@@ -108,17 +108,17 @@ def test_sides_interleave_and_the_best_edges_win(patches):
     method = retokenizer()
     reduction = method(tokens)
     bottom, r = math.floor(0.3 * patches), math.floor(0.08 * patches)
-    assert reduction.src.shape == (3, r) and method.count(patches) == patches - r
+    assert reduction.merge.src.shape == (3, r) and method.count(patches) == patches - r
     for b in range(3):
-        order = tokens.cls_attn[b].argsort().tolist()[:bottom]
+        order = tokens.stats.cls_attn[b].argsort().tolist()[:bottom]
         side_a, side_b = order[0::2], order[1::2]
         assert len(side_a) - len(side_b) in (0, 1)
-        into = reduction.keep[b, reduction.dst[b]].tolist()
-        assert set(reduction.src[b].tolist()) <= set(side_a) and set(into) <= set(side_b)
-        unit = tokens.key[b] / tokens.key[b].norm(dim=-1, keepdim=True)
+        into = reduction.keep[b, reduction.merge.dst[b]].tolist()
+        assert set(reduction.merge.src[b].tolist()) <= set(side_a) and set(into) <= set(side_b)
+        unit = tokens.stats.key[b] / tokens.stats.key[b].norm(dim=-1, keepdim=True)
         best = {i: max(float(unit[i] @ unit[j]) for j in side_b) for i in side_a}
-        assert set(reduction.src[b].tolist()) == set(sorted(side_a, key=lambda i: -best[i])[:r])
-        for i, j in zip(reduction.src[b].tolist(), into, strict=True):
+        assert set(reduction.merge.src[b].tolist()) == set(sorted(side_a, key=lambda i: -best[i])[:r])
+        for i, j in zip(reduction.merge.src[b].tolist(), into, strict=True):
             assert float(unit[i] @ unit[j]) == pytest.approx(best[i], abs=1e-6)
 
 
@@ -151,10 +151,10 @@ def test_with_all_tokens_judged_alike_it_is_tome(r):
     patches = 50
     tokens = judged_tokens(patches)
     by_place = torch.linspace(0, 1, patches).expand(3, -1)
-    found = reduce(tokens, retokenizer(1.0, r / patches)(replace(tokens, cls_attn=by_place)))
+    found = reduce(tokens, retokenizer(1.0, r / patches)(with_fields(tokens, cls_attn=by_place)))
     for b in range(3):
         sizes = tokens.size[b].tolist()
-        x, sizes, groups = merge_by_hand(tokens.patches[b], tokens.key[b], sizes, r, has_class=False)
+        x, sizes, groups = merge_by_hand(tokens.patches[b], tokens.stats.key[b], sizes, r, has_class=False)
         ours = sorted(range(found.num_patches), key=lambda i: float(found.patches[b, i, 0]))
         theirs = sorted(range(len(groups)), key=lambda i: float(x[i, 0]))
         torch.testing.assert_close(found.patches[b, ours], x[theirs], rtol=0, atol=1e-5)
@@ -194,7 +194,7 @@ def test_plain_mean_where_not_weighted():
     tokens = judged_tokens(10, images=1)
     reduction = retokenizer(1.0, 0.1, weighted=False)(tokens)
     found = reduce(tokens, reduction)
-    source, slot = int(reduction.src), int(reduction.dst)
+    source, slot = int(reduction.merge.src), int(reduction.merge.dst)
     into = int(reduction.keep[0, slot])
     mean = (tokens.patches[0, source] + tokens.patches[0, into]) / 2
     torch.testing.assert_close(found.patches[0, slot], mean)
@@ -204,9 +204,9 @@ def test_plain_mean_where_not_weighted():
 def test_the_metric_may_be_the_features():
     tokens = judged_tokens(20)
     by_x = retokenizer(1.0, 0.2, metric="x")(tokens)
-    same = retokenizer(1.0, 0.2)(replace(tokens, key=tokens.patches))
-    assert torch.equal(by_x.src, same.src) and torch.equal(by_x.dst, same.dst)
-    assert not torch.equal(by_x.src, retokenizer(1.0, 0.2)(tokens).src)
+    same = retokenizer(1.0, 0.2)(with_fields(tokens, key=tokens.patches))
+    assert torch.equal(by_x.merge.src, same.merge.src) and torch.equal(by_x.merge.dst, same.merge.dst)
+    assert not torch.equal(by_x.merge.src, retokenizer(1.0, 0.2)(tokens).merge.src)
 
 
 @pytest.mark.parametrize("patches", range(1, 12))

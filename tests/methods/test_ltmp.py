@@ -12,8 +12,18 @@ import torch
 from torch.nn import functional as F
 
 import saccade.core.packing
-from oracles import attention_by_hand, make_images, make_tokens, make_vit, reduce_by_hand, relative
+from oracles import (
+    attention_by_hand,
+    field_of,
+    make_images,
+    make_tokens,
+    make_vit,
+    reduce_by_hand,
+    relative,
+    with_fields,
+)
 from saccade.core.packing import Rows, padded
+from saccade.core.reduction import Merge as Merged
 from saccade.core.reduction import Reduction, hide, reduce
 from saccade.core.softmax import masked_softmax
 from saccade.core.tokens import Tokens
@@ -47,7 +57,9 @@ def test_similar_tokens_merge_by_hand(stride, limit):
         groups = {j: [j] for j in here}
         side_b = [j for i, j in enumerate(here) if i // stride % 2]
         for j in [j for i, j in enumerate(here) if not i // stride % 2]:
-            similar = {k: float(F.cosine_similarity(tokens.key[b, j], tokens.key[b, k], dim=0)) for k in side_b}
+            similar = {
+                k: float(F.cosine_similarity(tokens.stats.key[b, j], tokens.stats.key[b, k], dim=0)) for k in side_b
+            }
             best = max(similar, key=similar.get) if similar else None
             if best is not None and similar[best] > limit:
                 groups[best] += groups.pop(j)
@@ -58,8 +70,8 @@ def test_similar_tokens_merge_by_hand(stride, limit):
             total = sum(float(tokens.size[b, j]) for j in members)
             mean = sum(tokens.size[b, j] * tokens.patches[b, j] for j in members) / total
             assert relative(found.patches[b, slot], mean) <= 1e-5 and float(found.size[b, slot]) == total
-            assert float(found.attn_received[b, slot]) == pytest.approx(
-                sum(float(tokens.attn_received[b, j]) for j in members)
+            assert float(found.stats.attn_received[b, slot]) == pytest.approx(
+                sum(float(tokens.stats.attn_received[b, j]) for j in members)
             )
             assert {j for j in here if int(found.owner[b, j]) == slot} == set(members)
         assert float(found.size[b, kept].sum()) == float(tokens.size[b, here].sum())
@@ -77,20 +89,20 @@ def test_what_moves_is_what_a_reduction_of_those_alone_moves(seed):
     gate = torch.ones(2, 10).scatter(1, a, 1 - moved)
     keep = gate.argsort(dim=1, descending=True, stable=True)
     place = (gate.cumsum(1) - 1).long()
-    static = Reduction(keep, a, place.gather(1, into), moved, valid=gate.gather(1, keep) > 0, gate=gate)
+    static = Reduction(keep, Merged(a, place.gather(1, into), moved), valid=gate.gather(1, keep) > 0, gate=gate)
     dropped, masked = reduce(tokens, static), hide(tokens, static)
     assert torch.equal(masked.keep_mask, gate)
     for i in range(2):
         count, on = int(gate[i].sum()), moved[i] > 0
-        alone = Reduction(keep[i : i + 1, :count], a[i : i + 1, on], static.dst[i : i + 1, on])
+        alone = Reduction(keep[i : i + 1, :count], Merged(a[i : i + 1, on], static.merge.dst[i : i + 1, on]))
         fields = ("x", "owner", "size", "key", "attn_received")
-        one = replace(tokens, **{name: getattr(tokens, name)[i : i + 1] for name in fields})
+        one = with_fields(tokens, **{name: field_of(tokens, name)[i : i + 1] for name in fields})
         expected = reduce_by_hand(one, alone)
         stay = gate[i] > 0
         for name in ("patches", "size", "key", "attn_received"):
-            wanted = getattr(expected, name)[0]
-            assert relative(getattr(dropped, name)[i, :count], wanted) <= 1e-5, name
-            assert relative(getattr(masked, name)[i, stay], wanted) <= 1e-5, name
+            wanted = field_of(expected, name)[0]
+            assert relative(field_of(dropped, name)[i, :count], wanted) <= 1e-5, name
+            assert relative(field_of(masked, name)[i, stay], wanted) <= 1e-5, name
         assert torch.equal(dropped.owner[i], expected.owner[0])
         assert torch.equal(place[i, masked.owner[i]], expected.owner[0]), "cells went to the same tokens"
 
@@ -132,11 +144,11 @@ def test_who_is_not_there_does_not_ask(way, monkeypatch):
     read = frozenset({"attn_received"})
     if way == "packed":
         rows = Rows.of(there > 0)
-        found = rows.unpack(attend(attn, rows.pack(x), read=read, rows=rows).attn_received)
+        found = rows.unpack(attend(attn, rows.pack(x), read=read, rows=rows).stats.attn_received)
     elif way == "masked":
-        found = attend(attn, x, read=read, keep_mask=there, query_mask=there).attn_received
+        found = attend(attn, x, read=read, keep_mask=there, query_mask=there).stats.attn_received
     else:
-        found = attend(attn, x, there.log(), read=read, query_mask=there).attn_received
+        found = attend(attn, x, there.log(), read=read, query_mask=there).stats.attn_received
     for b in range(2):
         alone = attention_by_hand(attn, x[b, there[b] > 0])[1].mean((0, 1))
         assert (found[b, there[b] > 0] - alone).abs().max() <= 1e-6 and float(found[b, there[b] == 0].abs().sum()) == 0
@@ -163,14 +175,14 @@ def test_the_threshold_of_merging_learns_and_finds_its_way_back(start):
     tokens = replace(some_tokens([12, 12], 12), size=None, valid=None)
     merge = Merge(start, 1, 3).train()
     found = merge(tokens)
-    found.merge_gate.sum().backward()
-    unit = F.normalize(tokens.key, dim=-1)
+    found.merge.gate.sum().backward()
+    unit = F.normalize(tokens.stats.key, dim=-1)
     best = (unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)).amax(-1)
     limit = min(1.0, max(0.0, start))
     soft = ((best - limit) / 0.1).sigmoid()
-    assert torch.equal(found.merge_gate.detach(), (best > limit).float())
+    assert torch.equal(found.merge.gate.detach(), (best > limit).float())
     assert float(merge.threshold.grad) == pytest.approx(-float((soft * (1 - soft)).sum()) / 0.1, rel=1e-4)
-    alone = replace(make_tokens(2, 1), key=torch.randn(2, 1, 3))
+    alone = with_fields(make_tokens(2, 1), key=torch.randn(2, 1, 3))
     assert merge(alone) is None, "there is nobody to merge with"
 
 
@@ -203,7 +215,7 @@ def test_hidden_keys_leave_the_gradient_of_the_others_as_it_is():
 
 def test_what_is_hidden_and_then_merged_has_a_gradient():
     tokens = replace(make_tokens(1, 4), keep_mask=torch.tensor([[1.0, 1.0, 0.0, 1.0]], requires_grad=True))
-    merged = reduce(tokens, Reduction(torch.tensor([[0, 1, 2]]), torch.tensor([[3]]), torch.tensor([[2]])))
+    merged = reduce(tokens, Reduction(torch.tensor([[0, 1, 2]]), Merged(torch.tensor([[3]]), torch.tensor([[2]]))))
     assert merged.keep_mask.tolist() == [[1, 1, 1]], "one of two parts is there"
     merged.keep_mask.sum().backward()
     assert tokens.keep_mask.grad.tolist() == [[1, 1, 1, 1]]

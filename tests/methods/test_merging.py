@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from oracles import logits_by_hand, make_images, make_tokens, make_vit, merge_by_hand, relative
+from oracles import logits_by_hand, make_images, make_tokens, make_vit, merge_by_hand, relative, with_fields
 from saccade.backbones.vit import backbone_of
 from saccade.core.plan import Method, Reducer
 from saccade.core.reduction import Reduction, SoftReduction, reduce
@@ -40,7 +40,7 @@ from saccade.methods.patchmerger import Merge
 from saccade.methods.pitome import EnergyMerge
 from saccade.methods.tofu import Mlerp, Prune
 from saccade.methods.token_pooling import Pool
-from saccade.methods.tokenlearner import Learn, LearnByConvolution
+from saccade.methods.tokenlearner import UNMIXED, Learn, LearnByConvolution
 from saccade.methods.tome import BipartiteMerge
 from saccade.model import AdaptiveViT
 
@@ -63,8 +63,8 @@ def judged(patches: int, seed: int = 0, images: int = 2, prefix: int = 1, width:
 def groups_of(reduction: Reduction, b: int) -> list[list[int]]:
     """Members of each new token of one image, the one that stays first."""
     groups = [[int(i)] for i in reduction.keep[b]]
-    if reduction.src is not None and reduction.dst is not None:
-        for source, slot in zip(reduction.src[b].tolist(), reduction.dst[b].tolist(), strict=True):
+    if reduction.merge is not None:
+        for source, slot in zip(reduction.merge.src[b].tolist(), reduction.merge.dst[b].tolist(), strict=True):
             groups[slot].append(source)
     return [[group[0], *sorted(group[1:])] for group in groups]
 
@@ -121,7 +121,7 @@ def test_token_pooling_is_a_textbook_clustering(patches, keep, iterations, weigh
     found = reduce(tokens, reduction)
     m = method.count(patches)
     for b in range(2):
-        weight = tokens.attn_received[b].tolist()
+        weight = tokens.stats.attn_received[b].tolist()
         start = sorted(range(patches), key=lambda i: -weight[i])[:m]
         used = weight if weighted else [1.0] * patches
         expected = pool_by_hand(tokens.patches[b], used, m, centre, iterations, start)
@@ -150,7 +150,7 @@ def test_pooling_never_gets_worse_with_iterations(seed, patches, centre):
     cost = []
     for iterations in (0, 1, 5):
         reduction = Pool(0.4, 8, centre, True, iterations, "weight", False)(tokens)
-        groups, x, weight = groups_of(reduction, 0), tokens.patches[0], tokens.attn_received[0].tolist()
+        groups, x, weight = groups_of(reduction, 0), tokens.patches[0], tokens.stats.attn_received[0].tolist()
         point = {}
         for group in groups:
             share = [weight[i] for i in group]
@@ -166,7 +166,7 @@ def test_clusters_do_not_depend_on_the_order_of_tokens(seed, patches):
     order = torch.randperm(patches, generator=torch.Generator().manual_seed(seed))
     for method in (Pool(0.5, 8, "medoid", True, 3, "weight", False), DensityPeaks(0.5, 8, 3, False, None)):
         mixed = replace(tokens, x=torch.cat([tokens.x[:, :1], tokens.patches[:, order]], 1))
-        mixed = replace(mixed, attn_received=tokens.attn_received[:, order])
+        mixed = with_fields(mixed, attn_received=tokens.stats.attn_received[:, order])
         plain = {frozenset(g) for g in groups_of(method(tokens), 0)}
         assert {frozenset(int(order[i]) for i in g) for g in groups_of(method(mixed), 0)} == plain
 
@@ -273,7 +273,7 @@ def test_tofu_prunes_the_sources_and_mlerp_keeps_the_longest(patches, r):
     tokens = judged(patches, seed=r)
     pruned, merged = (reduce(tokens, kind(r, 8)(tokens)) for kind in (Prune, Mlerp))
     for b in range(2):
-        key, sizes = torch.cat([tokens.key[b, :1], tokens.key[b]]), [1.0, *tokens.size[b].tolist()]
+        key, sizes = torch.cat([tokens.stats.key[b, :1], tokens.stats.key[b]]), [1.0, *tokens.size[b].tolist()]
         means, _, groups = merge_by_hand(tokens.x[b], key, sizes, r)
         for slot, group in enumerate(groups):
             longest = max(float(tokens.x[b, i].norm()) for i in group)
@@ -290,7 +290,7 @@ def test_tofu_prunes_the_sources_and_mlerp_keeps_the_longest(patches, r):
 def test_mlerp_of_opposite_features_is_no_nan():
     tokens = make_tokens(1, 2, prefix=1)
     x = torch.cat([tokens.x[:, :1], torch.tensor([[[1.0] + [0.0] * 7, [-1.0] + [0.0] * 7]])], 1)
-    tokens = replace(tokens, x=x.requires_grad_(), key=torch.ones(1, 2, 4))
+    tokens = with_fields(tokens, x=x.requires_grad_(), key=torch.ones(1, 2, 4))
     found = reduce(tokens, Mlerp(1, 4)(tokens))
     found.x.sum().backward()
     assert found.x.isfinite().all() and x.grad.isfinite().all()
@@ -335,10 +335,10 @@ def test_pitome_merges_by_energy(patches, keep, margin, protect):
     method = EnergyMerge(keep, margin, protect, "key", 8, False)
     reduction = method(tokens)
     for b in range(2):
-        pairs, protected = energy_merge_by_hand(tokens.key[b], keep, margin, protect)
-        into = reduction.keep[b][reduction.dst[b]].tolist()
-        assert set(zip(reduction.src[b].tolist(), into, strict=True)) == pairs
-        assert not protected & {*reduction.src[b].tolist(), *into}
+        pairs, protected = energy_merge_by_hand(tokens.stats.key[b], keep, margin, protect)
+        into = reduction.keep[b][reduction.merge.dst[b]].tolist()
+        assert set(zip(reduction.merge.src[b].tolist(), into, strict=True)) == pairs
+        assert not protected & {*reduction.merge.src[b].tolist(), *into}
     assert reduction.keep.shape[1] == method.count(patches) == patches - len(pairs)
 
 
@@ -353,7 +353,7 @@ def test_pitome_protects_in_the_second_half_and_lowers_its_margin():
 
 def attract_by_hand(tokens: Tokens, b: int, r: int, info: float, size: float) -> list[list[int]]:
     """Members of each new token."""
-    x, a, s = tokens.patches[b], tokens.attn_received[b].tolist(), tokens.size[b].tolist()
+    x, a, s = tokens.patches[b], tokens.stats.attn_received[b].tolist(), tokens.size[b].tolist()
     n = len(x)
     r = min(r, n // 2)
 
@@ -387,7 +387,7 @@ def test_mctf_merges_both_ways_by_attraction(patches, r, info, size):
         expected = attract_by_hand(tokens, b, r, info, size)
         assert [sorted(g) for g in groups_of(reduction, b)] == expected
         for slot, group in enumerate(expected):
-            weight = [float(tokens.attn_received[b, i] * tokens.size[b, i]) for i in group]
+            weight = [float(tokens.stats.attn_received[b, i] * tokens.size[b, i]) for i in group]
             row = sum(w * tokens.patches[b, i] for w, i in zip(weight, group, strict=True)) / sum(weight)
             torch.testing.assert_close(found.patches[b, slot], row, rtol=0, atol=1e-5)
             assert found.size[b, slot] == sum(float(tokens.size[b, i]) for i in group)
@@ -398,9 +398,9 @@ def test_mctf_merges_both_ways_by_attraction(patches, r, info, size):
 def test_mctf_does_not_care_for_the_scale_of_its_criteria(seed, a, b):
     """Which is why the paper's division by the largest value is left out."""
     tokens, method = judged(15, seed=seed), Attract(5, None, 0.05, 0.025, 8)
-    scaled = replace(tokens, x=3 * tokens.x, attn_received=a * tokens.attn_received, size=b * tokens.size)
+    scaled = with_fields(tokens, x=3 * tokens.x, attn_received=a * tokens.stats.attn_received, size=b * tokens.size)
     plain, other = method(tokens), method(scaled)
-    assert torch.equal(plain.src, other.src) and torch.equal(plain.dst, other.dst)
+    assert torch.equal(plain.merge.src, other.merge.src) and torch.equal(plain.merge.dst, other.merge.dst)
 
 
 # --- algm ------------------------------------------------------------------------------------------------------------
@@ -435,8 +435,8 @@ def test_algm_needs_a_whole_grid_and_leaves_other_tokens_alone():
 def test_algm_later_merges_by_features_as_tome_does_by_keys():
     tokens = judged(20)
     by_x = MergeAnywhere(0.3, 8, False)(tokens)
-    as_tome = BipartiteMerge(6, 8)(replace(tokens, key=tokens.patches))
-    assert torch.equal(by_x.src, as_tome.src) and torch.equal(by_x.dst, as_tome.dst)
+    as_tome = BipartiteMerge(6, 8)(with_fields(tokens, key=tokens.patches))
+    assert torch.equal(by_x.merge.src, as_tome.merge.src) and torch.equal(by_x.merge.dst, as_tome.merge.dst)
 
 
 # --- kth -------------------------------------------------------------------------------------------------------------
@@ -447,12 +447,12 @@ def test_kth_keeps_every_kth(patches, k):
     tokens = judged(patches)
     kept = list(range(0, patches, k))
     dropped, merged = KeepEvery(k, False, 8)(tokens), KeepEvery(k, True, 8)(tokens)
-    assert dropped.keep.tolist() == merged.keep.tolist() == [kept] * 2 and dropped.src is None
+    assert dropped.keep.tolist() == merged.keep.tolist() == [kept] * 2 and dropped.merge is None
     assert KeepEvery(k, False, 8).count(patches) == len(kept)
     for b in range(2):
         for group in groups_of(merged, b):
             for i in group[1:]:
-                assert group[0] == max(kept, key=lambda j: cosine(tokens.key[b], i, j))
+                assert group[0] == max(kept, key=lambda j: cosine(tokens.stats.key[b], i, j))
         assert sorted(i for g in groups_of(merged, b) for i in g) == list(range(patches))
 
 
@@ -482,7 +482,7 @@ def perceived(x: Tensor, maps: nn.Sequential) -> Tensor:
 
 @torch.no_grad()
 def test_patchmerger_weighs_normed_tokens_by_queries():
-    tokens = judged(7).without(frozenset({"size"}))
+    tokens = replace(judged(7), size=None)
     method = shaken(Merge(3, 0.7, 8, seed=0))
     found = reduce(tokens, method(tokens))
     for b in range(2):
@@ -495,7 +495,7 @@ def test_patchmerger_weighs_normed_tokens_by_queries():
 
 @torch.no_grad()
 def test_tokenlearner_mixes_features_that_are_not_normed():
-    tokens = judged(7).without(frozenset({"size"}))
+    tokens = replace(judged(7), size=None)
     method = shaken(Learn(3, 8, False, seed=0))
     found = reduce(tokens, method(tokens))
     for b in range(2):
@@ -540,7 +540,7 @@ def test_mixtures_count_a_merged_token_as_often_as_it_has_patches():
     """And padding not at all: equal to mixing the patches themselves."""
     tokens = judged(6, images=1)
     repeats = tokens.size[0].long()
-    every = replace(tokens.without(frozenset({"size"})), x=torch.cat([tokens.x[:, :1]], 1))
+    every = replace(replace(tokens, size=None), x=torch.cat([tokens.x[:, :1]], 1))
     every = replace(every, x=torch.cat([tokens.x[:, :1], tokens.patches.repeat_interleave(repeats, 1)], 1))
     for method in (shaken(Merge(3, 0.5, 8, 0)), shaken(Learn(3, 8, False, 0))):
         torch.testing.assert_close(reduce(tokens, method(tokens)).x, reduce(every, method(every)).x)
@@ -570,7 +570,7 @@ def test_token_fuser_puts_the_tokens_back():
         expected = before.patches[0, i] + share @ rows
         torch.testing.assert_close(after.patches[0, i], expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(after.x[:, :1], mixed.x[:, :1]) and torch.equal(after.owner, before.owner)
-    assert after.unmixed is None
+    assert after.state[UNMIXED] is None
     assert relative(at_first.x[:, 1:], dense.forward_tokens(images)[0].x[:, 1:]) > 1e-3
 
 
@@ -677,9 +677,9 @@ def test_padding_is_not_merged_with_tokens(method, live):
     tokens = judged(20, seed=live, valid=valid)
     reduction = method(tokens)
     assert reduction.keep.shape == (2, method.count(20))
-    if reduction.src is not None:
-        into = reduction.keep.gather(1, reduction.dst)
-        assert torch.equal(valid.gather(1, reduction.src), valid.gather(1, into))
+    if reduction.merge is not None:
+        into = reduction.keep.gather(1, reduction.merge.dst)
+        assert torch.equal(valid.gather(1, reduction.merge.src), valid.gather(1, into))
     assert reduce(tokens, reduction).x.isfinite().all()
     if live == 20:
         plain = method(replace(tokens, valid=None))
@@ -691,7 +691,7 @@ def test_padding_is_not_merged_with_tokens(method, live):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_degenerate_tokens_make_no_nan(method, kind, dtype):
     tokens = judged(12)
-    x, key = tokens.x.clone(), tokens.key.clone()
+    x, key = tokens.x.clone(), tokens.stats.key.clone()
     for feature in (x, key):
         if kind == "zeros":
             feature.zero_()
@@ -701,8 +701,8 @@ def test_degenerate_tokens_make_no_nan(method, kind, dtype):
             feature[:, 1::2] = feature[:, 0:-1:2]
         if kind == "huge":
             feature *= 1e3
-    received = tokens.attn_received * (kind != "unattended")
-    tokens = replace(tokens, x=x.to(dtype), key=key.to(dtype), attn_received=received, cls_attn=received)
+    received = tokens.stats.attn_received * (kind != "unattended")
+    tokens = with_fields(tokens, x=x.to(dtype), key=key.to(dtype), attn_received=received, cls_attn=received)
     found = reduce(tokens, method(tokens))
     again = reduce(tokens, method(tokens))
     assert found.x.isfinite().all() and found.num_patches == method.count(12)
@@ -742,7 +742,7 @@ def test_imagepiece_merges_a_share_of_what_it_is_told(of, merged):
 def test_imagepiece_splits_the_bottom_in_two(patches):
     tokens = judged(patches, images=1)
     bottom = math.floor(0.5 * patches)
-    order = tokens.cls_attn[0].argsort().tolist()[:bottom]
+    order = tokens.stats.cls_attn[0].argsort().tolist()[:bottom]
     ranks = torch.tensor(order).unsqueeze(0)
     for split in ("alternate", "halves", "random"):
         reducer = retokenizer(split=split)
@@ -758,11 +758,11 @@ def test_imagepiece_splits_the_bottom_in_two(patches):
 
 def test_imagepiece_judges_a_token_or_the_patches_in_it():
     tokens = judged(40)
-    tokens = replace(tokens, cls_attn=tokens.cls_attn * tokens.size)  # what its patches get together
+    tokens = with_fields(tokens, cls_attn=tokens.stats.cls_attn * tokens.size)  # what its patches get together
     by_patch = retokenizer(per="patch")(tokens)
-    same = retokenizer()(replace(tokens, cls_attn=tokens.cls_attn / tokens.size))
-    assert torch.equal(by_patch.src, same.src) and torch.equal(by_patch.dst, same.dst)
-    assert not torch.equal(by_patch.src, retokenizer()(tokens).src)
+    same = retokenizer()(with_fields(tokens, cls_attn=tokens.stats.cls_attn / tokens.size))
+    assert torch.equal(by_patch.merge.src, same.merge.src) and torch.equal(by_patch.merge.dst, same.merge.dst)
+    assert not torch.equal(by_patch.merge.src, retokenizer()(tokens).merge.src)
 
 
 @pytest.mark.parametrize(

@@ -650,7 +650,7 @@ def test_ats_samples_the_cumulative_score(keep):
         found = Sample(keep, "cls_attn")(given)
         for b in range(4):
             n = 20 if given.valid is None else int(valid[b].sum())
-            score = (tokens.cls_attn * tokens.value_norm)[b, :n].double()
+            score = (tokens.stats.cls_attn * tokens.stats.value_norm)[b, :n].double()
             order = sorted(range(n), key=lambda j: float(score[j]))
             cdf = [sum(float(score[j]) for j in order[: i + 1]) / float(score.sum()) for i in range(n)]
             count = math.ceil(round(keep * n, 9))
@@ -666,9 +666,9 @@ def test_attention_tells_how_long_values_are():
     x = torch.randn(2, 5, 96)
     expected = attn.qkv(x)[..., 2 * 96 :].norm(dim=-1)
     rows = Rows.of(torch.ones(2, 5, dtype=torch.bool))
-    assert relative(attend(attn, x, read=frozenset({"value_norm"})).value_norm, expected) <= 1e-5
+    assert relative(attend(attn, x, read=frozenset({"value_norm"})).stats.value_norm, expected) <= 1e-5
     packed = attend(attn, x.flatten(0, 1), read=frozenset({"value_norm"}), rows=rows)
-    assert relative(packed.value_norm.view(2, 5), expected) <= 1e-5
+    assert relative(packed.stats.value_norm.view(2, 5), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("training", [False, True])

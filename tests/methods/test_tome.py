@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from oracles import logits_by_hand, make_images, make_tokens, make_vit, merge_by_hand, relative
+from oracles import logits_by_hand, make_images, make_tokens, make_vit, merge_by_hand, relative, with_fields
 from saccade.core.reduction import reduce
 from saccade.errors import UserError
 from saccade.methods.tome import BipartiteMerge, resolve
@@ -62,10 +60,10 @@ def test_whole_model_equals_the_paper_by_hand(family, r):
 def test_prefix_is_never_merged(prefix, r):
     """Even where every patch equals the class token exactly."""
     tokens = make_tokens(2, 20, prefix)
-    tokens = replace(tokens, x=tokens.x[:, :1].expand(-1, 20 + prefix, -1).clone(), key=torch.ones(2, 20, 4))
+    tokens = with_fields(tokens, x=tokens.x[:, :1].expand(-1, 20 + prefix, -1).clone(), key=torch.ones(2, 20, 4))
     tokens.x[:, 1:prefix] += 1
     for _ in range(4):
-        tokens = replace(tokens, key=torch.ones(2, tokens.num_patches, 4))
+        tokens = with_fields(tokens, key=torch.ones(2, tokens.num_patches, 4))
         reduced = reduce(tokens, BipartiteMerge(r, 4)(tokens))
         assert torch.equal(reduced.x[:, :prefix], tokens.x[:, :prefix])
         assert reduced.size.sum(1).tolist() == [20, 20]
@@ -79,8 +77,8 @@ def test_padding_is_not_merged_with_tokens():
     valid[0, 12:] = False
     tokens = make_tokens(2, 20, key=torch.randn(2, 20, 4), valid=valid)
     reduction = BipartiteMerge(6, 4)(tokens)
-    into = reduction.keep.gather(1, reduction.dst)
-    assert torch.equal(valid.gather(1, reduction.src), valid.gather(1, into))
+    into = reduction.keep.gather(1, reduction.merge.dst)
+    assert torch.equal(valid.gather(1, reduction.merge.src), valid.gather(1, into))
 
 
 @pytest.mark.parametrize("patches", range(1, 30))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from saccade.analysis import register
 from saccade.analysis.layers import cell_map, levels
 from saccade.analysis.study import Finding, Study
-from saccade.core.tokens import Tokens
+from saccade.core.tokens import DROPPED, Tokens
 from saccade.errors import UserError
 from saccade.reports.formatting import number
 from saccade.reports.report_blocks import Heat, Part, Paths
@@ -167,9 +167,8 @@ def _measure(study: Study, unit: bool) -> tuple[Tensor, Tensor | None, list[int]
 def _unit(tokens: Tokens) -> Tokens:
     """Every token at length 1, dropped ones too."""
     assert tokens.dropped_features is not None
-    return replace(
-        tokens, x=F.normalize(tokens.x, dim=-1), dropped_features=F.normalize(tokens.dropped_features, dim=-1)
-    )
+    state = {**tokens.state, DROPPED: F.normalize(tokens.dropped_features, dim=-1)}
+    return replace(tokens, x=F.normalize(tokens.x, dim=-1), state=state)
 
 
 def _between(cka: Tensor, counts: Sequence[int], chosen: Sequence[int]) -> float | None:

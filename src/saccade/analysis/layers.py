@@ -53,8 +53,7 @@ def watch(model: AdaptiveViT, images: Tensor, *, sparse: bool = True) -> tuple[l
 
     Raises UserError where these are not finite: what is made of them would be a figure of nothing.
     """
-    start = model.tokenizer(model.vit, images)
-    start = replace(start, dropped_features=start.x.new_zeros(*start.owner.shape, start.x.shape[-1]))
+    start = model.tokenizer(model.vit, images).with_dropped_features()
     plan = Watched(model.plan)
     tokens, _ = encode(model.vit, start, plan, whole=True, sparse=sparse, execution=model.execution)
     require_finite(tokens.x.detach(), model.setting, "tokens")

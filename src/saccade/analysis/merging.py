@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from saccade.analysis import register
 from saccade.analysis.layers import Seen, Watched
 from saccade.analysis.study import Finding, Study
+from saccade.core.plan import Site
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.evaluation.defined import require_finite
@@ -37,8 +38,9 @@ class Judged(Watched):
         super().__init__(model.plan)
         self.score = "cls_attn" if model.backbone.has_class_token else "attn_received"
 
-    def readings(self, block: int, n: int) -> frozenset[str]:
-        return super().readings(block, n) | {self.score, "key"}
+    def site(self, block: int, site: str, n: int) -> Site:
+        found = super().site(block, site, n)
+        return replace(found, read=found.read | {self.score, "key"}) if site == "attn" else found
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def count(model: AdaptiveViT, images: Tensor, p: float = 0.3, metric: str = "key
     low_before: Tensor | None = None
     for seen in (s for s in plan.seen if s.site == "attn"):
         tokens, alive = seen.before, present(seen.before)
-        ranks = ranked(getattr(tokens, plan.score), alive)
+        ranks = ranked(tokens.reading(plan.score), alive)
         amount = alive.sum(1, keepdim=True)
         low = alive & (ranks < part(p, amount))
         none = torch.zeros(len(alive), dtype=torch.float64)
@@ -122,8 +124,7 @@ def groups(seen: Seen, metric: str) -> tuple[Tensor, Tensor, Tensor]:
         none = torch.zeros(len(seen.before.owner), dtype=torch.float64)
         return torch.zeros_like(present(seen.before)), none, none
     slot = follow(seen.before, seen.after) + 1  # 0: gone
-    feature = seen.before.patches if metric == "x" else seen.before.key
-    assert feature is not None
+    feature = seen.before.patches if metric == "x" else seen.before.reading("key")
     unit = F.normalize(feature.double(), dim=-1, eps=1e-6)
     slots = seen.after.num_patches + 1
     members = torch.zeros(len(slot), slots, dtype=torch.float64, device=slot.device)

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from saccade.core.gates import Gates
 from saccade.core.hooks import layer_in
-from saccade.core.lazy import changed
 from saccade.core.record import BlockCost
 from saccade.core.timm_types import TimmBlock
 from saccade.core.tokens import Tokens
@@ -18,7 +17,7 @@ def wanted_macs(cost: BlockCost, start: Tokens, middle: Tokens, gates: Gates | N
         return None
     gates = gates or Gates()
     attending, updated = (
-        taking_part(changed(start, gate_mask=gates.patch)),
+        taking_part(start.with_stats(gate_mask=gates.patch)),
         taking_part(middle),
     )  # its mask went where tokens went
     attention = cost.attention(attending, attending, None if gates.head is None else gates.head.mean(1), gates.partial)

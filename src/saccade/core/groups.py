@@ -7,7 +7,7 @@ too. So they are asked about the images that have equally many, without padding,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,17 +18,24 @@ from saccade.core.gates import Gates
 from saccade.core.lazy import changed
 from saccade.core.packing import padded
 from saccade.core.reduction import rows
-from saccade.core.tokens import Tokens
+from saccade.core.tokens import NO_STATS, AttentionStats, Tokens
 
-OF_TOKENS = (
-    "size",
-    "gate_mask",
-    "keep_mask",
-    "key",
-    "cls_attn",
-    "attn_received",
-    "value_norm",
-)  # what a token has beside its features
+FILLS = {"size": 1.0, "keep_mask": 1.0, "gate_mask": 1.0}  # of what is padded; 0 else
+STATS = tuple(f.name for f in fields(AttentionStats))
+OF_TOKENS = ("size", "keep_mask", *STATS)  # what a token has beside its features
+
+
+def _of_token(tokens: Tokens, name: str) -> Tensor | None:
+    found: Tensor | None = getattr(tokens.stats if name in STATS else tokens, name)
+    return found
+
+
+def _with(tokens: Tokens, of_token: dict[str, Tensor | None], **others: Any) -> Tokens:
+    """Tokens with other values, by the names of ``OF_TOKENS``."""
+    stats = {name: of_token[name] for name in STATS}
+    known = any(value is not None for value in stats.values())
+    beside = {name: value for name, value in of_token.items() if name not in STATS}
+    return changed(tokens, **beside, **others, stats=AttentionStats(**stats) if known else NO_STATS)
 
 
 @dataclass(frozen=True)
@@ -68,30 +75,33 @@ def joined(parts: list[Tokens], found: list[Group]) -> Tokens:
         return torch.cat(values).index_select(0, back)
 
     def of_tokens(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
+        values = [_of_token(part, name) for part in parts]
         if all(value is None for value in values):
             return None
-        fill = 1.0 if name in ("size", "gate_mask", "keep_mask") else 0.0
         known = [torch.ones_like(p.x[:, p.num_prefix :, 0], dtype=torch.float32) if v is None else v
                  for p, v in zip(parts, values, strict=True)]  # fmt: skip
-        return side_by_side([_longer(value, most, fill) for value in known])
+        return side_by_side([_longer(value, most, FILLS.get(name, 0.0)) for value in known])
 
     first = parts[0]
     there = [torch.ones(p.x.shape[0], p.num_patches, device=p.x.device) if p.valid is None else p.valid for p in parts]
     valid = side_by_side([_longer(v.float(), most, 0.0) for v in there]) > 0
-    left = None if first.dropped_features is None else side_by_side([p.dropped_features for p in parts])  # type: ignore[misc]
-    before = None if first.unmixed is None else joined([p.unmixed for p in parts], found)  # type: ignore[misc]
-    return changed(
+    names = [name for name in first.state if all(name in part.state for part in parts)]
+    return _with(
         first,
+        {name: of_tokens(name) for name in OF_TOKENS},
         x=side_by_side([_longer(p.x, first.num_prefix + most, 0.0) for p in parts]),
         owner=side_by_side([p.owner for p in parts]),
         valid=None if all(p.num_patches == most and p.valid is None for p in parts) else valid,
-        dropped_features=left,
-        unmixed=before,
-        state={name: side_by_side([p.state[name] for p in parts]) for name in first.state},
+        state={name: _noted([p.state[name] for p in parts], found, back) for name in names},
         proportional=_proportional(parts, back),
-        **{name: of_tokens(name) for name in OF_TOKENS},  # type: ignore[arg-type]
     )
+
+
+def _noted(values: list[Any], found: list[Group], back: Tensor) -> Any:
+    """What each group remembers under a name, of all images."""
+    if isinstance(values[0], Tokens):
+        return joined(values, found)
+    return torch.cat(values).index_select(0, back)
 
 
 def _proportional(parts: list[Tokens], back: Tensor) -> bool | Tensor:
@@ -125,14 +135,20 @@ def gates_by_group(tokens: Tokens, decide: Callable[[Tokens], Gates]) -> Gates:
 
 
 def _of_images(tokens: Tokens, images: Tensor) -> Tokens:
-    names = ("x", "owner", "valid", "dropped_features", *OF_TOKENS)
-    some: dict[str, Any] = {name: getattr(tokens, name) for name in names}
-    some = {name: None if value is None else value.index_select(0, images) for name, value in some.items()}
-    before = None if tokens.unmixed is None else _of_images(tokens.unmixed, images)
-    notes = {name: value.index_select(0, images) for name, value in tokens.state.items()}
-    counts = tokens.proportional
-    counts = counts if isinstance(counts, bool) else counts.index_select(0, images)
-    return changed(tokens, **some, unmixed=before, state=notes, proportional=counts)
+    def some(value: Any) -> Any:
+        if value is None or isinstance(value, bool):
+            return value
+        return _of_images(value, images) if isinstance(value, Tokens) else value.index_select(0, images)
+
+    return _with(
+        tokens,
+        {name: some(_of_token(tokens, name)) for name in OF_TOKENS},
+        x=some(tokens.x),
+        owner=some(tokens.owner),
+        valid=some(tokens.valid),
+        proportional=some(tokens.proportional),
+        state={name: some(value) for name, value in tokens.state.items()},
+    )
 
 
 def _compact(tokens: Tokens, order: Tensor) -> Tokens:
@@ -142,11 +158,11 @@ def _compact(tokens: Tokens, order: Tensor) -> Tokens:
     slot = torch.full((len(order), tokens.num_patches), -1, dtype=torch.int64, device=order.device)
     slot = slot.scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
     owner = torch.where(tokens.owner >= 0, slot.gather(1, tokens.owner.clamp(min=0)), -1)
-    kept: dict[str, Any] = {}
+    kept: dict[str, Tensor | None] = {}
     for name in OF_TOKENS:
-        value: Tensor | None = getattr(tokens, name)
+        value = _of_token(tokens, name)
         kept[name] = None if value is None else rows(value, order) if value.ndim == 3 else value.gather(1, order)
-    return changed(tokens, x=x, owner=owner, valid=None, **kept)
+    return _with(tokens, kept, x=x, owner=owner, valid=None)
 
 
 def _longer(values: Tensor, length: int, fill: float) -> Tensor:

@@ -56,9 +56,15 @@ def unread(value: Any, field: str = "owner") -> Any:
 
 def changed(value: Value, /, **changes: Any) -> Value:
     """``dataclasses.replace`` that reads no lazy field."""
-    new, held = object.__new__(type(value)), value.held  # type: ignore[attr-defined]
-    for slot in held.values():
-        object.__setattr__(new, slot, getattr(value, slot))
+    return turned(value, type(value), **changes)
+
+
+def turned(value: Any, kind: type[Value], /, **changes: Any) -> Value:
+    """``changed``, to a value of another kind that has at least the fields which are not given."""
+    new, held = object.__new__(kind), kind.held  # type: ignore[attr-defined]
+    for name, slot in held.items():
+        if name not in changes:
+            object.__setattr__(new, slot, getattr(value, slot))
     for name, change in changes.items():
         object.__setattr__(new, held[name], change)
     return new

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.core.constant_cache import constant
-from saccade.core.lazy import changed
+from saccade.core.lazy import changed, lazy, turned
 from saccade.core.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -62,21 +62,49 @@ class Rows:
         return self.lengths[0] if len(set(self.lengths)) == 1 else self.counts()
 
 
+@lazy("owner")
+@dataclass(frozen=True, kw_only=True)
+class PackedTokens(Tokens):
+    """Tokens whose ``x`` [T, D] holds only some rows of a batch; all else is of the whole rectangle."""
+
+    rows: Rows
+
+    @property
+    def length(self) -> int:
+        """P + N, prefix and patch tokens of each image (padding included)."""
+        return self.rows.shape[1]
+
+    @property
+    def plain(self) -> bool:
+        """Never: an ordinary ViT takes rectangles."""
+        return False
+
+    def key_bias(self) -> Tensor | None:
+        """As of the rectangle, packed [T]: what is packed is there, so that only sizes are left."""
+        size = self.attention_size()
+        return None if size is None else self.rows.pack(self.pad_prefix(size.log()))
+
+
+def rows_of(tokens: Tokens) -> Rows | None:
+    """Which rows of the rectangle ``x`` holds; None: all of them, [B, P+N, D]."""
+    return tokens.rows if isinstance(tokens, PackedTokens) else None
+
+
 def packed(tokens: Tokens) -> Tokens:
     """The same tokens with only live rows in ``x`` [T, D], where enough of them are padding."""
-    if tokens.rows is not None or tokens.valid is None or tokens.x.shape[0] == 0:
+    if isinstance(tokens, PackedTokens) or tokens.valid is None or tokens.x.shape[0] == 0:
         return tokens
     if torch.compiler.is_compiling() or not _loops(tokens.x):
         return tokens
     rows = Rows.of(tokens.pad_prefix(tokens.valid, 1.0) > 0)
     if len(rows.index) > MAX_LIVE_SHARE * tokens.x.shape[0] * tokens.x.shape[1]:
         return tokens
-    return changed(tokens, x=rows.pack(tokens.x), rows=rows)
+    return turned(tokens, PackedTokens, x=rows.pack(tokens.x), rows=rows)
 
 
 def padded(tokens: Tokens) -> Tokens:
     """The same tokens as a rectangle, x [B, P+N, D]; padding holds zeros."""
-    return tokens if tokens.rows is None else changed(tokens, x=tokens.rows.unpack(tokens.x), rows=None)
+    return turned(tokens, Tokens, x=tokens.rows.unpack(tokens.x)) if isinstance(tokens, PackedTokens) else tokens
 
 
 def gathered(tokens: Tokens, gates: Gates) -> tuple[Tokens, Tensor]:
@@ -90,7 +118,7 @@ def gathered(tokens: Tokens, gates: Gates) -> tuple[Tokens, Tensor]:
         assert gates.patch is not None
         present = gates.patch > 0 if tokens.valid is None else (gates.patch > 0) & tokens.valid
         rows = Rows.of(tokens.pad_prefix(present.float(), 1.0) > 0)
-        return changed(tokens, x=rows.pack(tokens.x), rows=rows), rows.index
+        return turned(tokens, PackedTokens, x=rows.pack(tokens.x), rows=rows), rows.index
     (images, length, width), prefix = tokens.x.shape, tokens.num_prefix
     if torch.compiler.is_compiling():
         first = torch.arange(prefix, device=places.device).expand(images, -1)

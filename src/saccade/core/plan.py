@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from saccade.core.gates import Gates
@@ -132,6 +133,19 @@ class Method(nn.Module):
         return None
 
 
+@dataclass(frozen=True)
+class Site:
+    """What reducers do at one site of a block, as far as is known before the first pixel.
+
+    Behind a reducer whose count depends on the image each may have something to do: that is known when it is asked.
+    """
+
+    reducers: tuple[Reducer, ...]  # that may have something to do
+    left: int  #                     patch tokens after them, as if those whose count depends on the image took none
+    macs: int  #                     of deciding, for one image
+    read: frozenset[str]  #          readings of attention that they need
+
+
 class Plan(nn.Module):
     """Several methods, run in the order in which the setting names them."""
 
@@ -139,24 +153,32 @@ class Plan(nn.Module):
         super().__init__()
         self.methods: Any = nn.ModuleList(methods)
         self.at: dict[int, list[Reducer | Gater]] = {}  # a plain dictionary: methods own their steps
+        self._sites: dict[tuple[int, str, int], Site] = {}  # what ``site`` has found: a plan does not change
         for method in self.methods:
             for block, step in zip(method.at, method.steps, strict=True):  # type: ignore[arg-type]
                 self.at.setdefault(block, []).append(step)
 
-    def reducers(self, block: int, site: str, n: int) -> list[Reducer]:
-        """Reducers at a site of a block that may have something to do when n patch tokens come in.
+    def site(self, block: int, site: str, n: int) -> Site:
+        """The work at a site ("block" or "attn") of a block that n patch tokens come to."""
+        if torch.compiler.is_compiling():  # n may be a symbol
+            return self._site(block, site, n)
+        key = block, site, n
+        if (known := self._sites.get(key)) is None:
+            known = self._sites[key] = self._site(block, site, n)
+        return known
 
-        Behind one whose count depends on the image each may: how many tokens there are is known when it is asked.
-        """
-        chosen, known = [], True
+    def _site(self, block: int, site: str, n: int) -> Site:
+        chosen: list[Reducer] = []
+        known, macs = True, 0
         for step in self.at.get(block, ()):
             if not isinstance(step, Reducer) or step.site != site:
                 continue
             left = step.count(n)
             if left != n or not known:
                 chosen.append(step)
+                macs += step.macs(n)
                 n, known = left or n, known and left is not None
-        return chosen
+        return Site(tuple(chosen), n, macs, frozenset().union(*(step.read for step in chosen)))
 
     def gated(self, block: int) -> bool:
         """Whether a method decides which parts of a block run."""
@@ -164,7 +186,7 @@ class Plan(nn.Module):
 
     def is_identity(self, block: int, n: int) -> bool:
         """Whether no method has anything to do inside of a block that n patch tokens enter."""
-        return not self.gated(block) and not self.reducers(block, "attn", n)
+        return not self.gated(block) and len(self.site(block, "attn", n).reducers) == 0
 
     def depth(self, blocks: int) -> int:
         """How many of so many blocks run."""
@@ -176,7 +198,7 @@ class Plan(nn.Module):
         sparse: False: a reduction that has a gate is carried out as a mask.
         """
         cost: int = 0
-        todo = self.reducers(block, site, tokens.num_patches)
+        todo = self.site(block, site, tokens.num_patches).reducers
         for i, reducer in enumerate(todo):
             tokens = padded(tokens)
             later = frozenset().union(
@@ -204,16 +226,6 @@ class Plan(nn.Module):
             ragged = is_ragged(tokens) and not gater.ragged
             found.append(gates_by_group(tokens, decide) if ragged else decide(padded(tokens)))
         return _agree(found), cost
-
-    def readings(self, block: int, n: int) -> frozenset[str]:
-        """What the reducers between attention and MLP want to read of attention."""
-        return frozenset().union(*(reducer.read for reducer in self.reducers(block, "attn", n)))
-
-    def static_count(self, block: int, site: str, n: int) -> int:
-        """Patch tokens left of n after a site's reducers, by their static counts (n where a count is per image)."""
-        for reducer in self.reducers(block, site, n):
-            n = reducer.count(n) or n
-        return n
 
 
 def _deciding(reducer: Reducer, tokens: Tokens) -> int:

@@ -36,11 +36,11 @@ class Step:
 
     def readings(self, tokens: Tokens) -> frozenset[str]:
         """What the reducers between attention and MLP read of attention."""
-        return self.plan.readings(self.index, tokens.num_patches)
+        return self.plan.site(self.index, "attn", tokens.num_patches).read
 
     def reduces_between(self, tokens: Tokens) -> bool:
         """Whether a reducer works between attention and MLP."""
-        return bool(self.plan.reducers(self.index, "attn", tokens.num_patches))
+        return len(self.plan.site(self.index, "attn", tokens.num_patches).reducers) > 0
 
     @property
     def is_gated(self) -> bool:
@@ -53,7 +53,7 @@ class Step:
 
     def left(self, tokens: Tokens) -> int:
         """Patch tokens after the block, by the static counts."""
-        return self.plan.static_count(self.index, "attn", tokens.num_patches)
+        return self.plan.site(self.index, "attn", tokens.num_patches).left
 
     def call(self, branch: Callable, *args: Any) -> Any:
         """Run a part of the block, keeping its activations or not."""

@@ -14,6 +14,30 @@ from torch import Tensor
 from saccade.core.lazy import Recipe
 
 
+class Merges(Protocol):
+    """What a reduction says of merging; see ``saccade.core.reduction.Merge``."""
+
+    @property
+    def src(self) -> Tensor:
+        """Tokens that merge, [B, R]."""
+
+    @property
+    def dst(self) -> Tensor:
+        """Into which of those that stay, [B, R]."""
+
+    @property
+    def gate(self) -> Tensor | None:
+        """Whether each does, 0/1 [B, R]; None: all."""
+
+
+class Fuses(Protocol):
+    """What a reduction says of fusing; see ``saccade.core.reduction.Fuse``."""
+
+    @property
+    def index(self) -> Tensor:
+        """Tokens that become one more, [B, Q]."""
+
+
 class Moves(Protocol):
     """What a reduction says of where tokens go; see ``saccade.core.reduction.Reduction``."""
 
@@ -22,20 +46,12 @@ class Moves(Protocol):
         """Tokens that stay, [B, M]."""
 
     @property
-    def src(self) -> Tensor | None:
-        """Tokens that merge, [B, R]."""
+    def merge(self) -> Merges | None:
+        """Tokens that become part of others."""
 
     @property
-    def dst(self) -> Tensor | None:
-        """Into which of those that stay, [B, R]."""
-
-    @property
-    def merge_gate(self) -> Tensor | None:
-        """Whether each does, 0/1 [B, R]; None: all."""
-
-    @property
-    def fuse(self) -> Tensor | None:
-        """Tokens that become one more, [B, Q]."""
+    def fuse(self) -> Fuses | None:
+        """Tokens that become one new token."""
 
     @property
     def valid(self) -> Tensor | None:
@@ -77,10 +93,10 @@ class Moved:
         slot = torch.full((r.keep.shape[0], self.n), -1, dtype=torch.int64, device=r.keep.device)
         places = torch.arange(new, device=r.keep.device).expand_as(r.keep)
         slot = slot.scatter(1, r.keep, places if r.valid is None else places.masked_fill(~r.valid, -1))
-        if r.src is not None and r.dst is not None:
-            into = r.dst if r.merge_gate is None else torch.where(r.merge_gate > 0, r.dst, slot.gather(1, r.src))
-            slot = slot.scatter(1, r.src, into)
-        return slot if r.fuse is None else slot.scatter(1, r.fuse, new)
+        if (m := r.merge) is not None:
+            into = m.dst if m.gate is None else torch.where(m.gate > 0, m.dst, slot.gather(1, m.src))
+            slot = slot.scatter(1, m.src, into)
+        return slot if r.fuse is None else slot.scatter(1, r.fuse.index, new)
 
 
 def follow(owner: Tensor, slot: Tensor) -> Tensor:

@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,22 @@ from torch.nn import functional as F
 
 from saccade.core.lazy import changed, lazy
 
-if TYPE_CHECKING:
-    from saccade.core.packing import Rows
-
 READINGS = frozenset({"key", "cls_attn", "attn_received", "value_norm"})  # of one block's attention, for its reducers
+DROPPED = "dropped_features"  # in ``Tokens.state``: the last features of dropped cells, [B, G, D]
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """What one block's attention says of each patch token, until its MLP; None: not read."""
+
+    key: Tensor | None = None  #            [B, N, d]  mean key over heads
+    cls_attn: Tensor | None = None  #       [B, N] fp32  class attention, mean over heads
+    attn_received: Tensor | None = None  #  [B, N] fp32  mean attention received
+    value_norm: Tensor | None = None  #     [B, N] fp32  length of each value, all heads together
+    gate_mask: Tensor | None = None  #      [B, N]  0/1, straight-through: takes part in this block; None: all do
+
+
+NO_STATS = AttentionStats()
 
 
 @lazy("owner")
@@ -30,30 +42,23 @@ READINGS = frozenset({"key", "cls_attn", "attn_received", "value_norm"})  # of o
 class Tokens:
     """Tokens of a batch, and what each of them stands for."""
 
-    x: Tensor  #                      [B, P+N, D]  prefix tokens first; packed (see ``rows``): [T, D]
+    x: Tensor  #                      [B, P+N, D]  prefix tokens first
     owner: Tensor  #                  [B, G] int64  cell -> index of the patch token that stands for it, -1: dropped
     grid: tuple[int, int]  #          (gh, gw)  the finest cells
     num_prefix: int  #                P
     size: Tensor | None = None  #     [B, N] fp32  patches merged into each; None: one each
-    valid: Tensor | None = None  #    [B, N] bool  False: padding of a ragged batch; None: all valid
-    gate_mask: Tensor | None = None  # [B, N]  0/1, straight-through: takes part in this block or not; None: all do
-    keep_mask: Tensor | None = None  # [B, N]  0/1, straight-through: not dropped, where dropping is a mask; None: all
-    key: Tensor | None = None  #      [B, N, d]  mean key over heads              } readings of this block's
-    cls_attn: Tensor | None = None  # [B, N] fp32  class attention, mean over heads } attention: present only
-    attn_received: Tensor | None = None  # [B, N] fp32  mean attention received          } between attention and MLP
-    value_norm: Tensor | None = None  # [B, N] fp32  length of each value, all heads together; as the three above
-    dropped_features: Tensor | None = None  # [B, G, D]  last features of dropped cells; None: no dense map is wanted
     proportional: bool | Tensor = True  # attention counts a token ``size`` times; False: once (an average still
     #                                 does); [B] where images differ
-    unmixed: Tokens | None = None  #  the tokens that a mixture was made of, for a reducer that will put them back
-    rows: Rows | None = None  #       which rows of [B, P+N] ``x`` holds, where it is packed; None: all
-    state: Mapping[str, Tensor] = field(default_factory=dict)  # what methods remember from block to block, by name:
-    #                                 of images, prefix tokens or cells, which no reduction moves
+    valid: Tensor | None = None  #    [B, N] bool  False: padding of a ragged batch; None: all valid
+    keep_mask: Tensor | None = None  # [B, N]  0/1, straight-through: not dropped, where dropping is a mask; None: all
+    stats: AttentionStats = field(default_factory=lambda: NO_STATS)  # of this block's attention, until its MLP
+    state: Mapping[str, Any] = field(default_factory=dict)  # what is remembered from block to block, by name: tensors
+    #                                 of images, prefix tokens or cells [B, ...], which no reduction moves; or Tokens
 
     @property
     def length(self) -> int:
         """P + N, prefix and patch tokens of each image (padding included)."""
-        return self.x.shape[1] if self.rows is None else self.rows.shape[1]
+        return self.x.shape[1]
 
     @property
     def num_patches(self) -> int:
@@ -64,12 +69,21 @@ class Tokens:
     def plain(self) -> bool:
         """Whether all of a rectangle of tokens are there and count alike: what an ordinary ViT sees."""
         counts = None if self.proportional is False else self.size
-        odd = (self.rows, counts, self.valid, self.gate_mask, self.keep_mask)
-        return all(value is None for value in odd)
+        return all(value is None for value in (counts, self.valid, self.keep_mask, self.stats.gate_mask))
+
+    @property
+    def dropped_features(self) -> Tensor | None:
+        """Last features of dropped cells, [B, G, D]; None: no dense map is wanted."""
+        return self.state.get(DROPPED)
+
+    def with_dropped_features(self) -> Tokens:
+        """The same tokens, whose reductions leave the features of what they drop, for a dense map."""
+        none = self.x.new_zeros(*self.owner.shape, self.x.shape[-1])
+        return changed(self, state={**self.state, DROPPED: none})
 
     def takes_part(self) -> Tensor | None:
         """0/1 [B, N], straight-through: patch tokens that this block computes; None: all (padding included)."""
-        given = [m for m in (self.keep_mask, self.gate_mask) if m is not None]
+        given = [m for m in (self.keep_mask, self.stats.gate_mask) if m is not None]
         return given[0] if len(given) == 1 else given[0] * given[1] if given else None
 
     def query_mask(self) -> Tensor | None:
@@ -91,24 +105,20 @@ class Tokens:
         return torch.where(self.proportional.unsqueeze(1), self.size, 1.0)
 
     def key_bias(self) -> Tensor | None:
-        """What to add to every attention score of a key, [B, P+N] fp32 (packed: [T]); None when all keys count alike.
+        """What to add to every attention score of a key, [B, P+N] fp32; None when all keys count alike.
 
         ``log(size)`` makes a merged token count as often as the patches in it (proportional attention, ToMe §3.2);
         ``-inf`` hides padding and tokens that take no part.
         """
         size = self.attention_size()
-        if self.rows is not None:  # what is packed is there
-            return None if size is None else self.rows.pack(self.pad_prefix(size.log()))
-        if size is None and self.valid is None and self.gate_mask is None and self.keep_mask is None:
+        hiding = [m for m in (self.valid, self.stats.gate_mask, self.keep_mask) if m is not None]
+        if size is None and not hiding:
             return None
         none = self.x.new_zeros(self.x.shape[0], self.num_patches, dtype=torch.float32) if size is None else None
         bias = size.log() if none is None else none  # type: ignore[union-attr]
-        for present in (self.valid, self.gate_mask, self.keep_mask):
-            if present is not None:
-                bias = bias.masked_fill(present == 0, -torch.inf)
-        if (
-            self.num_prefix == 0
-        ):  # nothing of an image takes part: let it attend to all (the result is not used), not to NaN
+        for present in hiding:
+            bias = bias.masked_fill(present == 0, -torch.inf)
+        if self.num_prefix == 0:  # where nothing of an image takes part it attends to all, and not to NaN
             bias = bias.masked_fill((bias == -torch.inf).all(1, keepdim=True), 0.0)
         return self.pad_prefix(bias)
 
@@ -116,9 +126,23 @@ class Tokens:
         """Values of the patch tokens [B, N] -> of all tokens [B, P+N]."""
         return F.pad(values, (self.num_prefix, 0), value=prefix)
 
+    def with_stats(self, **readings: Tensor | None) -> Tokens:
+        """These tokens with other readings of attention, by name; those not named stay."""
+        return changed(self, stats=replace(self.stats, **readings))
+
     def without(self, names: frozenset[str]) -> Tokens:
-        """These tokens without some of the optional fields."""
-        return changed(self, **dict.fromkeys(names))
+        """These tokens without some of the readings of attention."""
+        return self if self.stats is NO_STATS else self.with_stats(**dict.fromkeys(names))
+
+    def reading(self, name: str) -> Tensor:
+        """A reading of this block's attention, by its name in ``AttentionStats``, [B, N] or [B, N, d].
+
+        Raises LookupError where a reducer asks for what it does not list in ``read``.
+        """
+        found: Tensor | None = getattr(self.stats, name)
+        if found is None:
+            raise LookupError(f"{name} of attention was not read: list it in the reducer's `read`")
+        return found
 
     def weights(self) -> Tensor | None:
         """How much each patch token counts in an average over patches, [B, N]; None when all count alike."""

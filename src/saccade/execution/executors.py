@@ -24,11 +24,11 @@ from saccade.core.gates import Gates
 from saccade.core.hooks import plain_block, plain_linear, require_plain, through, untouched, watched
 from saccade.core.lazy import changed, unread
 from saccade.core.packing import Rows as PackedRows
-from saccade.core.packing import gathered, packed, padded, scattered
+from saccade.core.packing import gathered, packed, padded, rows_of, scattered
 from saccade.core.program import Step
 from saccade.core.record import BlockTrace, Count
 from saccade.core.timm_types import TimmBlock
-from saccade.core.tokens import READINGS, Tokens
+from saccade.core.tokens import NO_STATS, READINGS, Tokens
 from saccade.execution.attention import Attended, attend
 from saccade.execution.heads import should_skip_heads
 from saccade.execution.policy import Execution, images_that_run, rows_that_run
@@ -97,8 +97,7 @@ class Parts:
     execution: Execution
     gates: Gates | None = None
     gating: int = 0  # MACs of deciding the gates
-    skips: ClassVar[bool] = True  # whether branches of images that are off are left out …
-    packs: ClassVar[bool] = True  # … and single tokens
+    skipped: ClassVar[str] = "rows"  # what of that which is off is not computed; see ``residual``
 
     def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
         """Attention and MLP, each in its own way, within the block's hooks."""
@@ -123,7 +122,7 @@ class Parts:
         """``x + attn(norm1(x))``; with what reducers read, which needs attention to run for all images."""
         seen: list[Attended] = []
         gates = self.gates or Gates()
-        tokens = changed(tokens, gate_mask=gates.patch)
+        tokens = tokens if gates.patch is None else tokens.with_stats(gate_mask=gates.patch)
         how: dict[str, Any] = {"partial": gates.partial, "keep_mask": live_keys(tokens), "skip": skip, "read": read}
         how |= {"query_mask": tokens.query_mask() if "attn_received" in read else None, "execution": self.execution}
 
@@ -131,13 +130,14 @@ class Parts:
             seen.append(attend(block.attn, block.norm1(x), bias, heads=heads, rows=rows, **how))
             return block.drop_path1(block.ls1(seen[0].x))
 
-        sparse = self.skips and not read
-        x, count = residual(tokens, branch, tokens.key_bias(), gates.attn, gates.head, sparse=sparse, pack=self.packs)
-        readings = {name: getattr(seen[0], name) for name in read}
-        if tokens.rows is not None:
-            readings = {name: tokens.rows.unpack(value) for name, value in readings.items()}
+        skipped = "nothing" if read else self.skipped
+        x, count = residual(tokens, branch, tokens.key_bias(), gates.attn, gates.head, skipped)
+        readings = {name: getattr(seen[0].stats, name) for name in read}
+        if (rows := rows_of(tokens)) is not None:
+            readings = {name: rows.unpack(value) for name, value in readings.items()}
         readings = {name: value[:, tokens.num_prefix :] for name, value in readings.items()}
-        return changed(tokens, x=x, **readings), Mixed(count, seen[0].kernel if seen else "none", read, skip)
+        tokens, mixed = changed(tokens, x=x), Mixed(count, seen[0].kernel if seen else "none", read, skip)
+        return tokens.with_stats(**readings) if read else tokens, mixed
 
     def mlp(self, block: TimmBlock, tokens: Tokens) -> tuple[Tokens, Count]:
         """``x + mlp(norm2(x))``."""
@@ -146,28 +146,28 @@ class Parts:
             return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
         on = None if self.gates is None else self.gates.mlp
-        x, count = residual(tokens, branch, on=on, sparse=self.skips, pack=self.packs)
-        return changed(tokens, x=x, gate_mask=None), count
+        x, count = residual(tokens, branch, on=on, skipped=self.skipped)
+        return changed(tokens, x=x, stats=NO_STATS), count
 
     def record(
         self, step: Step, seen: tuple[Tokens, Tokens, Tokens], mixed: Mixed, updated: Count, deciding: int
     ) -> BlockTrace:
         """What ran. seen: tokens at the start, before the MLP, at the end; updated: how many the MLP computed."""
         (start, middle, end), gates, cost = seen, self.gates or Gates(), block_cost(step.block)
-        before, kernel = start.length, mixed.kernel
+        before, kernel, computes_all = start.length, mixed.kernel, self.skipped == "nothing"
         overhead = self.gating + deciding + reading_macs(step.block, mixed.read, kernel) * before
         return BlockTrace(
             cost=cost,
             queries=mixed.count,
             keys=mixed.count,
             mlp=updated,
-            attn=gates.attn if self.skips and not mixed.read else None,
-            mlp_on=gates.mlp if self.skips else None,
+            attn=None if computes_all or mixed.read else gates.attn,
+            mlp_on=None if computes_all else gates.mlp,
             heads=gates.head.mean(1) if gates.head is not None and mixed.heads_skipped else None,
             partial=gates.partial,
             static_counts=(before, end.length),
             aux_macs=overhead,
-            kernel=kernel if (self.skips and self.packs) or step.masked else f"{kernel}, masked",
+            kernel=kernel if self.skipped == "rows" or step.masked else f"{kernel}, masked",
             owner=unread(end),
             target_macs=wanted_macs(cost, start, middle, self.gates, overhead) if step.masked else None,
             gates=self.gates if step.masked else None,
@@ -184,15 +184,14 @@ class Parts:
 class Masked(Parts):
     """All is computed, and multiplied with what is on."""
 
-    skips: ClassVar[bool] = False
-    packs: ClassVar[bool] = False
+    skipped: ClassVar[str] = "nothing"
 
 
 @dataclass(frozen=True)
 class Images(Parts):
     """Branches of images that are off are not computed; single tokens are masked."""
 
-    packs: ClassVar[bool] = False
+    skipped: ClassVar[str] = "images"
 
 
 @dataclass(frozen=True)

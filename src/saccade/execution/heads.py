@@ -6,7 +6,7 @@ has its own, there are as many groups as heads at most, and the images of a grou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from timm.layers import Attention
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from saccade.core.gates import Gates
 from saccade.core.hooks import plain_linear
+from saccade.execution.mixing import Packed
 
 MAX_HEAD_SHARE = 0.8  # share of (image, head) pairs up to which skipping pays where images differ, in a large batch …
 SMALL = 4.0  # … and how it shrinks in a small one, WORTH / (1 + SMALL / images): ``benchmarks/ragged.py --heads``
 
-# queries, keys, values [T, h, d], rows of each image, key bias [T] -> mixed values [T, h, d], and how
-Mix = Callable[[Tensor, Tensor, Tensor, tuple[int, ...], Tensor | None], tuple[Tensor, str]]
+Mix = Callable[[Packed], tuple[Tensor, str]]  # mixed values [T, h, d], and by which kernel
 
 
 def should_skip_heads(attn: Attention, gates: Gates) -> bool:
@@ -43,45 +43,35 @@ def should_skip_heads(attn: Attention, gates: Gates) -> bool:
 
 
 def some_heads(
-    attn: Attention, x: Tensor, heads: Tensor, partial: bool, lengths: tuple[int, ...], bias: Tensor | None, mix: Mix
+    attn: Attention, x: Tensor, some: tuple[Tensor, bool], lengths: tuple[int, ...], bias: Tensor | None, mix: Mix
 ) -> Tensor:
-    """timm's attention on the rows of all images, x [T, D], by the heads that are on for each of them, [B, H] 0/1.
+    """timm's attention on the rows of all images, x [T, D], by some of its heads.
 
     Args:
-        own: a head that is off gives each token its own value; False: nothing.
+        some: [B, H] 0/1, the heads that are on for each image; and whether one that is off gives each token its own
+            value, not nothing.
         lengths: rows of each image.
         bias: of the keys, [T] fp32; None: all count alike.
         mix: attention itself, for some images and some heads.
     """
-    H, d, width = attn.num_heads, attn.head_dim, x.shape[-1]
-    weight = attn.qkv.weight.view(3, H, d, width)
-    offset = None if attn.qkv.bias is None else attn.qkv.bias.view(3, H, d)
-
-    def project(rows: Tensor, which: slice, some: list[int]) -> Tensor:
-        """Some of queries, keys and values, of some heads: [T, D] -> [T, parts * h, d]."""
-        shift = None if offset is None else offset[which, some].flatten()
-        return F.linear(rows, weight[which, some].flatten(0, 2), shift).unflatten(1, (-1, d))
-
-    image_of = torch.arange(len(lengths), device="cpu").repeat_interleave(torch.tensor(lengths, device="cpu"))
-    values = project(x, slice(2, 3), list(range(H))) if partial else None
+    heads, partial = some
+    values = _project(attn, x, slice(2, 3), list(range(attn.num_heads))) if partial else None
     total: Tensor | None = None
-    for images, some in groups(heads, lengths):
-        rest = tuple(lengths[image] for image in images)
-        everyone = sum(rest) == len(x)
-        index = torch.isin(image_of, torch.tensor(images, device="cpu")).nonzero().squeeze(1).to(x.device)
-        rows = x if everyone else x.index_select(0, index)
-        counts = bias if everyone or bias is None else bias.index_select(0, index)
+    for index, rest, on in _groups_of_rows(heads, lengths, x):
+        rows = x if index is None else x.index_select(0, index)
+        counts = bias if index is None or bias is None else bias.index_select(0, index)
         if values is None:
-            q, k, v = project(rows, slice(0, 3), some).chunk(3, dim=1)
+            q, k, v = _project(attn, rows, slice(0, 3), on).chunk(3, dim=1)
         else:
-            q, k = project(rows, slice(0, 2), some).chunk(2, dim=1)
-            v = values[index.unsqueeze(1), some]
-        mixed, _ = mix(attn.q_norm(q), attn.k_norm(k), v, rest, counts)
+            q, k = _project(attn, rows, slice(0, 2), on).chunk(2, dim=1)
+            v = values[:, on] if index is None else values[index.unsqueeze(1), on]
+        mixed, _ = mix(Packed(attn.q_norm(q), attn.k_norm(k), v, rest, counts))
         if values is not None:
-            values[index.unsqueeze(1), some] = mixed
+            values[slice(None) if index is None else index.unsqueeze(1), on] = mixed
             continue
-        given = F.linear(mixed.flatten(1), attn.proj.weight.view(width, H, d)[:, some].flatten(1))
-        if everyone:
+        weight = attn.proj.weight.unflatten(1, (attn.num_heads, attn.head_dim))[:, on].flatten(1)
+        given = F.linear(mixed.flatten(1), weight)
+        if index is None:
             total = given if total is None else total.add_(given)
         else:
             total = (given.new_zeros(x.shape) if total is None else total).index_add_(0, index, given)
@@ -89,6 +79,28 @@ def some_heads(
         return attn.proj(values.flatten(1))
     total = x.new_zeros(x.shape) if total is None else total
     return total if attn.proj.bias is None else total + attn.proj.bias
+
+
+def _project(attn: Attention, rows: Tensor, which: slice, some: list[int]) -> Tensor:
+    """Some of queries, keys and values, of some heads: [T, D] -> [T, parts * h, d]."""
+    shape = (3, attn.num_heads, attn.head_dim)
+    weight = attn.qkv.weight.unflatten(0, shape)[which, some].flatten(0, 2)
+    shift = None if attn.qkv.bias is None else attn.qkv.bias.view(shape)[which, some].flatten()
+    return F.linear(rows, weight, shift).unflatten(1, (-1, attn.head_dim))
+
+
+def _groups_of_rows(
+    heads: Tensor, lengths: tuple[int, ...], x: Tensor
+) -> Iterator[tuple[Tensor | None, tuple[int, ...], list[int]]]:
+    """For each group of images by heads: their places among all rows (None: all), rows of each, and the heads."""
+    image_of = torch.arange(len(lengths), device="cpu").repeat_interleave(torch.tensor(lengths, device="cpu"))
+    for images, on in groups(heads, lengths):
+        rest = tuple(lengths[image] for image in images)
+        if sum(rest) == len(x):
+            yield None, rest, on
+        else:
+            places = torch.isin(image_of, torch.tensor(images, device="cpu")).nonzero().squeeze(1)
+            yield places.to(x.device), rest, on
 
 
 def groups(heads: Tensor, lengths: tuple[int, ...]) -> list[tuple[tuple[int, ...], list[int]]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saccade.core.packing import Rows
+from saccade.core.packing import Rows, rows_of
 from saccade.core.tokens import Tokens
 
 # (x, key bias, heads, rows) -> update of x; with rows, x is packed
@@ -21,23 +21,21 @@ def residual(
     bias: Tensor | None = None,
     on: Tensor | None = None,
     heads: Tensor | None = None,
-    *,
-    sparse: bool = False,
-    pack: bool = True,
+    skipped: str = "nothing",
 ) -> Ran:
     """``x + branch(x)`` for the images that are on [B] and the tokens that take part, x elsewhere.
 
-    ``bias`` is the tokens' key bias, for a branch that attends. sparse: what is off is not computed; pack: single
-    tokens neither, False: only whole images are left out. Returns the new x, as ``tokens.x`` is laid out, and how many
-    tokens were computed for each image that ran (one number, or one for each image [B]).
+    ``bias`` is the tokens' key bias, for a branch that attends. skipped: what of that which is off is not computed:
+    "nothing" (all is, and multiplied), whole "images", or single "rows" too. Returns the new x, as ``tokens.x`` is
+    laid out, and how many tokens were computed for each image that ran (one number, or one for each image [B]).
     """
-    part = tokens.takes_part()
+    part, rows = tokens.takes_part(), rows_of(tokens)
     if on is None and part is None:
-        update = branch(tokens.x, bias, heads, tokens.rows)
-        return tokens.x + update, tokens.x.shape[1] if tokens.rows is None else tokens.rows.count()
-    if sparse and pack and (part is not None or tokens.valid is not None):
+        update = branch(tokens.x, bias, heads, rows)
+        return tokens.x + update, tokens.x.shape[1] if rows is None else rows.count()
+    if skipped == "rows" and (part is not None or tokens.valid is not None):
         return _rows(tokens, branch, bias, on, heads)
-    if sparse and on is not None:
+    if skipped != "nothing" and on is not None:
         return _images(tokens, branch, bias, on, heads)
     update = branch(tokens.x, bias, heads, None)
     if part is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Reduction
+from saccade.core.reduction import Merge, Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import fraction, switch, whole
@@ -44,7 +44,7 @@ class MergeWindows(Reducer):
         chosen = windows[best]  # [B, w, 4]
         src = chosen[:, :, 1:].flatten(1)
         keep, dst = leave(height * width, src, chosen[:, :, :1].expand(-1, -1, 3).flatten(1))
-        return Reduction(keep, src=src, dst=dst, proportional=self.proportional)
+        return Reduction(keep, Merge(src, dst, proportional=self.proportional))
 
 
 @torch.no_grad()

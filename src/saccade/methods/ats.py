@@ -35,9 +35,7 @@ class Sample(Reducer):
 
     @torch.no_grad()
     def forward(self, tokens: Tokens) -> Reduction:
-        attention: Tensor = getattr(tokens, self.reading)
-        assert tokens.value_norm is not None
-        score = there(tokens, attention.float() * tokens.value_norm)
+        score = there(tokens, tokens.reading(self.reading).float() * tokens.reading("value_norm"))
         chosen = sample(score, levels(tokens, self.keep))
         return keep_where(with_best(chosen * (score > -torch.inf), score) > 0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Reduction, rows
+from saccade.core.reduction import Merge, Reduction, rows
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import one_of, schedule
@@ -40,7 +40,7 @@ class Thin(Reducer):
 
     def forward(self, tokens: Tokens) -> Reduction:
         kept, merged = self._counts(tokens.num_patches)
-        score: Tensor = getattr(tokens, self.reading).detach()
+        score = tokens.reading(self.reading).detach()
         score = score if tokens.valid is None else score.masked_fill(~tokens.valid, -1.0)
         order = score.argsort(dim=1, descending=True, stable=True)
         keep, src = order[:, :kept].sort(dim=1).values, order[:, kept : kept + merged]
@@ -49,7 +49,7 @@ class Thin(Reducer):
         feature = feature_of(tokens, self.metric)
         valid = None if tokens.valid is None else (tokens.valid.gather(1, src), tokens.valid.gather(1, keep))
         dst = cosines(rows(feature, src), rows(feature, keep), valid).argmax(dim=-1)
-        return Reduction(keep, src=src, dst=dst, weight=_weights(tokens))
+        return Reduction(keep, Merge(src, dst, weight=_weights(tokens)))
 
 
 def _weights(tokens: Tokens) -> Tensor | None:

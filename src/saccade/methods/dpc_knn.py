@@ -7,7 +7,6 @@ before a block. A token counts among its own neighbours, which is our reading of
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +43,8 @@ class DensityPeaks(Reducer):
         between = squared_distances(tokens.patches.detach(), tokens.valid) / self.dim
         centres = highest(self._peaks(between), self.count(n), tokens.valid)
         cluster = nearest(between.gather(2, centres.unsqueeze(1).expand(-1, n, -1)), centres)
-        reduction = replace(gathered(centres, cluster), proportional=self.proportional)
-        if self.score is None:
-            return reduction
-        return replace(reduction, weight=(tokens.patches * self.score).sum(2).float().exp())
+        weight = None if self.score is None else (tokens.patches * self.score).sum(2).float().exp()
+        return gathered(centres, cluster, weight, self.proportional)
 
     @torch.no_grad()
     def _peaks(self, between: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Reduction, rows
+from saccade.core.reduction import Merge, Reduction, rows
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, fraction, one_of, switch
@@ -75,7 +75,7 @@ class Retokenize(Reducer):
     def forward(self, tokens: Tokens) -> Reduction:
         reading, n = self.reading, tokens.num_patches
         bottom, r = self._sizes(n)
-        score: Tensor = getattr(tokens, reading.score)
+        score = tokens.reading(reading.score)
         if reading.per == "patch" and tokens.size is not None:
             score = score / tokens.size
         if tokens.valid is not None:
@@ -87,7 +87,7 @@ class Retokenize(Reducer):
         src = a.gather(1, merged)
         keep, dst = leave(n, src, b.gather(1, partner))
         weight = None if reading.weighted else torch.ones_like(score)
-        return Reduction(keep, src=src, dst=dst, weight=weight, proportional=reading.proportional)
+        return Reduction(keep, Merge(src, dst, weight=weight, proportional=reading.proportional))
 
     def _ranked(self, bottom: Tensor) -> Tensor:
         """The bottom tokens [B, K] in the order in which they part into sides."""

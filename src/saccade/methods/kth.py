@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Reduction
+from saccade.core.reduction import Merge, Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, switch, whole
@@ -34,10 +34,10 @@ class KeepEvery(Reducer):
         keep, src = (p.expand(tokens.x.shape[0], -1) for p in (kept, others))
         if not self.merge:
             return Reduction(keep)
-        assert tokens.key is not None
+        key = tokens.reading("key")
         valid = None if tokens.valid is None else (tokens.valid[:, others], tokens.valid[:, kept])
-        dst = cosines(tokens.key[:, others], tokens.key[:, kept], valid).argmax(2)
-        return Reduction(keep, src=src, dst=dst)
+        dst = cosines(key[:, others], key[:, kept], valid).argmax(2)
+        return Reduction(keep, Merge(src, dst))
 
 
 def _menu(backbone: Backbone) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saccade.core.gates import straight_through
 from saccade.core.plan import Backbone, Method, Reducer
 from saccade.core.record import Trace
+from saccade.core.reduction import Merge as Merged
 from saccade.core.reduction import Reduction, rows
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
@@ -57,7 +58,7 @@ class Merge(Reducer):
         return len(a) * len(b) * self.width
 
     def forward(self, tokens: Tokens) -> Reduction | None:
-        assert tokens.key is not None
+        key = tokens.reading("key")
         side_a, side_b = self.sides(tokens.num_patches)
         if not side_b:
             return None
@@ -65,7 +66,7 @@ class Merge(Reducer):
         order = here.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         a, b = order[:, side_a], order[:, side_b]
         asks, answers = here.gather(1, a), here.gather(1, b)
-        best, partner = cosines(rows(tokens.key, a), rows(tokens.key, b), (asks, answers)).max(dim=-1)
+        best, partner = cosines(rows(key, a), rows(key, b), (asks, answers)).max(dim=-1)
         limit = self.threshold.float()
         limit = limit + (limit.clamp(0, 1) - limit).detach()  # outside it has a gradient still, and so a way back
         moved = straight_through((best.masked_fill(~asks, -torch.inf) - limit) / WIDTH)
@@ -73,7 +74,8 @@ class Merge(Reducer):
         chosen = here & (gate > 0)
         into = b.gather(1, partner)
         dst = (chosen.cumsum(1) - 1).gather(1, into).clamp(min=0)
-        return replace(keep_where(chosen, gate if self.training else None), src=a, dst=dst, merge_gate=moved)
+        kept = keep_where(chosen, gate if self.training else None)
+        return replace(kept, merge=Merged(a, dst, gate=moved))
 
 
 class Prune(Reducer):
@@ -91,9 +93,8 @@ class Prune(Reducer):
         return None
 
     def forward(self, tokens: Tokens) -> Reduction:
-        assert tokens.attn_received is not None
         count = tokens.num_prefix + present(tokens).sum(1, keepdim=True)
-        score = there(tokens, tokens.attn_received.detach().float() * count)  # 1 on average over all tokens
+        score = there(tokens, tokens.reading("attn_received").detach().float() * count)  # 1 on average over all tokens
         gate = with_best(straight_through((score - self.threshold.float()) / WIDTH), score)
         return keep_where(gate > 0, gate if self.training else None)
 

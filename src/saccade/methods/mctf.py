@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Reduction, rows
+from saccade.core.reduction import Merge, Reduction, rows
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, fraction, whole
@@ -41,8 +41,7 @@ class Attract(Reducer):
         return (n // 2) * (n - n // 2) * self.dim
 
     def forward(self, tokens: Tokens) -> Reduction:
-        assert tokens.attn_received is not None
-        n, attended = tokens.num_patches, tokens.attn_received.clamp(min=1e-12)
+        n, attended = tokens.num_patches, tokens.reading("attn_received").clamp(min=1e-12)
         ones = torch.ones_like(attended)
         size = ones if tokens.size is None else tokens.size
         r = n - self.count(n)
@@ -55,7 +54,7 @@ class Attract(Reducer):
         moved = torch.arange(n, device=src_a.device).expand_as(size).scatter(1, src_b, into_a)
         src = torch.cat([src_a, src_b], dim=1)
         keep, dst = leave(n, src, torch.cat([moved.gather(1, into_b), into_a], dim=1))
-        return Reduction(keep, src=src, dst=dst, weight=attended * size)
+        return Reduction(keep, Merge(src, dst, weight=attended * size))
 
     @torch.no_grad()
     def _attraction(self, tokens: Tokens, attended: Tensor, size: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Reduction, rows
+from saccade.core.reduction import Merge, Reduction, rows
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import fraction, one_of, switch
@@ -45,7 +45,7 @@ class EnergyMerge(Reducer):
         merged, _, partner = best_proposals(between, r)
         src = a.gather(1, merged)
         keep, dst = leave(n, src, b.gather(1, partner))
-        return Reduction(keep, src=src, dst=dst, proportional=self.proportional)
+        return Reduction(keep, Merge(src, dst, proportional=self.proportional))
 
 
 @torch.no_grad()

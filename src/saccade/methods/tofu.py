@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from saccade.core.plan import Backbone, Method
-from saccade.core.reduction import Reduction
+from saccade.core.reduction import Reduction, means
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import exact_schedule, schedule, whole
@@ -28,11 +31,20 @@ class Mlerp(BipartiteMerge):
     """Merge the matched tokens: direction of the mean, length of the longest."""
 
     def forward(self, tokens: Tokens) -> Reduction:
-        merge = super().forward(tokens)
-        assert merge.src is not None and merge.dst is not None
+        found = super().forward(tokens)
+        keep, merge = found.keep, found.merge
+        assert merge is not None
         length = tokens.patches.float().norm(dim=-1)
-        longest = length.gather(1, merge.keep).scatter_reduce(1, merge.dst, length.gather(1, merge.src), "amax")
-        return replace(merge, target_norm=longest)
+        longest = length.gather(1, keep).scatter_reduce(1, merge.dst, length.gather(1, merge.src), "amax")
+        mean, _ = means(tokens.patches, tokens.size, keep, merge)
+        return replace(found, merge=replace(merge, values=stretched(mean, merge.dst, longest)))
+
+
+def stretched(x: Tensor, dst: Tensor, norm: Tensor) -> Tensor:
+    """Rows ``dst`` [B, R] of x [B, M, D] brought to a length each, norm [B, M]; all others times exactly 1."""
+    merged = torch.zeros_like(norm).scatter(1, dst, torch.ones_like(dst, dtype=norm.dtype)) > 0
+    scale = torch.where(merged, norm / x.float().norm(dim=-1).clamp(min=1e-6), 1.0)
+    return x * scale.unsqueeze(-1).to(x.dtype)
 
 
 def _menu(backbone: Backbone) -> list[str]:

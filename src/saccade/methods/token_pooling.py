@@ -8,7 +8,6 @@ are this block's attention; the token that stands for a cluster never leaves it,
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from saccade.methods.common.clustering import (
     gathered,
     highest,
     nearest,
-    only,
+    of_centres,
     squared_distances,
     squared_distances_to,
 )
@@ -56,15 +55,15 @@ class Pool(Reducer):
     def forward(self, tokens: Tokens) -> Reduction:
         n, m = tokens.num_patches, self.count(tokens.num_patches)
         significance = tokens.patches.new_ones(tokens.x.shape[0], n, dtype=torch.float32)
-        if tokens.attn_received is not None and self.read:
-            significance = tokens.attn_received.clamp(min=1e-12)
+        if self.read:
+            significance = tokens.reading("attn_received").clamp(min=1e-12)
         weight = significance if self.weighted else torch.ones_like(significance)
         start = significance if self.start == "weight" else self._even(significance, m)
         centres = highest(start.detach(), m, tokens.valid)
         find = self._medoids if self.centre == "medoid" else self._means
-        reduction = gathered(*find(tokens.patches.detach(), weight.detach(), centres, tokens.valid))
-        reduction = only(reduction, n) if self.centre == "medoid" else replace(reduction, weight=weight)
-        return replace(reduction, proportional=self.proportional)
+        centres, cluster = find(tokens.patches.detach(), weight.detach(), centres, tokens.valid)
+        weight = of_centres(centres, n) if self.centre == "medoid" else weight
+        return gathered(centres, cluster, weight, self.proportional)
 
     def _medoids(self, x: Tensor, weight: Tensor, centres: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """(medoids [B, M], cluster of each token [B, N])."""

@@ -21,6 +21,7 @@ from saccade.methods.common.matching import mixture
 HIDDEN = 64  # of the MLPs
 VERSIONS = ("1.1", "1.0")
 POOLS = ("sum", "mean")
+UNMIXED = "tokenlearner.unmixed"  # the tokens that were mixed, for a ``Fuse``
 
 
 def mlp(dim: int, tokens: int, bias: bool = True) -> nn.Sequential:
@@ -62,7 +63,7 @@ class Learn(Reducer):
         return mixture(tokens, self.maps(tokens.patches))
 
     def forward(self, tokens: Tokens) -> SoftReduction:
-        return SoftReduction(self.weights(tokens), remember=self.fused)
+        return SoftReduction(self.weights(tokens), state={UNMIXED: tokens} if self.fused else None)
 
 
 class LearnByConvolution(Learn):
@@ -116,7 +117,8 @@ class Fuse(Reducer):
         return None  # back to as many as there were
 
     def forward(self, tokens: Tokens) -> SoftReduction | None:
-        if tokens.unmixed is None:
+        unmixed: Tokens | None = tokens.state.get(UNMIXED)
+        if unmixed is None:
             return None
         if tokens.num_patches != self.tokens:
             raise UserError(
@@ -124,8 +126,8 @@ class Fuse(Reducer):
                 "method may reduce them in between"
             )
         mixed = self.mix(self.norm(tokens.patches).transpose(1, 2)).transpose(1, 2)
-        share = self.maps(tokens.unmixed.patches).sigmoid()  # [B, N, S]
-        return SoftReduction(share, self.norm_mixed(mixed), onto=tokens.unmixed)
+        share = self.maps(unmixed.patches).sigmoid()  # [B, N, S]
+        return SoftReduction(share, self.norm_mixed(mixed), state={UNMIXED: None}, onto=unmixed)
 
 
 # No menu: untrained, it destroys what the model knows. `tune` tries the settings that weights were trained for.

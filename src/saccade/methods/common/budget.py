@@ -21,24 +21,18 @@ def macs(backbone: Backbone, *methods: Method) -> int:
     """
     plan, cost, prefix = Plan(methods), backbone.cost, backbone.num_prefix
     n, total, depth = backbone.num_patches, 0, plan.depth(backbone.depth)
-
-    def decide(site: str) -> None:
-        nonlocal n, total
-        for reducer in plan.reducers(block, site, n):
-            total += reducer.macs(n)
-            n = reducer.count(n) or n
-
     for block in range(depth):
-        decide("block")
-        if backbone.pool == "token" and block == depth - 1:  # no one reads what the patches would become
+        before = plan.site(block, "block", n)
+        n, total = before.left, total + before.macs
+        if backbone.pool == "token" and block == depth - 1:  # what the patches would become is not read
             total += int(cost.attention(prefix, prefix + n)) + prefix * cost.mlp
             n = 0
             break
-        read = plan.readings(block, n)
-        total += int(cost.attention(prefix + n, prefix + n))
-        if "cls_attn" in read and "attn_received" not in read:  # beside a fused kernel it is computed once more
+        between = plan.site(block, "attn", n)
+        total += int(cost.attention(prefix + n, prefix + n)) + between.macs
+        if "cls_attn" in between.read and "attn_received" not in between.read:  # computed beside a fused kernel
             total += backbone.heads**2 * backbone.head_dim * (prefix + n)
-        decide("attn")
+        n = between.left
         total += (prefix + n) * cost.mlp
     patch = backbone.channels * backbone.patch_size[0] * backbone.patch_size[1]
     fixed, each = backbone.head

@@ -5,12 +5,10 @@ All clusters of all images at once; choices in fp32, without gradient. Padding o
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from saccade.core.reduction import Reduction
+from saccade.core.reduction import Merge, Reduction
 
 
 @torch.no_grad()
@@ -85,20 +83,21 @@ def cheapest(cost: Tensor, cluster: Tensor, centres: Tensor) -> Tensor:
     return torch.where(found < n, found, centres)  # nothing is the least of what is not a number
 
 
-def gathered(centres: Tensor, cluster: Tensor) -> Reduction:
+def gathered(centres: Tensor, cluster: Tensor, weight: Tensor | None = None, proportional: bool = True) -> Reduction:
     """Each cluster becomes one token in the place of its centre; the new order is that of the places.
 
     Args:
         centres: [B, M] places of tokens; cluster: [B, N] in 0 … M-1.
+        weight: [B, N] how much a token counts in its cluster's mean; None: its size.
+        proportional: whether attention counts the new tokens by size (``Merge.proportional``).
     """
     keep, order = centres.sort(dim=1)
     cluster = order.argsort(dim=1).gather(1, cluster)
     stays = torch.zeros_like(cluster).scatter(1, keep, 1)
     src = stays.argsort(dim=1, stable=True)[:, : cluster.shape[1] - keep.shape[1]]
-    return Reduction(keep, src=src, dst=cluster.gather(1, src))
+    return Reduction(keep, Merge(src, cluster.gather(1, src), weight=weight, proportional=proportional))
 
 
-def only(reduction: Reduction, n: int) -> Reduction:
-    """The same, but a new token has the features of the one that stands for the cluster, not the members' mean."""
-    weight = torch.zeros(reduction.keep.shape[0], n, device=reduction.keep.device)
-    return replace(reduction, weight=weight.scatter(1, reduction.keep, 1.0))
+def of_centres(centres: Tensor, n: int) -> Tensor:
+    """Weights [B, N] by which a new token has the features of its cluster's centre, not the members' mean."""
+    return torch.zeros(centres.shape[0], n, device=centres.device).scatter(1, centres, 1.0)

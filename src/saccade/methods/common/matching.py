@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.core.constant_cache import constant
 from saccade.core.plan import Backbone, Reducer
-from saccade.core.reduction import Reduction
+from saccade.core.reduction import Fuse, Merge, Reduction
 from saccade.core.softmax import masked_softmax
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
@@ -59,7 +59,7 @@ class KeepAttended(Reducer):
         return min(n, ceil_share(self.keep, n) + self.fuse)  # fusing a single token would change nothing
 
     def forward(self, tokens: Tokens) -> Reduction:
-        score: Tensor = getattr(tokens, self.reading)
+        score = tokens.reading(self.reading)
         seen = score if tokens.valid is None else score.masked_fill(~tokens.valid, -1.0)
         order = seen.argsort(dim=1, descending=True, stable=True)
         kept = ceil_share(self.keep, tokens.num_patches)
@@ -67,7 +67,7 @@ class KeepAttended(Reducer):
         if not self.fuse:
             return Reduction(keep)
         rest = order[:, kept:]
-        return Reduction(keep, fuse=rest, fuse_weight=score.gather(1, rest))
+        return Reduction(keep, fuse=Fuse(rest, score.gather(1, rest)))
 
 
 class BipartiteMerge(Reducer):
@@ -100,7 +100,7 @@ class BipartiteMerge(Reducer):
         into = partner.gather(1, order[:, :r])
         every_b = _every_second(first_b, n, merged.device).expand(merged.shape[0], -1)
         keep = torch.cat([unmerged.sort(dim=1).values, every_b], dim=1)
-        return Reduction(keep, merged, into + unmerged.shape[1], proportional=self.proportional)
+        return Reduction(keep, Merge(merged, into + unmerged.shape[1], proportional=self.proportional))
 
 
 @constant
@@ -110,10 +110,7 @@ def _every_second(first: int, n: int) -> np.ndarray:
 
 def feature_of(tokens: Tokens, metric: str) -> Tensor:
     """What similarity is measured on: the mean ``key`` over heads [B, N, d], or the features ``x`` [B, N, D]."""
-    if metric == "x":
-        return tokens.patches
-    assert tokens.key is not None
-    return tokens.key
+    return tokens.patches if metric == "x" else tokens.reading("key")
 
 
 def cosines(a: Tensor, b: Tensor, valid: tuple[Tensor, Tensor] | None = None) -> Tensor:

@@ -96,6 +96,7 @@ class Mosaic:
     level: Tensor  #         [B, G] int64  of the leaf that covers each cell; 0: a cell of its own
     owner: Tensor  #         [B, G] int64  the leaf that covers each cell
     cell: Tensor  #          [B, N] int64  upper left cell of each leaf (some cell, for padding)
+    node: Tensor  #          [B, N] int64  number of each leaf among all nodes of all levels, the finest level first
     valid: Tensor | None  #  [B, N] bool   False: padding, where images have different numbers of leaves; None: none
 
     @classmethod
@@ -111,9 +112,8 @@ class Mosaic:
     @classmethod
     def of_levels(cls, geometry: Geometry, level: Tensor, leaves: int | None = None) -> Mosaic:
         """From the level of every cell, [B, G] int64."""
-        cells = torch.arange(geometry.finest, device=level.device)
-        corner = _corner(geometry, level.device).reshape(-1)[level * geometry.finest + cells]  # [B, G]
-        first = corner == cells
+        corner = _corner(geometry, level.device).gather(0, level)  # [B, G]
+        first = corner == _cells(geometry, level.device)
         place = first.cumsum(1)
         valid, counts = None, place[:, -1]
         if leaves is None:
@@ -122,8 +122,9 @@ class Mosaic:
             least, leaves = (0, geometry.finest) if static else torch.stack(counts.aminmax()).tolist()
             if least < leaves:
                 valid = torch.arange(leaves, device=level.device) < counts.unsqueeze(1)
-        cell = (~first).to(torch.uint8).argsort(dim=1, stable=True)[:, :leaves]
-        return cls(geometry, level, (place - 1).gather(1, corner), cell, valid)
+        cell = first.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :leaves]
+        node = _numbers(geometry, level.device).gather(0, level).gather(1, cell)
+        return cls(geometry, level, (place - 1).gather(1, corner), cell, node, valid)
 
     @property
     def leaf_level(self) -> Tensor:
@@ -134,12 +135,6 @@ class Mosaic:
     def area(self) -> Tensor:
         """Cells in each leaf, [B, N] fp32."""
         return (4.0 ** self.leaf_level.float()).round()
-
-    @property
-    def node(self) -> Tensor:
-        """Number of each leaf among all nodes of all levels, the finest level first, [B, N]."""
-        numbers = _numbers(self.geometry, self.cell.device)
-        return numbers.reshape(-1)[self.leaf_level * self.geometry.finest + self.cell]
 
     def counts(self) -> Tensor:
         """Leaves of each level, [B, L] int64."""
@@ -182,6 +177,12 @@ def covering(g: Geometry) -> np.ndarray:
         rows.append(np.where(inside, start + y * g.grid(level)[1] + x, g.splits))
         start += g.nodes(level)
     return np.stack(rows) if rows else np.zeros((0, g.finest), dtype=np.int64)
+
+
+@table
+def _cells(g: Geometry) -> np.ndarray:
+    """0, 1, … G-1."""
+    return np.arange(g.finest)
 
 
 @table

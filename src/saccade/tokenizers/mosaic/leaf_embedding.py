@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from saccade.core.reduction import rows
 from saccade.core.timm_types import ViT
 from saccade.tokenizers.mosaic.geometry import Geometry, Mosaic, table
 from saccade.tokenizers.mosaic.pyramid import pyramid
+from saccade.tokenizers.resize.weight_cache import cached_weight
 
 # The table is an image with a channel for each feature, so a block's position is a pixel of its pyramid: the mean of
 # the table over all cells that it covers, or the table sampled at its centre.
@@ -36,11 +38,16 @@ def leaf_positions(vit: ViT, own: Tensor | None, mosaic: Mosaic, how: str) -> Te
     elif own is None:
         return None
     else:
-        levels = pyramid(own[:, prefix:].mT.unflatten(-1, g.cells), g.levels, TABLES[how])
-        every = torch.cat([level.flatten(2) for level in levels], dim=2)[0].mT
+        make = partial(_of_all_nodes, g=g, prefix=prefix, how=how)
+        every = cached_weight(vit, "leaf positions", (g, prefix, how), own, make)
         first = own[:, :prefix].expand(images, -1, -1)
-    found = rows(every.unsqueeze(0), mosaic.node.reshape(1, -1)).view(*mosaic.node.shape, every.shape[-1])
-    return torch.cat([first, found], dim=1)
+    return torch.cat([first, F.embedding(mosaic.node, every)], dim=1)
+
+
+def _of_all_nodes(own: Tensor, g: Geometry, prefix: int, how: str) -> Tensor:
+    """The positions of all nodes of all levels, the finest first, [n_0 + n_1 + …, D]."""
+    levels = pyramid(own[:, prefix:].mT.unflatten(-1, g.cells), g.levels, TABLES[how])
+    return torch.cat([level.flatten(2) for level in levels], dim=2)[0].mT.contiguous()
 
 
 @table

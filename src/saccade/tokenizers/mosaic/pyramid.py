@@ -19,9 +19,7 @@ from saccade.tokenizers.mosaic.geometry import Geometry, Mosaic, table
 def box(x: Tensor, times: int) -> Tensor:
     """Means over squares of ``times × times``, [B, C, h, w] -> [B, C, h // times, w // times]; a power of two."""
     while times > 1:
-        h, w = x.shape[-2] // 2 * 2, x.shape[-1] // 2 * 2
-        rows = x[..., 0:h:2, :w] + x[..., 1:h:2, :w]
-        x, times = (rows[..., ::2] + rows[..., 1::2]) * 0.25, times // 2
+        x, times = F.avg_pool2d(x, 2), times // 2
     return x
 
 
@@ -58,13 +56,10 @@ def read_leaves(levels: list[Tensor], mosaic: Mosaic) -> Tensor:
         h, w = g.grid(i)
         runs.append(x[..., : h * s, : w * s].reshape(images, channels, h * s * w, s))
     whole = torch.cat(runs, dim=2)  # [B, C, R, s]
-    first, stride = _runs(g, whole.device), _strides(g, whole.device)
-    level = mosaic.leaf_level
-    start = first.reshape(-1)[level * g.finest + mosaic.cell]  # [B, N]
-    down = torch.arange(s, device=whole.device)
-    across = torch.arange(channels, device=whole.device).unsqueeze(1) * whole.shape[2]  # [C, 1]
-    index = (start.unsqueeze(-1) + stride[level].unsqueeze(-1) * down).unsqueeze(2) + across  # [B, N, C, s]
-    index = index + torch.arange(images, device=whole.device)[:, None, None, None] * (channels * whole.shape[2])
+    first, below = _runs(g, whole.device), _below(g, channels, whole.device)
+    index = first[mosaic.node].unsqueeze(-1) + below[mosaic.leaf_level]  # [B, N, C * s]
+    if images != 1 or torch.compiler.is_compiling():
+        index = index + torch.arange(images, device=whole.device)[:, None, None] * (channels * whole.shape[2])
     rows = whole.reshape(-1, s).index_select(0, index.reshape(-1))
     return rows.reshape(images, mosaic.cell.shape[1], channels * s * s)
 
@@ -80,18 +75,19 @@ def fitted(images: Tensor, patch: int, size: tuple[int, int] | None) -> Tensor:
 
 @table
 def _runs(g: Geometry) -> np.ndarray:
-    """First run of pixels of the node of each level over each cell, [L, G] int64."""
+    """First run of pixels of every node of all levels, the finest first, [n_0 + n_1 + …] int64."""
     found, start = [], 0
-    y, x = (a.reshape(-1) for a in np.meshgrid(*map(np.arange, g.cells), indexing="ij"))
     for level in range(g.levels):
         h, w = g.grid(level)
-        run = start + (y >> level) * g.patch * w + (x >> level)
-        found.append(np.where(((y >> level) < h) & ((x >> level) < w), run, 0))
+        y, x = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+        found.append((start + y * g.patch * w + x).reshape(-1))
         start += h * g.patch * w
-    return np.stack(found)
+    return np.concatenate(found)
 
 
 @table
-def _strides(g: Geometry) -> np.ndarray:
-    """From a run of pixels to the one below it, [L] int64."""
-    return np.array([g.grid(level)[1] for level in range(g.levels)])
+def _below(g: Geometry, channels: int) -> np.ndarray:
+    """From the first run of a node of a level to all of its runs, channel by channel, [L, C * s] int64."""
+    runs = sum(h * g.patch * w for h, w in map(g.grid, range(g.levels)))
+    down = np.outer([g.grid(level)[1] for level in range(g.levels)], np.arange(g.patch))  # [L, s]
+    return (np.arange(channels)[:, None] * runs + down[:, None, :]).reshape(g.levels, -1)

@@ -46,10 +46,10 @@ class FirstLook(Scorer):
         x = vit.blocks[: self.blocks - 1](tokens.x)
         last = vit.blocks[self.blocks - 1]
         if vit.cls_token is None:
-            seen = attend(last.attn, last.norm1(x), read=frozenset({"attn_received"})).attn_received
+            seen = attend(last.attn, last.norm1(x), read=frozenset({"attn_received"})).stats.attn_received
         else:
             queries = 1 if plain_linear(last.attn.qkv) and not hooked(last.attn) else None
-            seen = attend(last.attn, last.norm1(x), queries=queries, read=frozenset({"cls_attn"})).cls_attn
+            seen = attend(last.attn, last.norm1(x), queries=queries, read=frozenset({"cls_attn"})).stats.cls_attn
         assert seen is not None
         return pooled(seen[:, vit.num_prefix_tokens :].unflatten(1, (h, w)), g)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,28 +38,22 @@ def _from_boxes(images: Tensor, g: Geometry) -> list[Tensor]:
     x, total, found = images, None, []
     for level in range(1, g.levels):
         (gh, gw), s = g.grid(level), g.patch
-        x = x[..., : 2 * gh * s, : 2 * gw * s]
-        rows, across = x[..., ::2, :] + x[..., 1::2, :], (x[..., ::2, :] - x[..., 1::2, :]).square_()
-        along = (rows[..., ::2] - rows[..., 1::2]).square_()  # [B, C, h/2, w/2]
+        if tuple(x.shape[-2:]) != (2 * gh * s, 2 * gw * s):
+            x = x[..., : 2 * gh * s, : 2 * gw * s]
+        upper, lower = x.unflatten(2, (gh * s, 2)).unbind(3)
+        rows, across = upper + lower, (upper - lower).square_()
+        left, right = rows.unflatten(3, (gw * s, 2)).unbind(4)
+        along = (left - right).square_()  # [B, C, h/2, w/2]
         # Of the two rows of a pair each is off by half of their difference; so are the columns of their mean.
-        blocks = (gh, s), (gw, s)
-        lost = _sum(across, blocks[0], (gw, 2 * s)) / 4 / (2 * s * s) + _sum(along, *blocks) / 16 / (s * s)
+        of_rows, of_columns = F.avg_pool2d(across.mean(1, True), (s, 2 * s)), F.avg_pool2d(along.mean(1, True), s)
+        lost = torch.add(of_columns, of_rows, alpha=4) / 16
         if total is not None:
-            lost = lost + _quarter(total, gh, gw)
+            lost = lost + F.avg_pool2d(total, 2)
         total = lost
-        found.append(lost)
-        x = (rows[..., ::2] + rows[..., 1::2]) * 0.25
+        found.append(lost.squeeze(1))
+        if level + 1 < g.levels:
+            x = (left + right) * 0.25
     return found[::-1]
-
-
-def _sum(x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-    """[B, C, h·a, w·b] -> sums over blocks of a × b, mean over channels, [B, h, w]."""
-    return x.unflatten(-2, rows).sum(-2).unflatten(-1, columns).sum(-1).mean(1)
-
-
-def _quarter(x: Tensor, h: int, w: int) -> Tensor:
-    """Mean of four: [B, ≥2h, ≥2w] -> [B, h, w]."""
-    return x[:, : 2 * h, : 2 * w].unflatten(1, (h, 2)).unflatten(3, (w, 2)).mean((2, 4))
 
 
 def _from_bilinear(images: Tensor, g: Geometry) -> list[Tensor]:
