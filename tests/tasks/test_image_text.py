@@ -30,6 +30,8 @@ from saccade.tasks.image_text.text_tower import (
 )
 from saccade.tasks.image_text.two_tower import LOSSES, Space, TwoTowerHead, by_sigmoid, by_softmax
 from saccade.tasks.image_text.zero_shot import belonging, ranks, retrieval, zero_shot
+from saccade.training.config import read_config
+from saccade.training.task import open_task
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8}
 
@@ -418,6 +420,15 @@ def changes(path: Path, *more: str) -> list[str]:
 
 
 TEMPLATES = "pairs.templates=['a photo of a {}.', 'the colour {}']"
+
+
+def test_files_that_are_passed_over_are_noted(tmp_path: Path) -> None:
+    write_folder(
+        tmp_path / "p", {f"{'ab'[i % 2]}/{i}.png": encode(picture(seed=i)) for i in range(4)} | {"a/x.heic": b""}
+    )
+    task = open_task(read_config("flexilit", changes(tmp_path / "p", TEMPLATES, "data.holdout=0.5")))
+    assert any("passed over 1 .heic" in note for note in task.notes)
+    assert task.held is not None and len(task.images) + len(task.held) == 4
 
 
 def test_a_locked_tower_stays_and_an_open_one_moves(coloured: Path, tmp_path: Path) -> None:

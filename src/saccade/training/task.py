@@ -16,13 +16,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
-from saccade.data import ImageSet, Preprocess
+from saccade.data import ImageSet, Loaders, Preprocess
+from saccade.data.decoded import Decoded
 from saccade.errors import UserError
 from saccade.evaluation.stats import Interval
 from saccade.model import AdaptiveViT
 from saccade.reports import token_map
 from saccade.terminal.progress import Progress
 from saccade.training.config import TASKS, Config
+from saccade.training.image_sets import decode_once
 
 if TYPE_CHECKING:
     from saccade.training.loss import Teacher, TeacherOutput
@@ -67,14 +69,23 @@ class Task(ABC):
     column: ClassVar[str]  # the same in checks.csv
     images: ImageSet  #         trained on
     held: ImageSet | None  #    only looked at to check
+    loaders: Loaders | None  #  of these
+    side: int | None = None  #  pixels that images are decoded once for; None: each is read whenever it is drawn
+    decoded: Decoded | None = None  # all images, where they are decoded once
     teacher: Teacher | None = None
     notes: list[str]  #         what was chosen or assumed, a line each
     project: nn.Module  #       learned for training alone: it brings features to a teacher's width
 
     def __init__(self, config: Config) -> None:
-        """Open the data; subclasses set ``images`` and ``held``. Raises UserError for anything amiss."""
+        """Open the data; subclasses ``use`` it. Raises UserError for anything amiss."""
         self.config, self.project = config, nn.Identity()
         self.notes: list[str] = []
+
+    def use(self, images: ImageSet, held: ImageSet | None) -> None:
+        """Train on some images and check on others; what was assumed of either is noted."""
+        self.images, self.held = images, held
+        self.loaders = None if held is None else Loaders(held)
+        self.notes += dict.fromkeys([*images.notes, *(held.notes if held else ())])
 
     def identity(self) -> dict[str, Any]:
         """What tells the data of a run from any other: classes, and images by their content. Plain values, for JSON."""
@@ -90,7 +101,9 @@ class Task(ABC):
 
     def ready(self, folder: Path, progress: Progress) -> int:
         """Do once what need not be done for every batch; how many images can be trained on."""
-        return len(self.images)
+        if self.side is not None:
+            self.decoded = decode_once(self.config.data, self.images, self.side, folder, progress)
+        return len(self.images) - (len(self.decoded.failures) if self.decoded else 0)
 
     def teach(self, student: MultiSettingModel) -> None:
         """Open the teacher that the config names."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from saccade.backbones.vit import class_names_of
-from saccade.data import ImageSet, Loaders, Preprocess, head_labels
+from saccade.data import ImageSet, Preprocess, head_labels
 from saccade.data.decoded import Decoded
 from saccade.data.labels import places_of, some
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.stats import Interval, proportion
 from saccade.model import AdaptiveViT
-from saccade.terminal.progress import Progress
 from saccade.training.augmentation import isolated
 from saccade.training.config import Config
-from saccade.training.image_sets import decode_once, open_sets
+from saccade.training.image_sets import open_sets
 from saccade.training.loss import Teacher, TeacherOutput, pooled, terms
 from saccade.training.multi_setting import MultiSettingModel
 from saccade.training.starting import fit_head, open_source, open_teacher, start_from
@@ -36,11 +34,8 @@ class Classify(Task):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.images, self.held = open_sets(config.data)
-        self.notes += dict.fromkeys([*self.images.notes, *(self.held.notes if self.held else ())])
-        self.decoded: Decoded | None = None
+        self.use(*open_sets(config.data))
         self.places = spread(len(self.held), config.data.check_limit) if self.held is not None else []
-        self._loaders = None if self.held is None else Loaders(self.held)
 
     def model(self) -> AdaptiveViT:
         start = open_source(self.config.model)
@@ -51,10 +46,6 @@ class Classify(Task):
         self.truth = None if self.held is None else torch.tensor(head_labels(self.held, model.vit).indices)
         self.classes = model.vit.num_classes
         return model
-
-    def ready(self, folder: Path, progress: Progress) -> int:
-        self.decoded = decode_once(self.config.data, self.images, self.side, folder, progress)
-        return len(self.images) - (len(self.decoded.failures) if self.decoded else 0)
 
     def teach(self, student: MultiSettingModel) -> None:
         rule = self.config.distill
@@ -104,10 +95,10 @@ class Classify(Task):
         return TeacherOutput(out.logits.detach(), pooled(model, out).detach())
 
     def measure(self, view: AdaptiveViT, tick: Tick) -> tuple[Interval, float]:
-        assert self.truth is not None and self._loaders is not None
+        assert self.truth is not None and self.loaders is not None
         weight = view.vit.patch_embed.proj.weight
         hits, macs = [], []
-        for batch in self._loaders.of(Preprocess.of(view.vit, view.input_size())).batches(
+        for batch in self.loaders.of(Preprocess.of(view.vit, view.input_size())).batches(
             self.config.run.batch, self.places
         ):
             with torch.no_grad():  # not inference mode, whose tensors must not meet training's

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter
 from torchvision.transforms.functional import InterpolationMode, hflip, pil_to_tensor, resized_crop, vflip
 
-from saccade.data import Loaders, Preprocess
+from saccade.data import Preprocess
 from saccade.data.decoded import Decoded
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
@@ -24,10 +23,9 @@ from saccade.tasks.detection.detection_data import BoxSet, Objects, open_boxes, 
 from saccade.tasks.detection.detector import DetectionHead, Heads, draw, look, squashed
 from saccade.tasks.detection.hungarian import Weights, terms
 from saccade.tasks.image_text.text_tower import Learned, TextTower, open_tower
-from saccade.terminal.progress import Progress
 from saccade.training.augmentation import Augment
 from saccade.training.config import Config
-from saccade.training.image_sets import decode_once, divided
+from saccade.training.image_sets import divided
 from saccade.training.starting import open_source
 from saccade.training.task import Examples, Task, Tick
 
@@ -45,10 +43,7 @@ class Detect(Task):
             if name not in KNOWN and getattr(config.augment, name) != known.default:
                 raise UserError(f"augment.{name} moves or hides objects: leave it out for task='detect'")
         self.boxes, self.checked = open_both(config)
-        self.images = self.boxes.images
-        self.held = None if self.checked is None else self.checked.images
-        self.loaders = None if self.held is None else Loaders(self.held)
-        self.decoded: Decoded | None = None
+        self.use(self.boxes.images, None if self.checked is None else self.checked.images)
         self.weights = Weights(**{name: getattr(config.detect, name) for name in Weights.__dataclass_fields__})
 
     def identity(self) -> dict[str, Any]:
@@ -71,10 +66,6 @@ class Detect(Task):
         learned = rule.queries == "learned"
         texts = Learned(names, rule.width) if learned else open_tower(rule.width, **self.config.texts.model_dump())
         return Heads(texts, model.vit.embed_dim, names)
-
-    def ready(self, folder: Path, progress: Progress) -> int:
-        self.decoded = decode_once(self.config.data, self.images, self.side, folder, progress)
-        return len(self.images) - (len(self.decoded.failures) if self.decoded else 0)
 
     def examples(self, seen: Preprocess) -> Boxed:
         return Boxed(self.boxes, seen, self.config.augment, self.config.detect.least, self.decoded)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from saccade.data import Loaders, Preprocess
+from saccade.data import Preprocess
 from saccade.data.decoded import Decoded
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
@@ -21,9 +20,8 @@ from saccade.tasks.image_text.image_text_data import Pairs, captioned, open_pair
 from saccade.tasks.image_text.text_tower import open_tower
 from saccade.tasks.image_text.two_tower import Space, TwoTowerHead
 from saccade.tasks.image_text.zero_shot import belonging, embed, ranks
-from saccade.terminal.progress import Progress
 from saccade.training.config import Config
-from saccade.training.image_sets import decode_once, divided, open_sets
+from saccade.training.image_sets import divided, open_sets
 from saccade.training.starting import open_source
 from saccade.training.task import Examples, Task, Tick
 
@@ -41,10 +39,7 @@ class Pairing(Task):
         if config.run.accumulate > 1:
             raise UserError("run.accumulate > 1 would compare fewer images: leave it out, and set run.checkpointing")
         self.pairs, self.checked = open_both(config)
-        self.images = self.pairs.images
-        self.held = None if self.checked is None else self.checked.images
-        self.loaders = None if self.held is None else Loaders(self.held)
-        self.decoded: Decoded | None = None
+        self.use(self.pairs.images, None if self.checked is None else self.checked.images)
 
     def identity(self) -> dict[str, Any]:
         found = super().identity() | {"texts": self.pairs.fingerprint()}
@@ -59,10 +54,6 @@ class Pairing(Task):
         texts = open_tower(rule.width or features, **self.config.texts.model_dump())
         space = Space(texts, features, project=rule.width is not None, loss=rule.loss)
         return model.with_head(TwoTowerHead(space))
-
-    def ready(self, folder: Path, progress: Progress) -> int:
-        self.decoded = decode_once(self.config.data, self.images, self.side, folder, progress)
-        return len(self.images) - (len(self.decoded.failures) if self.decoded else 0)
 
     def examples(self, seen: Preprocess) -> Examples:
         return Paired(self.pairs, self.config.augment.view(seen.size, seen.interpolation, seen.mean), self.decoded)

@@ -57,8 +57,7 @@ class Segment(Task):
             self.checked = open_pixels(data.path, held, rule.classes, rule.void)
         elif data.holdout:
             self.pixels, self.checked = (self.pixels.subset(p) for p in divided(self.pixels.images, data))
-        self.images, self.held = self.pixels.images, None if self.checked is None else self.checked.images
-        self.notes += dict.fromkeys([*self.images.notes, *(self.held.notes if self.held else ())])
+        self.use(self.pixels.images, None if self.checked is None else self.checked.images)
 
     def identity(self) -> dict[str, Any]:
         found = super().identity() | {"labels": self.pixels.fingerprint()}
