@@ -406,7 +406,7 @@ def test_the_command_names_classes_and_finds_pairs(
     saccade.save(saccade.create_model("vit_tiny_patch16_224", **TINY), tmp_path / "m2")
     with pytest.raises(SystemExit):
         main(["zeroshot", str(tmp_path / "m2"), str(coloured)])
-    assert "no text tower" in capsys.readouterr().err
+    assert "no two-tower model" in capsys.readouterr().err
 
 
 # Training

@@ -111,7 +111,7 @@ class Embedded:
 class TwoTowerHead(Head):
     """The space that pooled features of images share with texts."""
 
-    task, noun, verb, config = "textimage", "text tower", "zeroshot", "flexilit"
+    task, noun, verb, config = "textimage", "two-tower model", "zeroshot", "flexilit"
 
     def __init__(self, space: Space) -> None:
         super().__init__()
