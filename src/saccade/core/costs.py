@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from saccade.core.gates import Gates
@@ -46,13 +48,21 @@ def block_cost(block: TimmBlock) -> BlockCost:
     attn = block.attn
     gate = getattr(attn, "gate", None)
     dim = layer_in(attn.qkv, nn.Linear, "in_features").in_features
-    linears = (m for m in block.mlp.modules() if isinstance(m, nn.Linear))
     return BlockCost(
         dim=dim,
         attn_dim=attn.num_heads * attn.head_dim,
-        mlp=sum(m.in_features * m.out_features for m in linears),
+        mlp=sum(m.in_features * m.out_features for m in _linears(block.mlp)),
         gate=0 if gate is None else gate.in_features * gate.out_features,
     )
+
+
+def _linears(module: nn.Module) -> Iterator[nn.Linear]:
+    """The linear layers in a module, as ``modules()`` finds them, but faster: every block of a forward asks."""
+    if isinstance(module, nn.Linear):
+        yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _linears(child)
 
 
 def reading_macs(block: TimmBlock, read: frozenset[str], kernel: str) -> int:

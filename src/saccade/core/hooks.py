@@ -162,10 +162,9 @@ def around(module: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
 
     The module itself is not touched, so that threads may share it.
     """
-    glob = torch_modules
-    local = hooked(module)
-    if not (local or glob._global_forward_hooks or glob._global_forward_pre_hooks or glob._global_backward_hooks):
+    if not _is_heard(module):
         return forward(*args)
+    glob = torch_modules
     kwargs: dict[str, Any] = {}
     for key, hook in (*glob._global_forward_pre_hooks.items(), *module._forward_pre_hooks.items()):
         if key in module._forward_pre_hooks_with_kwargs:
@@ -188,11 +187,20 @@ def around(module: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
+def _is_heard(module: nn.Module) -> bool:
+    """Whether a hook would run around a module: one of its own, or one of all modules."""
+    glob = torch_modules
+    everywhere = glob._global_forward_hooks or glob._global_forward_pre_hooks or glob._global_backward_hooks
+    return bool(everywhere) or hooked(module)
+
+
 def through(module: nn.Module, run: Callable[[Tokens], tuple[Tokens, Result]], tokens: Tokens) -> tuple[Tokens, Result]:
     """``run`` on tokens, as the forward of a module of which hooks see the features [B, N, D] that go in and come out.
 
     UserError where a hook returns features of another shape.
     """
+    if not _is_heard(module):
+        return run(tokens)
     kept: list[tuple[Tokens, Result]] = []
 
     def forward(x: Tensor) -> Tensor:

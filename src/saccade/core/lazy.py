@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 Value = TypeVar("Value")
@@ -37,11 +38,12 @@ class Lazy:
         object.__setattr__(of, self.slot, value)  # `of` is frozen; older compilers do not trace its `__dict__`
 
 
-def lazy(field: str) -> Callable[[type[Value]], type[Value]]:
-    """A dataclass one of whose fields is ``Lazy``; ``held`` says of each field which attribute holds it."""
+def lazy(*names: str) -> Callable[[type[Value]], type[Value]]:
+    """A dataclass some of whose fields are ``Lazy``; ``held`` says of each field which attribute holds it."""
 
     def add(kind: Any) -> Any:
-        setattr(kind, field, Lazy(field))
+        for name in names:
+            setattr(kind, name, Lazy(name))
         held = ((f.name, getattr(kind, f.name, None)) for f in fields(kind))
         kind.held = {name: found.slot if isinstance(found, Lazy) else name for name, found in held}
         return kind
@@ -62,6 +64,10 @@ def changed(value: Value, /, **changes: Any) -> Value:
 def turned(value: Any, kind: type[Value], /, **changes: Any) -> Value:
     """``changed``, to a value of another kind that has at least the fields which are not given."""
     new, held = object.__new__(kind), kind.held  # type: ignore[attr-defined]
+    if type(value) is kind and not torch.compiler.is_compiling():  # all at once: a forward does this hundred times
+        new.__dict__.update(value.__dict__)
+        new.__dict__.update({held[name]: change for name, change in changes.items()})
+        return new
     for name, slot in held.items():
         if name not in changes:
             object.__setattr__(new, slot, getattr(value, slot))

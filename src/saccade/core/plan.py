@@ -186,6 +186,8 @@ class Plan(nn.Module):
 
     def is_identity(self, block: int, n: int) -> bool:
         """Whether no method has anything to do inside of a block that n patch tokens enter."""
+        if block not in self.at:
+            return True
         return not self.gated(block) and len(self.site(block, "attn", n).reducers) == 0
 
     def depth(self, blocks: int) -> int:
@@ -198,6 +200,8 @@ class Plan(nn.Module):
         sparse: False: a reduction that has a gate is carried out as a mask.
         """
         cost: int = 0
+        if block not in self.at:
+            return tokens, cost
         todo = self.site(block, site, tokens.num_patches).reducers
         for i, reducer in enumerate(todo):
             tokens = padded(tokens)

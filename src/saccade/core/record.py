@@ -64,6 +64,8 @@ class BlockTrace:
 
     def with_overhead(self, macs: int) -> BlockTrace:
         """The same with MACs that were spent before the block."""
+        if macs == 0:
+            return self
         wanted = None if self.target_macs is None else self.target_macs + macs
         return changed(self, aux_macs=self.aux_macs + macs, target_macs=wanted)
 

@@ -113,7 +113,7 @@ def _counting(images: int) -> np.ndarray:
 
 def _move(tokens: Tokens, r: Reduction) -> Tokens:
     prefix, stats = tokens.num_prefix, tokens.stats
-    first, patches = tokens.x.split([prefix, tokens.num_patches], dim=1)
+    first, patches = tokens.x.split_with_sizes([prefix, tokens.num_patches], dim=1)
     x, key, size = _kept_and_merged(tokens, patches, r)
     masses = {"cls_attn": _sums(stats.cls_attn, r), "attn_received": _sums(stats.attn_received, r)}
     value = None if stats.value_norm is None else stats.value_norm.gather(1, r.keep)  # a merged token's: the kept one's
@@ -161,9 +161,10 @@ def means(x: Tensor, size: Tensor | None, keep: Tensor, merge: Merge) -> tuple[T
     else:
         weight = (size if size.dtype == wide.dtype else size.to(wide.dtype)).unsqueeze(2)
         carried = torch.cat([wide * weight, weight], dim=2)
-    kept, merged = rows(carried, torch.cat([keep, merge.src], dim=1)).split([keep.shape[1], merge.src.shape[1]], dim=1)
+    together, counts = rows(carried, torch.cat([keep, merge.src], dim=1)), [keep.shape[1], merge.src.shape[1]]
+    kept, merged = together.split_with_sizes(counts, dim=1)
     sums = kept.scatter_add(1, merge.dst.unsqueeze(2).expand_as(merged), merged)
-    features, total = sums.split([x.shape[2], 1], dim=2)
+    features, total = sums.split_with_sizes([x.shape[2], 1], dim=2)
     mean = features / total
     return mean if wide is x else mean.to(x.dtype), total.squeeze(2)
 

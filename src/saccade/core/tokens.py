@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ READINGS = frozenset({"key", "cls_attn", "attn_received", "value_norm"})  # of o
 DROPPED = "dropped_features"  # in ``Tokens.state``: the last features of dropped cells, [B, G, D]
 
 
+@lazy()
 @dataclass(frozen=True)
 class AttentionStats:
     """What one block's attention says of each patch token, until its MLP; None: not read."""
@@ -128,7 +129,7 @@ class Tokens:
 
     def with_stats(self, **readings: Tensor | None) -> Tokens:
         """These tokens with other readings of attention, by name; those not named stay."""
-        return changed(self, stats=replace(self.stats, **readings))
+        return changed(self, stats=changed(self.stats, **readings))
 
     def without(self, names: frozenset[str]) -> Tokens:
         """These tokens without some of the readings of attention."""

@@ -12,6 +12,7 @@ from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 from saccade.core.hooks import around, exact, require_plain
+from saccade.core.lazy import changed
 from saccade.core.packing import Rows
 from saccade.core.tokens import NO_STATS, AttentionStats
 from saccade.execution.heads import some_heads
@@ -77,9 +78,9 @@ def _attend(attn: Attention, x: Tensor, bias: Tensor | None, ask: Asked, executi
     y = attn.norm(y)
     y = attn.proj_drop(attn.proj(y if gate is None else y * gate))
     if "key" in ask.read:
-        stats = replace(stats, key=k.mean(1))
+        stats = changed(stats, key=k.mean(1))
     if "value_norm" in ask.read:
-        stats = replace(stats, value_norm=vector_norm(v.float(), dim=(1, 3)))
+        stats = changed(stats, value_norm=vector_norm(v.float(), dim=(1, 3)))
     return Attended(y, kernel if bias is None else f"{kernel}+bias", stats)
 
 
@@ -113,9 +114,9 @@ def _packed(attn: Attention, x: Tensor, bias: Tensor | None, rows: Rows, ask: As
     else:
         y, stats, kernel = mix_one_by_one(attn, execution, parts, ask.read)
     if "key" in ask.read:
-        stats = replace(stats, key=parts.k.mean(1))
+        stats = changed(stats, key=parts.k.mean(1))
     if "value_norm" in ask.read:
-        stats = replace(stats, value_norm=vector_norm(v.float(), dim=(1, 2)))
+        stats = changed(stats, value_norm=vector_norm(v.float(), dim=(1, 2)))
     if ask.heads is not None:
         each = ask.heads.repeat_interleave(rows.counts(), dim=0, output_size=len(x))
         on = each.unsqueeze(-1).to(y.dtype)

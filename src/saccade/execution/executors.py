@@ -34,6 +34,8 @@ from saccade.execution.heads import should_skip_heads
 from saccade.execution.policy import Execution, images_that_run, rows_that_run
 from saccade.execution.residual import residual
 
+ALL_RUN = Gates()
+
 
 class Executor(Protocol):
     """A way to run a block."""
@@ -121,7 +123,7 @@ class Parts:
     def attention(self, block: TimmBlock, tokens: Tokens, read: frozenset[str], skip: bool) -> tuple[Tokens, Mixed]:
         """``x + attn(norm1(x))``; with what reducers read, which needs attention to run for all images."""
         seen: list[Attended] = []
-        gates = self.gates or Gates()
+        gates = self.gates or ALL_RUN
         tokens = tokens if gates.patch is None else tokens.with_stats(gate_mask=gates.patch)
         how: dict[str, Any] = {"partial": gates.partial, "keep_mask": live_keys(tokens), "skip": skip, "read": read}
         how |= {"query_mask": tokens.query_mask() if "attn_received" in read else None, "execution": self.execution}
@@ -153,7 +155,7 @@ class Parts:
         self, step: Step, seen: tuple[Tokens, Tokens, Tokens], mixed: Mixed, updated: Count, deciding: int
     ) -> BlockTrace:
         """What ran. seen: tokens at the start, before the MLP, at the end; updated: how many the MLP computed."""
-        (start, middle, end), gates, cost = seen, self.gates or Gates(), block_cost(step.block)
+        (start, middle, end), gates, cost = seen, self.gates or ALL_RUN, block_cost(step.block)
         before, kernel, computes_all = start.length, mixed.kernel, self.skipped == "nothing"
         overhead = self.gating + deciding + reading_macs(step.block, mixed.read, kernel) * before
         return BlockTrace(
@@ -225,8 +227,11 @@ def executor_for(step: Step, tokens: Tokens, execution: Execution) -> Executor:
     """The way to run a step: a constant where nothing depends on the image."""
     if step.prefix_only and not step.is_gated and PrefixOnly.is_exact(step.block):
         return PrefixOnly(execution)
+    idle = step.is_identity(tokens) and tokens.plain
+    if idle and execution.is_timms():
+        return Whole()
     shown = watched(step.block)
-    if step.is_identity(tokens) and tokens.plain and (execution.is_timms() or shown):
+    if idle and shown:
         return Whole()
     gates, gating = step.gates(tokens)
     if gates is None or step.masked:

@@ -96,7 +96,8 @@ class BipartiteMerge(Reducer):
         similar = products(feature[:, first_a::2], feature[:, first_b::2], valid)
         best, partner = similar.max(dim=-1)
         order, r = best.argsort(dim=1, descending=True, stable=True), n - self.count(n)
-        merged, unmerged = (2 * order + first_a if first_a else 2 * order).split([r, order.shape[1] - r], dim=1)
+        places = 2 * order + first_a if first_a else 2 * order
+        merged, unmerged = places.split_with_sizes([r, order.shape[1] - r], dim=1)
         into = partner.gather(1, order[:, :r])
         every_b = _every_second(first_b, n, merged.device).expand(merged.shape[0], -1)
         keep = torch.cat([unmerged.sort(dim=1).values, every_b], dim=1)
@@ -155,7 +156,7 @@ def best_proposals(similar: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     best, partner = similar.max(dim=-1)  # [B, |A|]
     order = best.argsort(dim=1, descending=True, stable=True)
-    merged, others = order.split([r, order.shape[1] - r], dim=1)
+    merged, others = order.split_with_sizes([r, order.shape[1] - r], dim=1)
     return merged, others, partner.gather(1, merged)
 
 
