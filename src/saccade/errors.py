@@ -22,7 +22,7 @@ def one_line(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'tome'?)"`` for a near miss of a known name, else a list of what is known."""
+    """``" (did you mean 'grid'?)"`` for a near miss of a known name, else a list of what is known."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"

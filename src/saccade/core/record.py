@@ -29,8 +29,8 @@ class BlockCost:
     def attention(self, queries: Count, keys: Count, heads: Tensor | None = None, partial: bool = False) -> Count:
         """Projections of queries, keys and values, scores, weighted sum, output projection.
 
-        heads: share of the heads that run [B]; None: all. own: values and output of the others are projected all the
-        same.
+        heads: share of the heads that run [B]; None: all. partial: values and output of the others are
+        projected all the same.
         """
         once = self.dim * self.attn_dim
         whole = queries * (2 * once + self.gate) + keys * (2 * once) + queries * keys * (2 * self.attn_dim)
