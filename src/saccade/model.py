@@ -151,9 +151,8 @@ class AdaptiveViT(OldNames, TimmNames):
         Args:
             args, kwargs: what a head takes beside images, such as a detector's queries.
         """
-        if self.task_head is None:
-            return self.forward_vit(images, *args, **kwargs)
-        return self.task_head(self, images, *args, **kwargs)
+        head = self.task_head
+        return self.forward_vit(images, *args, **kwargs) if head is None else head(self, images, *args, **kwargs)
 
     def forward_vit(self, images: Tensor) -> Output:
         """images [B, C, h, w], normalised -> logits of the ViT's own classifier (pooled features [B, D] where it has
@@ -186,13 +185,13 @@ class AdaptiveViT(OldNames, TimmNames):
         self, images: Tensor, *, whole: bool, sparse: bool | None = None, dense: bool = False
     ) -> tuple[Tokens, Trace]:
         self._check(images)
-        start = self.tokenizer(self.vit, images)
+        vit, tokenizer = self.vit, self.tokenizer
+        start: Tokens = tokenizer(vit, images)
         if dense:
             start = start.with_dropped_features()
         skip = not self.training if sparse is None else sparse
-        tokens, blocks = encode(self.vit, start, self.plan, whole=whole, sparse=skip, execution=self.execution)
-        embed = self.tokenizer.macs(self.vit, start)
-        head = head_macs(self.vit, tokens.x.shape[1])
+        tokens, blocks = encode(vit, start, self.plan, whole=whole, sparse=skip, execution=self.execution)
+        embed, head = tokenizer.macs(vit, start), head_macs(vit, tokens.x.shape[1])
         return tokens, Trace(blocks, embed, head, images.shape[0], unread(start), start.grid, tokens.state)
 
     def pooled_head(self, x: Tensor, tokens: Tokens, pre_logits: bool = False) -> Tensor:

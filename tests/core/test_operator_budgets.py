@@ -1,7 +1,8 @@
-"""ATen operators of one forward: what a small batch pays for beside arithmetic. Counted, so no machine decides."""
+"""ATen operators and Python calls of one forward: what a small batch pays for beside arithmetic; no machine decides."""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import pytest
@@ -21,6 +22,9 @@ BUDGETS = {
     "adavit(0.7)": 500,
     "quadtree(100)": 340,
 }
+
+
+CALLS = {"dense": 1.35, "evit(0.7)": 1.6, "tome(r=13)": 2.1}  # of Python functions, over those of timm's own forward
 
 
 class Operators(TorchDispatchMode):
@@ -55,6 +59,31 @@ def test_a_forward_stays_within_its_operators(model, setting):
     view = model.at(setting).eval()
     seen = count(lambda: view(images))
     assert seen.total() <= BUDGETS[setting], seen.most_common(12)
+
+
+def calls(run) -> int:
+    """Python functions that are called."""
+    seen = [0]
+    run()
+
+    def note(frame, event, argument):
+        seen[0] += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return seen[0]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("setting", CALLS)
+def test_a_forward_stays_within_its_calls_of_python(model, setting):
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    view = model.at(setting).eval()
+    assert calls(lambda: view(images)) <= CALLS[setting] * calls(lambda: model.vit(images))
 
 
 @torch.inference_mode()

@@ -28,6 +28,7 @@ from saccade.core.reduction import Fuse, Merge, Reduction, SoftReduction, reduce
 from saccade.core.tokens import DROPPED, Tokens
 from saccade.execution import attention
 from saccade.execution.attention import attend
+from saccade.execution.mixing import Asked
 from saccade.execution.policy import Execution
 from saccade.methods.common.matching import best_edges
 from saccade.model import AdaptiveViT
@@ -225,8 +226,8 @@ def test_readings_are_those_of_the_full_attention(family, biased, fused):
     x = 2 * torch.randn(2, 17, 96)
     bias = torch.randint(1, 9, (2, 17)).float().log() if biased else None
     with torch.no_grad():
-        some = attend(attn, x, bias, read=frozenset({"cls_attn", "key"}))
-        every = attend(attn, x, bias, read=frozenset({"cls_attn", "key", "attn_received"}))
+        some = attend(attn, x, bias, ask=Asked(read=frozenset({"cls_attn", "key"})))
+        every = attend(attn, x, bias, ask=Asked(read=frozenset({"cls_attn", "key", "attn_received"})))
         for b in range(2):
             y, shares, keys = attention_by_hand(attn, x[b], None if bias is None else bias[b])
             assert relative(some.x[b], y) <= 1e-5 and relative(every.x[b], y) <= 1e-5
@@ -243,7 +244,9 @@ def test_fewer_queries_are_the_first_rows(queries):
     attn = make_vit("qk-norm").blocks[0].attn
     x, bias = torch.randn(2, 17, 96), torch.randint(1, 9, (2, 17)).float().log()
     with torch.no_grad():
-        assert relative(attend(attn, x, bias, queries=queries).x, attend(attn, x, bias).x[:, :queries]) <= 1e-5
+        assert (
+            relative(attend(attn, x, bias, ask=Asked(queries=queries)).x, attend(attn, x, bias).x[:, :queries]) <= 1e-5
+        )
 
 
 # --- unmerge -----------------------------------------------------------------------------------------------

@@ -8,9 +8,20 @@ import torch
 import saccade.core.plan
 from oracles import RandomGates, add_gates, make_images, make_vit, relative
 from saccade.core.gates import Gates
+from saccade.core.packing import padded
 from saccade.core.plan import Gater
 from saccade.core.program import lower
-from saccade.execution.executors import Gathered, Images, Masked, Parts, PrefixOnly, Rows, Whole, executor_for
+from saccade.execution.executors import (
+    Gathered,
+    Images,
+    Masked,
+    Parts,
+    PrefixOnly,
+    Rows,
+    Straight,
+    Whole,
+    executor_for,
+)
 from saccade.execution.policy import LIMITS, Execution, images_that_run, rows_that_run
 from saccade.model import AdaptiveViT
 
@@ -156,7 +167,7 @@ def test_a_block_of_which_nothing_is_asked_is_timms(vit):
 WAYS = [
     ("", None, False, [Whole, Whole, PrefixOnly]),
     ("", None, True, [Whole, Whole, PrefixOnly]),
-    ("evit(0.7, at=1)", None, False, [Whole, Parts, PrefixOnly]),
+    ("evit(0.7, at=1)", None, False, [Whole, Straight, PrefixOnly]),
     ("evit(0.7, at=1)", None, True, [Whole, Masked, PrefixOnly]),
     ("topk(0.5, at=(0, 1))", None, False, [Gathered, Gathered, PrefixOnly]),
     ("topk(0.5, at=(0, 1))", "never", False, [Masked, Masked, PrefixOnly]),
@@ -174,7 +185,7 @@ def test_the_executor_of_each_block(setting, skip, masked, expected):
     steps, execution = lower(vit, model.plan, whole=False, masked=masked), Execution(skip=skip or "always")
     assert [type(executor_for(step, start, execution)) for step in steps] == expected
     handle = vit.blocks[0].attn.register_forward_hook(lambda *_: None)
-    shown = executor_for(steps[0], start, execution)
+    shown = executor_for(lower(vit, model.plan, whole=False, masked=masked)[0], start, execution)
     handle.remove()
     assert not isinstance(shown, (Rows, Gathered)) and not isinstance(shown, PrefixOnly)
 
@@ -185,3 +196,25 @@ def test_branches_alone_leave_out_images(vit):
     steps = lower(vit, model.plan, whole=True, masked=False)
     assert {type(executor_for(step, start, model.execution)) for step in steps} <= {Rows, Images, Parts}
     assert {type(executor_for(step, start, Execution(skip="never"))) for step in steps} <= {Masked, Parts}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "setting", ["tome(r=3)", "evit(0.5, at=(0, 1, 2), fuse=True)", "ats(0.5, at=(0, 1, 2))", "tofu(r=3)"]
+)
+def test_the_straight_way_is_the_way_of_parts(vit, setting):
+    """Features, sizes, owners and the record of a block: ``Parts`` knows masks and packing, and needs neither here."""
+    model, tokens = AdaptiveViT(vit, setting).eval(), AdaptiveViT(vit).tokenizer(vit, make_images(vit, 3))
+    for step in lower(vit, model.plan, whole=True, masked=False):
+        (one, ran), (other, same) = (
+            way.execute(step, tokens)
+            for way in (Straight(model.execution, step.between(tokens).read), Parts(model.execution))
+        )
+        assert isinstance(executor_for(step, tokens, model.execution), Straight if tokens.complete else Parts)
+        assert relative(padded(one).x, padded(other).x) <= 1e-6 and torch.equal(one.owner, other.owner)
+        assert (one.size is None) is (other.size is None) and (one.size is None or torch.equal(one.size, other.size))
+        assert torch.equal(torch.as_tensor(ran.macs()), torch.as_tensor(same.macs()))
+        assert (ran.kernel, ran.static_counts) == (same.kernel, same.static_counts)
+        tokens = padded(one)
+        if not tokens.complete:
+            break  # what follows is for ``Parts``

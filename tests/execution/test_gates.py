@@ -26,6 +26,7 @@ from saccade.core.gates import Gates, straight_through
 from saccade.core.packing import Rows
 from saccade.core.plan import Gater, Method, Plan
 from saccade.execution import attention
+from saccade.execution.mixing import Asked
 from saccade.execution.policy import Execution
 from saccade.execution.residual import residual
 from saccade.model import AdaptiveViT
@@ -235,15 +236,20 @@ def test_heads_skipped_are_heads_left_out(family, own, lengths, way, which):
     bias = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
     for b in (None, bias):
         skipped = attend(
-            attn, rows.pack(x), None if b is None else rows.pack(b), heads=heads, partial=own, rows=rows, skip=True
+            attn,
+            rows.pack(x),
+            None if b is None else rows.pack(b),
+            ask=Asked(heads=heads, partial=own, rows=rows, skip=True),
         )
         for image, n in enumerate(lengths):
             if n:
                 one = slice(image, image + 1)
-                alone = attend(attn, x[one, :n], None if b is None else b[one, :n], heads=heads[one], partial=own).x
+                alone = attend(
+                    attn, x[one, :n], None if b is None else b[one, :n], ask=Asked(heads=heads[one], partial=own)
+                ).x
                 assert relative(rows.unpack(skipped.x)[one, :n], alone) <= 1e-5
-    whole = attend(attn, x, bias, heads=heads, partial=own)
-    assert relative(attend(attn, x, bias, heads=heads, partial=own, skip=True).x, whole.x) <= 1e-5
+    whole = attend(attn, x, bias, ask=Asked(heads=heads, partial=own))
+    assert relative(attend(attn, x, bias, ask=Asked(heads=heads, partial=own, skip=True)).x, whole.x) <= 1e-5
 
 
 @torch.no_grad()

@@ -126,6 +126,31 @@ def test_a_hook_on_a_block_sees_a_rectangle_of_tokens():
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["ls1", "drop_path2", "attn.q_norm", "attn.norm", "attn.proj_drop"])
+def test_a_layer_that_does_nothing_is_heard_where_it_has_a_hook(path):
+    """Identities and idle dropout are not called otherwise; a hook is, and what it gives counts."""
+    vit = make_vit("vit")
+    model, images = AdaptiveViT(vit, "tome(r=2)").eval(), make_images(vit, 2)
+    plain, layer, heard = model(images).logits, vit.blocks[0].get_submodule(path), []
+
+    def doubled(module, given, result):
+        heard.append(path)
+        return 2 * result
+
+    handle = layer.register_forward_hook(doubled)
+    changed = model(images).logits
+    handle.remove()
+    assert heard == [path] and not torch.equal(changed, plain)
+    assert torch.equal(model(images).logits, plain)
+
+
+def test_dropout_is_called_in_training():
+    vit = make_vit("vit", proj_drop_rate=0.5).train()
+    model, images = AdaptiveViT(vit, "tome(r=2)").train(), make_images(vit, 2)
+    assert not torch.equal(model(images).logits, model(images).logits)
+
+
 def test_a_hook_that_gives_another_shape_is_refused():
     vit = make_vit(**SHAPE)
     vit.blocks[1].register_forward_hook(lambda module, args, out: out[:, :3])

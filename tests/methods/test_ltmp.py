@@ -29,6 +29,7 @@ from saccade.core.softmax import masked_softmax
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.execution.attention import attend
+from saccade.execution.mixing import Asked
 from saccade.methods.ltmp import Merge
 from saccade.model import AdaptiveViT
 
@@ -144,11 +145,11 @@ def test_who_is_not_there_does_not_ask(way, monkeypatch):
     read = frozenset({"attn_received"})
     if way == "packed":
         rows = Rows.of(there > 0)
-        found = rows.unpack(attend(attn, rows.pack(x), read=read, rows=rows).stats.attn_received)
+        found = rows.unpack(attend(attn, rows.pack(x), ask=Asked(read=read, rows=rows)).stats.attn_received)
     elif way == "masked":
-        found = attend(attn, x, read=read, keep_mask=there, query_mask=there).stats.attn_received
+        found = attend(attn, x, ask=Asked(read=read, keep_mask=there, query_mask=there)).stats.attn_received
     else:
-        found = attend(attn, x, there.log(), read=read, query_mask=there).stats.attn_received
+        found = attend(attn, x, there.log(), ask=Asked(read=read, query_mask=there)).stats.attn_received
     for b in range(2):
         alone = attention_by_hand(attn, x[b, there[b] > 0])[1].mean((0, 1))
         assert (found[b, there[b] > 0] - alone).abs().max() <= 1e-6 and float(found[b, there[b] == 0].abs().sum()) == 0

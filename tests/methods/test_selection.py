@@ -30,6 +30,7 @@ from saccade.evaluation.calibrate import bisect, by_count, calibrate, fixed_leve
 from saccade.execution import attention
 from saccade.execution.attention import attend
 from saccade.execution.loop import encode as run_blocks
+from saccade.execution.mixing import Asked
 from saccade.execution.policy import Execution
 from saccade.methods.adavit import usage_of
 from saccade.methods.ats import Sample, sample
@@ -197,9 +198,9 @@ def test_a_head_that_is_partly_off_passes_its_own_values(way):
     heads = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
     if way == "packed":
         rows = Rows.of(torch.ones(2, 5, dtype=torch.bool))
-        found = attend(attn, x.flatten(0, 1), heads=heads, partial=True, rows=rows).x.unflatten(0, (2, 5))
+        found = attend(attn, x.flatten(0, 1), ask=Asked(heads=heads, partial=True, rows=rows)).x.unflatten(0, (2, 5))
     else:
-        found = attend(attn, x, heads=heads, partial=True).x
+        found = attend(attn, x, ask=Asked(heads=heads, partial=True)).x
     values = attn.qkv(x)[..., 2 * 96 :]
     mixed = values.clone()
     shares = attention_by_hand(attn, x[0])[1]
@@ -666,8 +667,8 @@ def test_attention_tells_how_long_values_are():
     x = torch.randn(2, 5, 96)
     expected = attn.qkv(x)[..., 2 * 96 :].norm(dim=-1)
     rows = Rows.of(torch.ones(2, 5, dtype=torch.bool))
-    assert relative(attend(attn, x, read=frozenset({"value_norm"})).stats.value_norm, expected) <= 1e-5
-    packed = attend(attn, x.flatten(0, 1), read=frozenset({"value_norm"}), rows=rows)
+    assert relative(attend(attn, x, ask=Asked(read=frozenset({"value_norm"}))).stats.value_norm, expected) <= 1e-5
+    packed = attend(attn, x.flatten(0, 1), ask=Asked(read=frozenset({"value_norm"}), rows=rows))
     assert relative(packed.stats.value_norm.view(2, 5), expected) <= 1e-5
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 
 from saccade.core.gates import Gates
@@ -46,23 +44,19 @@ def kept_share(tokens: Tokens) -> Tensor | None:
 def block_cost(block: TimmBlock) -> BlockCost:
     """MACs of a block's parts, from the shapes of its layers."""
     attn = block.attn
-    gate = getattr(attn, "gate", None)
-    dim = layer_in(attn.qkv, nn.Linear, "in_features").in_features
-    return BlockCost(
-        dim=dim,
-        attn_dim=attn.num_heads * attn.head_dim,
-        mlp=sum(m.in_features * m.out_features for m in _linears(block.mlp)),
-        gate=0 if gate is None else gate.in_features * gate.out_features,
-    )
+    qkv, gate = attn.qkv, attn._modules.get("gate")
+    dim = (qkv if type(qkv) is nn.Linear else layer_in(qkv, nn.Linear, "in_features")).in_features
+    return BlockCost(dim, attn.num_heads * attn.head_dim, _macs(block.mlp), 0 if gate is None else _macs(gate))
 
 
-def _linears(module: nn.Module) -> Iterator[nn.Linear]:
-    """The linear layers in a module, as ``modules()`` finds them, but faster: every block of a forward asks."""
-    if isinstance(module, nn.Linear):
-        yield module
-    for child in module._modules.values():
-        if child is not None:
-            yield from _linears(child)
+def _macs(module: nn.Module) -> int:
+    """MACs of a token in the linear layers of a module; a walk without what ``modules()`` remembers."""
+    macs, waiting = 0, [module]
+    while waiting:
+        one = waiting.pop()
+        macs += one.in_features * one.out_features if isinstance(one, nn.Linear) else 0
+        waiting += filter(None, one._modules.values())
+    return macs
 
 
 def reading_macs(block: TimmBlock, read: frozenset[str], kernel: str) -> int:

@@ -58,16 +58,20 @@ def unread(value: Any, field: str = "owner") -> Any:
 
 def changed(value: Value, /, **changes: Any) -> Value:
     """``dataclasses.replace`` that reads no lazy field."""
-    return turned(value, type(value), **changes)
+    kind = type(value)
+    if torch.compiler.is_dynamo_compiling():
+        return turned(value, kind, **changes)
+    new, held = object.__new__(kind), kind.held  # type: ignore[attr-defined]
+    own = new.__dict__
+    own.update(value.__dict__)  # all at once: a forward does this a hundred times
+    for name, change in changes.items():
+        own[held[name]] = change
+    return new
 
 
 def turned(value: Any, kind: type[Value], /, **changes: Any) -> Value:
     """``changed``, to a value of another kind that has at least the fields which are not given."""
     new, held = object.__new__(kind), kind.held  # type: ignore[attr-defined]
-    if type(value) is kind and not torch.compiler.is_compiling():  # all at once: a forward does this hundred times
-        new.__dict__.update(value.__dict__)
-        new.__dict__.update({held[name]: change for name, change in changes.items()})
-        return new
     for name, slot in held.items():
         if name not in changes:
             object.__setattr__(new, slot, getattr(value, slot))

@@ -75,8 +75,13 @@ class PackedTokens(Tokens):
         return self.rows.shape[1]
 
     @property
-    def plain(self) -> bool:
-        """Never: an ordinary ViT takes rectangles."""
+    def num_patches(self) -> int:
+        """N, the patch tokens of each image (padding included)."""
+        return self.rows.shape[1] - self.num_prefix
+
+    @property
+    def complete(self) -> bool:
+        """Never: this is no rectangle."""
         return False
 
     def key_bias(self) -> Tensor | None:

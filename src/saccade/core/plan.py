@@ -144,6 +144,7 @@ class Site:
     left: int  #                     patch tokens after them, as if those whose count depends on the image took none
     macs: int  #                     of deciding, for one image
     read: frozenset[str]  #          readings of attention that they need
+    spent: tuple[frozenset[str], ...]  # for each, readings that none behind it needs
 
 
 class Plan(nn.Module):
@@ -157,10 +158,12 @@ class Plan(nn.Module):
         for method in self.methods:
             for block, step in zip(method.at, method.steps, strict=True):  # type: ignore[arg-type]
                 self.at.setdefault(block, []).append(step)
+        asked = [(i, "gate" if isinstance(s, Gater) else s.site) for i, steps in self.at.items() for s in steps]
+        self._works = frozenset(asked)  # the blocks and sites where a method works
 
     def site(self, block: int, site: str, n: int) -> Site:
         """The work at a site ("block" or "attn") of a block that n patch tokens come to."""
-        if torch.compiler.is_compiling():  # n may be a symbol
+        if type(n) is not int or torch.compiler.is_dynamo_compiling():  # it is, or may be, a symbol
             return self._site(block, site, n)
         key = block, site, n
         if (known := self._sites.get(key)) is None:
@@ -178,17 +181,13 @@ class Plan(nn.Module):
                 chosen.append(step)
                 macs += step.macs(n)
                 n, known = left or n, known and left is not None
-        return Site(tuple(chosen), n, macs, frozenset().union(*(step.read for step in chosen)))
+        reads = [step.read for step in chosen]
+        spent = tuple(READINGS.difference(*reads[i + 1 :]) for i in range(len(reads)))
+        return Site(tuple(chosen), n, macs, frozenset().union(*reads), spent)
 
     def gated(self, block: int) -> bool:
         """Whether a method decides which parts of a block run."""
-        return any(isinstance(step, Gater) for step in self.at.get(block, ()))
-
-    def is_identity(self, block: int, n: int) -> bool:
-        """Whether no method has anything to do inside of a block that n patch tokens enter."""
-        if block not in self.at:
-            return True
-        return not self.gated(block) and len(self.site(block, "attn", n).reducers) == 0
+        return (block, "gate") in self._works
 
     def depth(self, blocks: int) -> int:
         """How many of so many blocks run."""
@@ -200,23 +199,20 @@ class Plan(nn.Module):
         sparse: False: a reduction that has a gate is carried out as a mask.
         """
         cost: int = 0
-        if block not in self.at:
+        if (block, site) not in self._works:
             return tokens, cost
-        todo = self.site(block, site, tokens.num_patches).reducers
-        for i, reducer in enumerate(todo):
+        found = self.site(block, site, tokens.num_patches)
+        for reducer, spent in zip(found.reducers, found.spent, strict=True):
             tokens = padded(tokens)
-            later = frozenset().union(
-                *(r.read for r in todo[i + 1 :])
-            )  # readings that no later reducer needs stay behind
-            step = partial(_reduced, reducer, READINGS - later, sparse)
-            if not reducer.ragged and is_ragged(tokens):
-                found = groups(tokens)
-                costs = [len(group.images) * _deciding(reducer, group.tokens) for group in found]
-                cost += round(sum(costs) / len(tokens.x))  # the mean image's
-                tokens = joined([step(group.tokens) for group in found], found)
+            if reducer.ragged or not is_ragged(tokens):
+                tokens, macs = _reduced(reducer, spent, sparse, tokens)
             else:
-                cost += _deciding(reducer, tokens)
-                tokens = step(tokens)
+                parts = groups(tokens)
+                done = [_reduced(reducer, spent, sparse, part.tokens) for part in parts]
+                costs = [len(part.images) * macs for part, (_, macs) in zip(parts, done, strict=True)]
+                macs = round(sum(costs) / len(tokens.x))  # the mean image's
+                tokens = joined([left for left, _ in done], parts)
+            cost += macs
         return tokens, cost
 
     def gates(self, i: int, block: TimmBlock, tokens: Tokens) -> tuple[Gates | None, int]:
@@ -232,24 +228,17 @@ class Plan(nn.Module):
         return _agree(found), cost
 
 
-def _deciding(reducer: Reducer, tokens: Tokens) -> int:
-    """MACs an image of a decision."""
-    return 0 if _nothing_to_do(reducer, tokens) else reducer.macs(tokens.num_patches)
+def _reduced(reducer: Reducer, spent: frozenset[str], sparse: bool, tokens: Tokens) -> tuple[Tokens, int]:
+    """One reducer's decision, carried out, and its MACs an image; readings that are ``spent`` then stay behind.
 
-
-def _nothing_to_do(reducer: Reducer, tokens: Tokens) -> bool:
-    """Whether fewer tokens are there than could be foreseen, so few that the reducer would leave them all."""
-    return reducer.count(tokens.num_patches) == tokens.num_patches
-
-
-def _reduced(reducer: Reducer, spent: frozenset[str], sparse: bool, tokens: Tokens) -> Tokens:
-    """One reducer's decision, carried out; readings that are ``spent`` then stay behind."""
-    if _nothing_to_do(reducer, tokens):
-        return tokens.without(spent)
-    decision = reducer(tokens)
-    tokens = tokens.without(spent)
+    Where fewer tokens are there than could be foreseen, so few that it would leave them all, it is not asked.
+    """
+    n = tokens.num_patches
+    if reducer.count(n) == n:
+        return tokens.without(spent), 0
+    decision, tokens = reducer(tokens), tokens.without(spent)
     gate = None if sparse else getattr(decision, "gate", None)
-    return reduce(tokens, decision) if gate is None else hide(tokens, decision)
+    return reduce(tokens, decision) if gate is None else hide(tokens, decision), reducer.macs(n)
 
 
 def _agree(gates: list[Gates]) -> Gates | None:

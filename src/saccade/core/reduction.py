@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from saccade.core.constant_cache import constant
 from saccade.core.lazy import changed, unread
@@ -69,7 +68,7 @@ def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | None) -> Token
         return tokens
     noted = _noted(tokens, reduction)
     reduced = _mix(noted, reduction) if isinstance(reduction, SoftReduction) else _move(noted, reduction)
-    if (left := tokens.dropped_features) is None:
+    if (left := tokens.state.get(DROPPED)) is None:
         return reduced
     newly_dropped = (reduced.owner < 0) & (tokens.owner >= 0)
     left = torch.where(newly_dropped.unsqueeze(-1), tokens.scatter_to_grid(tokens.patches), left)
@@ -102,7 +101,8 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
         index = index + length * torch.arange(images, device=index.device).unsqueeze(1)
     elif images != 1:
         index = index + length * _counting(images, index.device)
-    return F.embedding(index, x.reshape(-1, width))  # copies whole rows; a gather by element takes five times as long
+    # copies whole rows; a gather by element takes five times as long
+    return torch.embedding(x.reshape(-1, width), index)
 
 
 @constant
@@ -112,28 +112,41 @@ def _counting(images: int) -> np.ndarray:
 
 
 def _move(tokens: Tokens, r: Reduction) -> Tokens:
-    prefix, stats = tokens.num_prefix, tokens.stats
-    first, patches = tokens.x.split_with_sizes([prefix, tokens.num_patches], dim=1)
+    first, patches = tokens.x.split_with_sizes([tokens.num_prefix, tokens.num_patches], dim=1)
     x, key, size = _kept_and_merged(tokens, patches, r)
-    masses = {"cls_attn": _sums(stats.cls_attn, r), "attn_received": _sums(stats.attn_received, r)}
-    value = None if stats.value_norm is None else stats.value_norm.gather(1, r.keep)  # a merged token's: the kept one's
-    valid = None if tokens.valid is None else tokens.valid.gather(1, r.keep)
-    valid = r.valid if valid is None else valid if r.valid is None else valid & r.valid
-    of_token = {"size": size, "valid": valid, "keep_mask": _in_any_part(tokens.keep_mask, r)}
-    gate_mask, parts = _in_any_part(stats.gate_mask, r), [first, x]
-    if r.fuse is not None:
+    parts, of_token = [first, x], {"size": size}
+    if tokens.valid is not None or r.valid is not None:
+        of_token["valid"] = _there(tokens.valid, r)
+    if tokens.keep_mask is not None:
+        of_token["keep_mask"] = _in_any_part(tokens.keep_mask, r)
+    if r.fuse is not None:  # an ordinary token from here on (EViT): it counts once, and is always valid
         parts.append(_weighted(patches, r.fuse).to(x.dtype))
-        key, value = _fused_key(key, stats.key, r.fuse), _fused_value(value, stats.value_norm, r.fuse)
-        masses = {name: _with_sum(mass, getattr(stats, name), r.fuse) for name, mass in masses.items()}
-        # The fused token is an ordinary one from here on (EViT): it counts once, and is always valid.
         of_token = {name: _with_one(values) for name, values in of_token.items()}
-        gate_mask = _with_one(gate_mask)
-    if stats is not NO_STATS:
-        stats = AttentionStats(key, value_norm=value, gate_mask=gate_mask, **masses)
     proportional = tokens.proportional if r.merge is None or r.merge.proportional else False
-    owner = Moved(unread(tokens), r, tokens.num_patches)
+    stats = tokens.stats if tokens.stats is NO_STATS else _moved_stats(tokens.stats, key, r)
+    owner = Moved(unread(tokens), r, patches.shape[1])
     x = torch.cat(parts, dim=1)
     return changed(tokens, x=x, owner=owner, proportional=proportional, stats=stats, **of_token)
+
+
+def _there(valid: Tensor | None, r: Reduction) -> Tensor | None:
+    """Which of the tokens that stay are no padding."""
+    if valid is None:
+        return r.valid
+    kept = valid.gather(1, r.keep)
+    return kept if r.valid is None else kept & r.valid
+
+
+def _moved_stats(stats: AttentionStats, key: Tensor | None, r: Reduction) -> AttentionStats:
+    """What attention said of the tokens that stay, whose keys are there already; a mass is that of all parts."""
+    masses = {"cls_attn": _sums(stats.cls_attn, r), "attn_received": _sums(stats.attn_received, r)}
+    value = None if stats.value_norm is None else stats.value_norm.gather(1, r.keep)  # a merged token's: the kept one's
+    gate_mask = _in_any_part(stats.gate_mask, r)
+    if r.fuse is not None:
+        key, value = _fused_key(key, stats.key, r.fuse), _fused_value(value, stats.value_norm, r.fuse)
+        masses = {name: _with_sum(mass, getattr(stats, name), r.fuse) for name, mass in masses.items()}
+        gate_mask = _with_one(gate_mask)
+    return AttentionStats(key, value_norm=value, gate_mask=gate_mask, **masses)
 
 
 def _kept_and_merged(tokens: Tokens, patches: Tensor, r: Reduction) -> tuple[Tensor, Tensor | None, Tensor | None]:

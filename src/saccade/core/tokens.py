@@ -34,6 +34,11 @@ class AttentionStats:
     value_norm: Tensor | None = None  #     [B, N] fp32  length of each value, all heads together
     gate_mask: Tensor | None = None  #      [B, N]  0/1, straight-through: takes part in this block; None: all do
 
+    def of_patches(self, prefix: int) -> AttentionStats:
+        """The readings without those of the prefix tokens, which stand first."""
+        known = {name: value[:, prefix:] for name in READINGS if (value := getattr(self, name)) is not None}
+        return AttentionStats(**known)
+
 
 NO_STATS = AttentionStats()
 
@@ -64,13 +69,17 @@ class Tokens:
     @property
     def num_patches(self) -> int:
         """N, the patch tokens of each image (padding included)."""
-        return self.length - self.num_prefix
+        return self.x.shape[1] - self.num_prefix
 
     @property
     def plain(self) -> bool:
         """Whether all of a rectangle of tokens are there and count alike: what an ordinary ViT sees."""
-        counts = None if self.proportional is False else self.size
-        return all(value is None for value in (counts, self.valid, self.keep_mask, self.stats.gate_mask))
+        return self.complete and (self.size is None or self.proportional is False)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of a rectangle of tokens are there and take part: nothing is masked, padded or packed."""
+        return self.valid is None and self.keep_mask is None and self.stats.gate_mask is None
 
     @property
     def dropped_features(self) -> Tensor | None:
@@ -112,9 +121,9 @@ class Tokens:
         ``-inf`` hides padding and tokens that take no part.
         """
         size = self.attention_size()
+        if self.complete:
+            return None if size is None else self.pad_prefix(size.log())
         hiding = [m for m in (self.valid, self.stats.gate_mask, self.keep_mask) if m is not None]
-        if size is None and not hiding:
-            return None
         none = self.x.new_zeros(self.x.shape[0], self.num_patches, dtype=torch.float32) if size is None else None
         bias = size.log() if none is None else none  # type: ignore[union-attr]
         for present in hiding:
@@ -133,7 +142,11 @@ class Tokens:
 
     def without(self, names: frozenset[str]) -> Tokens:
         """These tokens without some of the readings of attention."""
-        return self if self.stats is NO_STATS else self.with_stats(**dict.fromkeys(names))
+        if self.stats is NO_STATS:
+            return self
+        if self.stats.gate_mask is None and names >= READINGS:
+            return changed(self, stats=NO_STATS)
+        return self.with_stats(**dict.fromkeys(names))
 
     def reading(self, name: str) -> Tensor:
         """A reading of this block's attention, by its name in ``AttentionStats``, [B, N] or [B, N, d].

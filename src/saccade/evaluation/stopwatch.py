@@ -161,7 +161,7 @@ def share_that_pays(block: TimmBlock, tokens: Tokens, gates: Gates, clock: Clock
         places = torch.arange(0, patches, 2, device=device).expand(images, -1)
         both = None if gates.all_run else every
         half = Gates(patch=mask, attn=both, mlp=both, patch_indices=None if gates.patch_indices is None else places)
-    step, rules = Step(Plan(), 0, block, False, False, False), Execution()
+    step, rules = Step(Plan(), 0, block), Execution()
     ways = {
         "masked": partial(Masked(rules, half).execute, step, sample),
         "half": partial((Gathered if half.whole_rows else Rows)(rules, half).execute, step, sample),

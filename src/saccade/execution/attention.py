@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from timm.layers import Attention
-from torch import Tensor, nn
+from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
-from saccade.core.hooks import around, exact, require_plain
+from saccade.core.hooks import applied, around, exact, is_heard, require_plain
 from saccade.core.lazy import changed
 from saccade.core.packing import Rows
 from saccade.core.tokens import NO_STATS, AttentionStats
 from saccade.execution.heads import some_heads
-from saccade.execution.mixing import Asked, Packed, mix, mix_one_by_one, mix_packed
+from saccade.execution.mixing import NOTHING, Asked, Packed, mix, mix_one_by_one, mix_packed
 from saccade.execution.policy import AUTO, Execution
 
 
@@ -31,23 +30,24 @@ class Attended:
 
 
 def attend(
-    attn: Attention, x: Tensor, bias: Tensor | None = None, execution: Execution = AUTO, **asked: Any
+    attn: Attention, x: Tensor, bias: Tensor | None = None, ask: Asked = NOTHING, execution: Execution = AUTO
 ) -> Attended:
     """timm's attention on x [B, K, D]; hooks on ``attn`` run around it.
 
     Args:
         bias: [B, K] fp32, added to every score of a key (log size, -inf for padding); None keeps the fastest kernel.
+        ask: what is asked beside the output, and of whom.
         execution: which path to take where either would do.
-        asked: the fields of ``Asked``.
 
     UserError where its forward is not timm's and more is asked of it than its output.
     """
-    ask = Asked(**asked)
     if not exact(attn, Attention):
         if ask.anything:
             require_plain(attn, Attention, "attention")
         y = attn(x) if bias is None else attn(x, attn_mask=bias.to(x.dtype)[:, None, None, :])
         return Attended(y, "its own")
+    if not is_heard(attn):
+        return _attend(attn, x, bias, ask, execution)
     seen: list[Attended] = []
 
     def forward(x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def _attend(attn: Attention, x: Tensor, bias: Tensor | None, ask: Asked, executi
         lengths = (x.shape[1],) * x.shape[0] if ask.rows is None else ask.rows.lengths
         shift, mixing = None if bias is None else bias.flatten(), partial(mix_packed, attn, execution)
         y = some_heads(attn, x.reshape(-1, x.shape[-1]), (ask.heads, ask.partial), lengths, shift, mixing)
-        return Attended(attn.proj_drop(y.view(x.shape)), "heads")
+        return Attended(applied(y.view(x.shape), attn.proj_drop), "heads")
     if ask.rows is not None:
         return _packed(attn, x, bias, ask.rows, ask, execution)
     q, k, v = _projected(attn, x, ask.queries)
@@ -75,8 +75,8 @@ def _attend(attn: Attention, x: Tensor, bias: Tensor | None, ask: Asked, executi
         y = y * on + v[:, :, : ask.queries] * (1 - on) if ask.partial else y * on
     # of a single query the heads stand side by side already
     y = y.reshape(y.shape[0], 1, v.shape[1] * v.shape[3]) if ask.queries == 1 else y.transpose(1, 2).flatten(2)
-    y = attn.norm(y)
-    y = attn.proj_drop(attn.proj(y if gate is None else y * gate))
+    y = applied(y, attn.norm)
+    y = applied(attn.proj(y if gate is None else y * gate), attn.proj_drop)
     if "key" in ask.read:
         stats = changed(stats, key=k.mean(1))
     if "value_norm" in ask.read:
@@ -96,19 +96,19 @@ def _projected(attn: Attention, x: Tensor, queries: int | None) -> tuple[Tensor,
         q = F.linear(x[:, :queries], weight[0], offset[0])
         q = q.view(B, H, 1, d) if queries == 1 else q.view(B, queries, H, d).transpose(1, 2)
         k, v = F.linear(x, weight[1], offset[1]).reshape(B, K, 2, H, d).permute(2, 0, 3, 1, 4).unbind(0)
-    return attn.q_norm(q), attn.k_norm(k), v
+    return applied(q, attn.q_norm), applied(k, attn.k_norm), v
 
 
 def _output_gate(attn: Attention, x: Tensor, queries: int | None = None) -> Tensor | None:
     """The gate that some attentions multiply their output with, as wide as it."""
-    gated: nn.Module | None = getattr(attn, "gate", None)  # newer than the oldest timm supported
+    gated = attn._modules.get("gate")  # newer than the oldest timm supported
     return None if gated is None else gated(x if queries is None else x[:, :queries]).sigmoid()
 
 
 def _packed(attn: Attention, x: Tensor, bias: Tensor | None, rows: Rows, ask: Asked, execution: Execution) -> Attended:
     """On packed rows x [T, D]: projections at once, attention image by image, or by CUDA's own kernel."""
     q, k, v = attn.qkv(x).reshape(-1, 3, attn.num_heads, attn.head_dim).unbind(1)  # [T, H, d]
-    parts, stats = Packed(attn.q_norm(q), attn.k_norm(k), v, rows.lengths, bias), NO_STATS
+    parts, stats = Packed(applied(q, attn.q_norm), applied(k, attn.k_norm), v, rows.lengths, bias), NO_STATS
     if ask.read <= {"key", "value_norm"}:
         y, kernel = mix_packed(attn, execution, parts)
     else:
@@ -121,6 +121,6 @@ def _packed(attn: Attention, x: Tensor, bias: Tensor | None, rows: Rows, ask: As
         each = ask.heads.repeat_interleave(rows.counts(), dim=0, output_size=len(x))
         on = each.unsqueeze(-1).to(y.dtype)
         y = y * on + v * (1 - on) if ask.partial else y * on
-    y, gate = attn.norm(y.flatten(1)), _output_gate(attn, x)
-    y = attn.proj_drop(attn.proj(y if gate is None else y * gate))
+    y, gate = applied(y.flatten(1), attn.norm), _output_gate(attn, x)
+    y = applied(attn.proj(y if gate is None else y * gate), attn.proj_drop)
     return Attended(y, kernel if bias is None else f"{kernel}+bias", stats)

@@ -1,40 +1,24 @@
-"""Executors: the ways to run one block. Each takes tokens and gives tokens, and the record of what ran.
+"""Executors: the ways to run one block, and which of them runs. Each takes tokens and gives tokens, and what ran.
 
-``Whole``       timm's own forward: nothing is asked of the block
-``PrefixOnly``  the last block, where only the class token is read
-``Parts``       attention, reducers, MLP; ragged batches packed
-``Masked``      gates multiply (training, and where skipping does not pay)
-``Images``      branches run for the images that are on
-``Rows``        single tokens are left out, packed
-``Gathered``    the same tokens are left out of both branches: one gather serves the block
+``rectangles.py``  all tokens are there and take part: timm's own forward, or attention, reducers, MLP
+``parts.py``       they are masked, packed or skipped
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Protocol
 
 import torch
-from timm.models.vision_transformer import Block
-from torch import Tensor
 
-from saccade.core.costs import block_cost, kept_share, reading_macs, taking_part, wanted_macs
 from saccade.core.gates import Gates
-from saccade.core.hooks import plain_block, plain_linear, require_plain, through, untouched, watched
-from saccade.core.lazy import changed, unread
-from saccade.core.packing import Rows as PackedRows
-from saccade.core.packing import gathered, packed, padded, rows_of, scattered
+from saccade.core.hooks import is_heard
+from saccade.core.lazy import changed
 from saccade.core.program import Step
-from saccade.core.record import BlockTrace, Count
-from saccade.core.timm_types import TimmBlock
-from saccade.core.tokens import NO_STATS, READINGS, Tokens
-from saccade.execution.attention import Attended, attend
-from saccade.execution.heads import should_skip_heads
+from saccade.core.record import BlockTrace
+from saccade.core.tokens import Tokens
+from saccade.execution.parts import Gathered, Images, Masked, Parts, Rows
 from saccade.execution.policy import Execution, images_that_run, rows_that_run
-from saccade.execution.residual import residual
-
-ALL_RUN = Gates()
+from saccade.execution.rectangles import PrefixOnly, Straight, Whole
 
 
 class Executor(Protocol):
@@ -44,202 +28,27 @@ class Executor(Protocol):
         """Run a step's block: tokens afterwards, and what ran."""
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """How a block's attention ran."""
-
-    count: Count  #           tokens of each image that were computed
-    kernel: str
-    read: frozenset[str]  #   what reducers read of it
-    heads_skipped: bool  #    heads that are off were not computed
-
-
-@dataclass(frozen=True)
-class Whole:
-    """timm's own forward, with its hooks, and no operator of ours."""
-
-    def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
-        """The block as it is called."""
-        n = tokens.length
-        kernel = "fused" if step.block.attn.fused_attn else "unfused"
-        ran = BlockTrace(block_cost(step.block), n, n, n, (n, n), 0, kernel, unread(tokens))
-        return changed(tokens, x=step.call(step.block, tokens.x)), ran
-
-
-@dataclass(frozen=True)
-class PrefixOnly:
-    """The prefix attends to all; what the patches would become is not computed (exact, 7 % of a 12-layer ViT)."""
-
-    execution: Execution
-
-    def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
-        """The block for the prefix; patches stay as they are."""
-        block, left, tokens = step.block, step.left(tokens), padded(tokens)
-        prefix, before = tokens.num_prefix, tokens.x.shape[1]
-        how: dict[str, Any] = {"queries": prefix, "keep_mask": live_keys(tokens), "execution": self.execution}
-        attended = attend(block.attn, block.norm1(tokens.x), tokens.key_bias(), **how)
-        x = tokens.x[:, :prefix] + block.drop_path1(block.ls1(attended.x))
-        x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        cost, counts = block_cost(block), (before, prefix + left)
-        live = None if tokens.keep_mask is None else taking_part(tokens)
-        wanted: Any = None if live is None else cost.attention(prefix, live) + prefix * cost.mlp
-        ran = BlockTrace(cost, prefix, before, prefix, counts, 0, attended.kernel, unread(tokens), target_macs=wanted)
-        return changed(tokens, x=x), changed(ran, kept=kept_share(tokens))
-
-    @staticmethod
-    def is_exact(block: TimmBlock) -> bool:
-        """Whether the prefix tokens alone may go through: no hook sees the block, and its layers are what we think."""
-        return plain_block(block) and plain_linear(block.attn.qkv) and all(map(untouched, block.modules()))
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Both branches for all tokens, what works between them, and the hooks of the block around it."""
-
-    execution: Execution
-    gates: Gates | None = None
-    gating: int = 0  # MACs of deciding the gates
-    skipped: ClassVar[str] = "rows"  # what of that which is off is not computed; see ``residual``
-
-    def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
-        """Attention and MLP, each in its own way, within the block's hooks."""
-        require_plain(step.block, Block, f"blocks[{step.index}]")
-        return through(step.block, partial(self.run, step), self.laid_out(step, tokens))
-
-    def laid_out(self, step: Step, tokens: Tokens) -> Tokens:
-        """Ragged batches packed; a rectangle for gates, for training and for hooks."""
-        free = self.gates is None and not step.masked and not watched(step.block)
-        return packed(tokens) if free else padded(tokens)
-
-    def run(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
-        """What the block's own forward would do."""
-        start, read = tokens, step.readings(tokens)
-        tokens, mixed = step.call(self.attention, step.block, tokens, read, self._skips_heads(step, read))
-        tokens, deciding = step.reduce("attn", tokens)
-        middle = self.laid_out(step, tokens.without(READINGS))
-        tokens, updated = step.call(self.mlp, step.block, middle)
-        return tokens, self.record(step, (start, middle, tokens), mixed, updated, deciding)
-
-    def attention(self, block: TimmBlock, tokens: Tokens, read: frozenset[str], skip: bool) -> tuple[Tokens, Mixed]:
-        """``x + attn(norm1(x))``; with what reducers read, which needs attention to run for all images."""
-        seen: list[Attended] = []
-        gates = self.gates or ALL_RUN
-        tokens = tokens if gates.patch is None else tokens.with_stats(gate_mask=gates.patch)
-        how: dict[str, Any] = {"partial": gates.partial, "keep_mask": live_keys(tokens), "skip": skip, "read": read}
-        how |= {"query_mask": tokens.query_mask() if "attn_received" in read else None, "execution": self.execution}
-
-        def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: PackedRows | None) -> Tensor:
-            seen.append(attend(block.attn, block.norm1(x), bias, heads=heads, rows=rows, **how))
-            return block.drop_path1(block.ls1(seen[0].x))
-
-        skipped = "nothing" if read else self.skipped
-        x, count = residual(tokens, branch, tokens.key_bias(), gates.attn, gates.head, skipped)
-        readings = {name: getattr(seen[0].stats, name) for name in read}
-        if (rows := rows_of(tokens)) is not None:
-            readings = {name: rows.unpack(value) for name, value in readings.items()}
-        readings = {name: value[:, tokens.num_prefix :] for name, value in readings.items()}
-        tokens, mixed = changed(tokens, x=x), Mixed(count, seen[0].kernel if seen else "none", read, skip)
-        return tokens.with_stats(**readings) if read else tokens, mixed
-
-    def mlp(self, block: TimmBlock, tokens: Tokens) -> tuple[Tokens, Count]:
-        """``x + mlp(norm2(x))``."""
-
-        def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: PackedRows | None) -> Tensor:
-            return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-        on = None if self.gates is None else self.gates.mlp
-        x, count = residual(tokens, branch, on=on, skipped=self.skipped)
-        return changed(tokens, x=x, stats=NO_STATS), count
-
-    def record(
-        self, step: Step, seen: tuple[Tokens, Tokens, Tokens], mixed: Mixed, updated: Count, deciding: int
-    ) -> BlockTrace:
-        """What ran. seen: tokens at the start, before the MLP, at the end; updated: how many the MLP computed."""
-        (start, middle, end), gates, cost = seen, self.gates or ALL_RUN, block_cost(step.block)
-        before, kernel, computes_all = start.length, mixed.kernel, self.skipped == "nothing"
-        overhead = self.gating + deciding + reading_macs(step.block, mixed.read, kernel) * before
-        return BlockTrace(
-            cost=cost,
-            queries=mixed.count,
-            keys=mixed.count,
-            mlp=updated,
-            attn=None if computes_all or mixed.read else gates.attn,
-            mlp_on=None if computes_all else gates.mlp,
-            heads=gates.head.mean(1) if gates.head is not None and mixed.heads_skipped else None,
-            partial=gates.partial,
-            static_counts=(before, end.length),
-            aux_macs=overhead,
-            kernel=kernel if self.skipped == "rows" or step.masked else f"{kernel}, masked",
-            owner=unread(end),
-            target_macs=wanted_macs(cost, start, middle, self.gates, overhead) if step.masked else None,
-            gates=self.gates if step.masked else None,
-            kept=kept_share(start),
-        )
-
-    def _skips_heads(self, step: Step, read: frozenset[str]) -> bool:
-        if step.masked or read or self.gates is None or watched(step.block):
-            return False
-        return should_skip_heads(step.block.attn, self.gates)
-
-
-@dataclass(frozen=True)
-class Masked(Parts):
-    """All is computed, and multiplied with what is on."""
-
-    skipped: ClassVar[str] = "nothing"
-
-
-@dataclass(frozen=True)
-class Images(Parts):
-    """Branches of images that are off are not computed; single tokens are masked."""
-
-    skipped: ClassVar[str] = "images"
-
-
-@dataclass(frozen=True)
-class Rows(Parts):
-    """Neither images nor tokens that are off are computed."""
-
-
-@dataclass(frozen=True)
-class Gathered(Rows):
-    """Tokens that take part in both branches, with nothing between them: they are gathered once, and put back."""
-
-    def run(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
-        """Of the tokens that take part, what ``Rows`` does with all."""
-        assert self.gates is not None
-        some, index = gathered(tokens, self.gates)
-        some, ran = _There(self.execution, changed(self.gates, patch=None), self.gating).run(step, some)
-        whole = scattered(some, tokens, index)
-        counts = (tokens.length, tokens.length)
-        return whole, changed(ran, static_counts=counts, owner=unread(whole))
-
-
-@dataclass(frozen=True)
-class _There(Rows):
-    """Of gathered tokens: all of them are there, in both branches."""
-
-    def laid_out(self, step: Step, tokens: Tokens) -> Tokens:
-        return tokens
+def run_as_timm(steps: tuple[Step, ...], tokens: Tokens, execution: Execution) -> bool:
+    """Whether timm's own forward, one block after the other, is what these steps ask for."""
+    return steps[0].idle and tokens.plain and execution.is_timms()
 
 
 def executor_for(step: Step, tokens: Tokens, execution: Execution) -> Executor:
     """The way to run a step: a constant where nothing depends on the image."""
     if step.prefix_only and not step.is_gated and PrefixOnly.is_exact(step.block):
         return PrefixOnly(execution)
-    idle = step.is_identity(tokens) and tokens.plain
-    if idle and execution.is_timms():
+    between, gated, shown = step.between(tokens), step.is_gated, step.watched
+    if not gated and not between.reducers and tokens.plain and (shown or execution.is_timms()):
         return Whole()
-    shown = watched(step.block)
-    if idle and shown:
-        return Whole()
+    if tokens.complete and not (gated or shown or step.masked or step.recompute or is_heard(step.block)):
+        return Straight(execution, between.read)
     gates, gating = step.gates(tokens)
     if gates is None or step.masked:
         return (Masked if step.masked else Parts)(execution, gates, gating)
     if shown:  # hooks want to see all tokens of all images
         return (Masked if gates.some_rows else Images)(execution, gates, gating)
     if torch.compiler.is_compiling():  # a graph has the same shapes for all images
-        fixed = gates.static and not step.reduces_between(tokens)
+        fixed = gates.static and not between.reducers
         return (Gathered if fixed else Masked)(execution, gates, gating)
     return _by_share(step, tokens, execution, gates, gating)
 
@@ -256,18 +65,8 @@ def _by_share(step: Step, tokens: Tokens, execution: Execution, gates: Gates, ga
     if not gates.some_rows and branches.all_run and gates.head is None:
         return Parts(execution, None, gating)
     if gates.some_rows and pack:
-        once = gates.whole_rows and not step.reduces_between(tokens)
+        once = gates.whole_rows and not step.between(tokens).reducers
         return (Gathered if once else Rows)(execution, gates, gating)
     if not skip or (gates.some_rows and branches.all_run):
         return Masked(execution, gates, gating)
     return (Images if gates.some_rows else Rows)(execution, gates, gating)
-
-
-def live_keys(tokens: Tokens) -> Tensor | None:
-    """How much each key counts [B, P+N], 0/1 times its size, where dropping is learned through attention; else None."""
-    part = tokens.takes_part()
-    if part is None or tokens.keep_mask is None or not tokens.keep_mask.requires_grad:
-        return None
-    for other in (tokens.attention_size(), tokens.valid):
-        part = part if other is None else part * other
-    return tokens.pad_prefix(part, 1.0)

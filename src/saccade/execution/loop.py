@@ -7,12 +7,13 @@ from functools import partial
 from saccade.core.hooks import require_features, through
 from saccade.core.packing import padded
 from saccade.core.plan import Plan
-from saccade.core.program import Step, lower
+from saccade.core.program import Step, lower, runs
 from saccade.core.record import BlockTrace
 from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
-from saccade.execution.executors import executor_for
+from saccade.execution.executors import executor_for, run_as_timm
 from saccade.execution.policy import AUTO, Execution
+from saccade.execution.rectangles import Whole
 
 
 def encode(
@@ -31,15 +32,22 @@ def encode(
     """
     require_features(vit)
     steps = lower(vit, plan, whole=whole, masked=not sparse)
-    return through(vit.blocks, partial(run, steps, execution), tokens)
+    return through(vit.blocks, partial(run, runs(steps), execution), tokens)
 
 
-def run(steps: tuple[Step, ...], execution: Execution, tokens: Tokens) -> tuple[Tokens, tuple[BlockTrace, ...]]:
+def run(
+    program: tuple[tuple[Step, ...], ...], execution: Execution, tokens: Tokens
+) -> tuple[Tokens, tuple[BlockTrace, ...]]:
     """The steps, one after the other: the tokens at the end, and what ran."""
     ran: list[BlockTrace] = []
-    for step in steps:
-        tokens, deciding = step.reduce("block", tokens)
-        executor = executor_for(step, tokens, execution)
-        tokens, record = executor.execute(step, tokens)
-        ran.append(record.with_overhead(deciding))
+    for steps in program:
+        if run_as_timm(steps, tokens, execution):
+            tokens, records = Whole().execute_all(steps, tokens)
+            ran += records
+            continue
+        for step in steps:
+            tokens, deciding = step.reduce("block", tokens)
+            executor = executor_for(step, tokens, execution)
+            tokens, record = executor.execute(step, tokens)
+            ran.append(record.with_overhead(deciding))
     return padded(tokens), tuple(ran)

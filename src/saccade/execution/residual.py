@@ -29,6 +29,8 @@ def residual(
     "nothing" (all is, and multiplied), whole "images", or single "rows" too. Returns the new x, as ``tokens.x`` is
     laid out, and how many tokens were computed for each image that ran (one number, or one for each image [B]).
     """
+    if on is None and tokens.complete:
+        return tokens.x + branch(tokens.x, bias, heads, None), tokens.x.shape[1]
     part, rows = tokens.takes_part(), rows_of(tokens)
     if on is None and part is None:
         update = branch(tokens.x, bias, heads, rows)
@@ -43,6 +45,16 @@ def residual(
     if on is not None:
         update = update * on[:, None, None].to(update.dtype)
     return tokens.x + update, tokens.x.shape[1]
+
+
+def live_keys(tokens: Tokens) -> Tensor | None:
+    """How much each key counts [B, P+N], 0/1 times its size, where dropping is learned through attention; else None."""
+    part = tokens.takes_part()
+    if part is None or tokens.keep_mask is None or not tokens.keep_mask.requires_grad:
+        return None
+    for other in (tokens.attention_size(), tokens.valid):
+        part = part if other is None else part * other
+    return tokens.pad_prefix(part, 1.0)
 
 
 def _rows(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:

@@ -122,14 +122,13 @@ def cosines(a: Tensor, b: Tensor, valid: tuple[Tensor, Tensor] | None = None) ->
     return products(units(a), units(b), valid)
 
 
-@torch.no_grad()
 def units(x: Tensor) -> Tensor:
     """Features [..., d] brought to length 1 in fp32; a zero stays zero. No gradient flows through choices."""
+    x = x.detach() if x.requires_grad else x
     x = x if x.dtype == torch.float32 else x.float()
     return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6)
 
 
-@torch.no_grad()
 def products(a: Tensor, b: Tensor, valid: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Similarities of features that ``units`` gave: a [B, |A|, d], b [B, |B|, d] -> [B, |A|, |B|].
 
@@ -143,7 +142,6 @@ def products(a: Tensor, b: Tensor, valid: tuple[Tensor, Tensor] | None = None) -
     return similar.masked_fill(of_a != of_b, -2.0).masked_fill(~(of_a | of_b), 2.0)
 
 
-@torch.no_grad()
 def best_proposals(similar: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each token of A proposes its most similar token of B; the r best proposals win; among equals the first of A.
 

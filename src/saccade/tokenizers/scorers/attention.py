@@ -10,6 +10,7 @@ from saccade.core.hooks import hooked, plain_linear
 from saccade.core.plan import Backbone
 from saccade.core.timm_types import ViT
 from saccade.execution.attention import attend
+from saccade.execution.mixing import Asked
 from saccade.methods.common.arguments import whole
 from saccade.tokenizers.mosaic.geometry import Geometry
 from saccade.tokenizers.scorers.base import Scene, Scorer, pooled, register_scorer
@@ -46,10 +47,11 @@ class FirstLook(Scorer):
         x = vit.blocks[: self.blocks - 1](tokens.x)
         last = vit.blocks[self.blocks - 1]
         if vit.cls_token is None:
-            seen = attend(last.attn, last.norm1(x), read=frozenset({"attn_received"})).stats.attn_received
+            seen = attend(last.attn, last.norm1(x), ask=Asked(read=frozenset({"attn_received"}))).stats.attn_received
         else:
             queries = 1 if plain_linear(last.attn.qkv) and not hooked(last.attn) else None
-            seen = attend(last.attn, last.norm1(x), queries=queries, read=frozenset({"cls_attn"})).stats.cls_attn
+            ask = Asked(queries=queries, read=frozenset({"cls_attn"}))
+            seen = attend(last.attn, last.norm1(x), ask=ask).stats.cls_attn
         assert seen is not None
         return pooled(seen[:, vit.num_prefix_tokens :].unflatten(1, (h, w)), g)
 
