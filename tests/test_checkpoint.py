@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import saccade
 from oracles import FAMILIES, make_images, make_vit, randomise
-from saccade import checkpoint
+from saccade.backbones import rebuilding
 from saccade.backbones.saving import check_savable, save
 from saccade.checkpoint import create_model, load, load_weights
 from saccade.errors import UserError
@@ -315,7 +315,7 @@ def test_a_config_cannot_have_other_files_opened(folder, argument, monkeypatch):
     opened: list = []
     monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *a, **k: opened.append("download"))
     monkeypatch.setattr(timm.models._factory, "load_checkpoint", lambda *a, **k: opened.append("checkpoint"))
-    monkeypatch.setattr(checkpoint, "read_weights", lambda file: opened.append(str(file)) or {})
+    monkeypatch.setattr(rebuilding, "read_weights", lambda file: opened.append(str(file)) or {})
     with_config(folder, lambda c: {**c, "model_args": {**c["model_args"], **argument}})
     with pytest.raises(UserError):
         load(folder)

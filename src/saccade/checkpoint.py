@@ -13,9 +13,10 @@ import timm
 import torch
 from torch import nn
 
+from saccade.backbones.learned_by_step import as_now, methods_by_step
 from saccade.backbones.plan_builder import build as build_setting
-from saccade.backbones.rebuilding import check_name, rebuild_vit, restore_class_names, restore_flexible
-from saccade.backbones.saving import LEARNED, folder_state, save
+from saccade.backbones.rebuilding import check_name, fill_all, rebuild_vit, restore_class_names, restore_flexible
+from saccade.backbones.saving import LEARNED, save
 from saccade.core.head import Head
 from saccade.core.hooks import copied
 from saccade.errors import UserError
@@ -25,14 +26,7 @@ from saccade.storage.files import shortened
 from saccade.storage.folder_config import CONFIG, FolderConfig, closed, parse, read_bytes
 from saccade.storage.locks import owning
 from saccade.storage.model_folder import WAIT, WeightsFile, seen, weights_file
-from saccade.storage.weights import (
-    check_tensors,
-    line,
-    load_weights,
-    number_type,
-    read_header,
-    read_weights,
-)
+from saccade.storage.weights import line, load_weights, read_header
 
 if TYPE_CHECKING:
     from saccade.runners.runner import Runner
@@ -117,7 +111,7 @@ def _load(path: Path, setting: str | None, runner: Runner | str | Mapping[str, A
         )
     with weights_file(path, config.saccade.weights) as weights:
         model = _filled(path, config, ours, weights, setting)
-    model.trained = tuple(s for s in config.saccade.settings if _harmless(model, s, path))
+    model.trained = tuple(s for s in model.trained if _harmless(model, s, path))
     chosen = _runner(ours, path) if runner == SAVED else runner
     return model if chosen is None or task != CLASSIFY else model.deploy(chosen)
 
@@ -132,9 +126,12 @@ def _filled(
     restore_flexible(vit, config.saccade, path)
     restore_class_names(vit, config)
     head = None if task == CLASSIFY else _head(task).rebuild(vit, dict(ours))
+    before = methods_by_step(name.removeprefix(LEARNED) for name in header if name.startswith(LEARNED))
+    own, trained = as_now(config.saccade.setting, before), tuple(as_now(s, before) for s in config.saccade.settings)
     with closed("" if setting is not None else str(path)):
-        model = AdaptiveViT(vit, config.saccade.setting if setting is None else setting, head=head).eval()
-    _fill_all(model, file, untrained=setting is not None)
+        model = AdaptiveViT(vit, own if setting is None else setting, trained, head=head).eval()
+    with closed(str(path)):
+        fill_all(model, file, own, untrained=setting is not None)
     if not weights.unchanged():
         raise UserError(
             f"{shortened(file)} is not the file that {CONFIG} was written with (its checksum is another): restore it; "
@@ -168,24 +165,6 @@ def _harmless(model: AdaptiveViT, setting: str, path: Path) -> bool:
     except UserError:
         return False
     return True
-
-
-def _fill_all(model: AdaptiveViT, file: Path, untrained: bool) -> None:
-    """The inverse of ``folder_state``. What methods have learned that this setting does not name is kept for others.
-
-    untrained: what the setting learns may be missing (it is not the folder's own); then it starts as it always does.
-    """
-    state = read_weights(file)
-    others = {k: v for k, v in state.items() if k.startswith(LEARNED) and k[len(LEARNED) :] not in model.learned}
-    if (kind := number_type({k: v for k, v in state.items() if k.startswith("vit.")})) is not None:
-        model.to(kind)
-    parts = {k: v for k, v in folder_state(model).items() if k in state or not (untrained and k.startswith(LEARNED))}
-    what = type(model).__name__ if model.task_head is None else f"this {model.task_head.noun}"
-    check_tensors(parts, {k: v for k, v in state.items() if k not in others}, what, str(file))
-    with torch.no_grad():
-        for name, own in parts.items():
-            own.copy_(state[name])
-    model.learned.update({k.removeprefix(LEARNED): v for k, v in others.items()})
 
 
 Source = str | os.PathLike | nn.Module  # a timm name, a model folder, a timm ViT, an AdaptiveViT

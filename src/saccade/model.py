@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from saccade.backbones.learned import Learned
 from saccade.backbones.plan_builder import build, share
 from saccade.backbones.timm_names import TimmNames
 from saccade.backbones.vit import backbone_of, class_names_of, head_macs
@@ -44,15 +45,16 @@ class AdaptiveViT(OldNames, TimmNames):
         vit: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``; others are refused by name.
         setting: ``"tome(r=13)"``, ``"grid(32) | evit(0.7)"``, …; empty: the unreduced model.
         trained: settings that the weights were trained for, where that is known; ``tune`` tries them too.
-        learned: what methods learn, by ``<method>.<name>``; all views of a model share one such dict, so that a method
-            has the same parameters in every setting that names it.
+        learned: what methods learn, by ``<method>.<block>.<name>``; all views of a model share one such dict, so that
+            a method has the same parameters at a block in every setting that names it.
         execution: how blocks are run where several ways give the same; None: by the rules. It can be set later too.
         head: for another task, ``model.task_head`` from then on; None: the ViT's own classifier, or pooled features
             where it has none. All views share it.
+        fresh: what the setting learns may start where its methods have learned only at other blocks: see ``at``.
 
     Raises:
-        UserError: unsupported class or block, unknown method, knob out of range; a head for a ViT that still has a
-            classifier, or that does not fit it.
+        UserError: unsupported class or block, unknown method, knob out of range; a method that has learned at other
+            blocks only; a head for a ViT that still has a classifier, or that does not fit it.
     """
 
     def __init__(
@@ -63,15 +65,16 @@ class AdaptiveViT(OldNames, TimmNames):
         learned: dict[str, Tensor] | None = None,
         execution: Execution | None = None,
         head: Head | None = None,
+        fresh: bool = False,
     ) -> None:
         super().__init__()
         self.execution = execution or Execution.default()
         self.setting = Setting.parse(setting)
         self.trained = trained
-        self.learned: dict[str, Tensor] = {} if learned is None else learned
+        self.learned: dict[str, Tensor] = Learned() if learned is None else learned
         self.vit: ViT = cast(ViT, vit)
         self._deployment: Deployment | None = None  # another way to run than this module's own
-        self.rebuild_plan()
+        self.rebuild_plan(fresh)
         self.task_head = head
         self.training = vit.training
         if head is not None:
@@ -81,20 +84,26 @@ class AdaptiveViT(OldNames, TimmNames):
                 )
             head.check(self)
 
-    def rebuild_plan(self) -> None:
+    def rebuild_plan(self, fresh: bool = False) -> None:
         """Make tokenizer and plan for what the ViT is now."""
         vit = self.vit
         self.backbone: Backbone = backbone_of(vit)
         weight = next(p for p in vit.parameters() if p.is_floating_point())
         with outside():
-            self.tokenizer, self.plan = build(self.backbone, self.setting, self.learned)
+            self.tokenizer, self.plan = build(self.backbone, self.setting, self.learned, fresh)
             for part in (self.tokenizer, self.plan):
                 part.to(weight.device, weight.dtype)  # what they learn runs where the model runs
                 part.train(vit.training)
 
-    def at(self, setting: str | Setting) -> AdaptiveViT:
-        """The same parameters under another setting, run the same way: a light view, nothing is copied or mutated."""
-        view = AdaptiveViT(self.vit, setting, self.trained, self.learned, self.execution, self.task_head)
+    def at(self, setting: str | Setting, *, fresh: bool = False) -> AdaptiveViT:
+        """The same parameters under another setting, run the same way: a light view, nothing is copied or mutated.
+
+        Args:
+            fresh: what the setting learns and the model has not learned starts, to be trained. False: that is refused
+                where the method has learned at other blocks: it would run beside them untrained.
+        """
+        shared = (self.trained, self.learned, self.execution, self.task_head)
+        view = AdaptiveViT(self.vit, setting, *shared, fresh)
         view._deployment = self._deployment
         return view
 

@@ -1,25 +1,28 @@
-"""The timm ViT that a folder's config describes, and timm's names."""
+"""The timm ViT that a folder's config describes, timm's names, and the weights of the whole model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 import torch
 
+from saccade.backbones.learned import require_learned
+from saccade.backbones.learned_by_step import by_block
+from saccade.backbones.saving import LEARNED, folder_state
 from saccade.backbones.vit import backbone_of, set_class_names, set_resize
 from saccade.core.timm_types import ViT
 from saccade.errors import UserError, nearest
 from saccade.storage.architecture import build
 from saccade.storage.folder_config import CONFIG, FolderConfig, Ours
 from saccade.storage.skeletons import without_values
-from saccade.storage.weights import (
-    check,
-    line,
-    shapes,
-)
+from saccade.storage.weights import check, check_tensors, line, number_type, read_weights, shapes
 from saccade.tokenizers.resize.resampling import ResizeSpec
+
+if TYPE_CHECKING:
+    from saccade.model import AdaptiveViT
 
 
 def check_name(name: str) -> None:
@@ -71,6 +74,30 @@ def restore_flexible(vit: ViT, ours: Ours, path: Path) -> None:
         except UserError as error:
             raise UserError(f"{str(path / CONFIG)!r} has a malformed resize spec: {error}") from None
     vit.patch_embed.img_size = ours.input_size or tuple(vit.patch_embed.img_size)
+
+
+def fill_all(model: AdaptiveViT, file: Path, own: str, untrained: bool) -> None:
+    """The inverse of ``folder_state``. What methods have learned that this setting does not name is kept for others.
+
+    own: the folder's setting. untrained: what the model's setting learns may be missing (it is another); then it starts
+    as it always does, unless its method has learned elsewhere.
+    """
+    state = read_weights(file)
+    learned = {k.removeprefix(LEARNED): v for k, v in state.items() if k.startswith(LEARNED)}
+    learned = by_block(learned, model.trained, own, model.backbone)
+    require_learned(model.learned, learned)
+    state = {k: v for k, v in state.items() if not k.startswith(LEARNED)} | {LEARNED + k: v for k, v in learned.items()}
+    others = {k: v for k, v in learned.items() if k not in model.learned}
+    if (kind := number_type({k: v for k, v in state.items() if k.startswith("vit.")})) is not None:
+        model.to(kind)
+    parts = {k: v for k, v in folder_state(model).items() if k in state or not (untrained and k.startswith(LEARNED))}
+    what = type(model).__name__ if model.task_head is None else f"this {model.task_head.noun}"
+    fitting = {k: v for k, v in state.items() if k.removeprefix(LEARNED) not in others}
+    check_tensors(parts, fitting, what, str(file))
+    with torch.no_grad():
+        for name, place in parts.items():
+            place.copy_(state[name])
+    model.learned.update(others)
 
 
 def _close(name: str) -> str:

@@ -80,6 +80,7 @@ class Reducer(nn.Module):
     site: ClassVar[str] = "attn"  # "attn": between attention and MLP; "block": before the block
     read: frozenset[str] = frozenset()  # readings of attention that it needs ("attn" only)
     ragged: bool = False  # whether padding changes nothing; else it is asked about images of equal counts
+    part: str = ""  # by which what it learns is told from that of another in the same block
 
     def count(self, n: int) -> int | None:
         """Patch tokens left of n; None when it depends on the image. Equal to n: nothing will be read or run."""
@@ -97,6 +98,7 @@ class Gater(nn.Module):
     """Decides which parts of one block run, from the tokens at its input."""
 
     ragged: bool = False  # as a reducer's
+    part: str = ""  #       as a reducer's
 
     def macs(self, n: int) -> int:
         """Multiply-accumulates of deciding, for n patch tokens."""
@@ -123,6 +125,11 @@ class Method(nn.Module):
         at, modules = zip(*steps, strict=True) if (steps := list(steps)) else ((), ())
         self.at: tuple[int, ...] = at
         self.steps: Any = nn.ModuleList(modules)
+
+    def places(self) -> tuple[str, ...]:
+        """Where each step learns, ``<block>`` or ``<block>.<part>``: under these names its parameters are kept."""
+        steps = zip(self.at, self.steps, strict=True)
+        return tuple(f"{block}.{step.part}" if step.part else str(block) for block, step in steps)
 
     def loss(self, trace: Trace) -> dict[str, Tensor]:
         """Terms that training adds to the task's loss, by name."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from types import MappingProxyType
 from typing import Any
 
 from saccade.core.plan import Backbone
@@ -24,6 +25,7 @@ class Entry:
     menu: Callable[[Backbone], list[str]]  # settings that `tune` tries, weakest first
     baseline: bool  # a control that stands beside the others, not a candidate
     range_filter: Callable[..., bool]  # whether a range should stop at these knobs
+    before: Mapping[str, Mapping[Any, Any]]  # by knob: values that folders by step have, and what they are called now
 
     @property
     def summary(self) -> str:
@@ -77,14 +79,16 @@ def register(
     menu: Callable[[Backbone], list[str]] = lambda backbone: [],
     baseline: bool = False,
     range_filter: Callable[..., bool] = lambda backbone, **knobs: True,
+    before: Mapping[str, Mapping[Any, Any]] = MappingProxyType({}),
 ) -> Callable[[Callable], Callable]:
     """Put a factory ``build(backbone, **knobs)`` into the registry under the name that settings use.
 
-    ``steps(backbone, **knobs)`` says whether a range of a knob (``8..40``) should stop at these values.
+    ``range_filter(backbone, **knobs)`` says whether a range of a knob (``8..40``) should stop at these values, and
+    ``before`` what values of a knob are called now that had other names in folders of before (``learned_by_step``).
     """
 
     def add(build: Callable) -> Callable:
-        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter)
+        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter, before)
         return build
 
     return add

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
+from saccade.backbones.learned import slots
 from saccade.core.registry import registry
 from saccade.model import AdaptiveViT
 from saccade.setting import Setting
@@ -18,10 +20,14 @@ def untrained(model: AdaptiveViT, setting: str | Setting) -> tuple[str, ...]:
     for call in Setting.parse(setting).calls:
         entry = known[call.name]
         first, second = (entry(model.backbone, call.args, dict(call.kwargs)) for _ in range(2))
-        start, again = dict(first.named_parameters()), dict(second.named_parameters())
+        start, again = (_parameters(part, call.name) for part in (first, second))
         if not start or not all(torch.equal(start[k], again[k]) for k in start):
             continue
-        pairs = ((v, model.learned.get(f"{call.name}.{k}")) for k, v in start.items())
-        if all(now is None or torch.equal(v, now.to("cpu", v.dtype)) for v, now in pairs):
+        pairs = ((v, model.learned.get(k)) for k, v in start.items())
+        if all(now is None or torch.equal(v.to(now.dtype), now.cpu()) for v, now in pairs):
             names.append(call.name)
     return tuple(dict.fromkeys(names))
+
+
+def _parameters(part: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    return {slot.name: own for slot in slots(part, name) if isinstance(own := slot.own, nn.Parameter)}

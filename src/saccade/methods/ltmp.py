@@ -37,8 +37,8 @@ class Merge(Reducer):
     """
 
     read = frozenset({"key"})
-
     ragged = True
+    part = "merge"
 
     def __init__(self, start: float, stride: int, width: int) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ class Prune(Reducer):
     """Drop the tokens that receive less attention than a share of the mean over tokens."""
 
     read = frozenset({"attn_received"})
-
     ragged = True
+    part = "prune"
 
     def __init__(self, start: float) -> None:
         super().__init__()

@@ -36,6 +36,7 @@ class Learn(Reducer):
     """
 
     site = "block"
+    part = "learn"
 
     def __init__(self, tokens: int, dim: int, fused: bool, seed: int) -> None:
         super().__init__()
@@ -104,6 +105,7 @@ class Fuse(Reducer):
     """
 
     site = "block"
+    part = "fuse"
 
     def __init__(self, tokens: int, dim: int, seed: int) -> None:
         super().__init__()

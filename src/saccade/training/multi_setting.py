@@ -24,7 +24,7 @@ class MultiSettingModel(OldWeightNames):
     def __init__(self, model: AdaptiveViT, settings: Sequence[str]) -> None:
         super().__init__()
         self.vit: ViT = model.vit
-        self.views = tuple(model if str(model.setting) == name else model.at(name) for name in settings)
+        self.views = tuple(model if str(model.setting) == name else model.at(name, fresh=True) for name in settings)
         learned = {str(i): nn.ModuleList([view.tokenizer, view.plan]) for i, view in enumerate(self.views)}
         self.settings: nn.Module = nn.ModuleDict(learned)
         self.task_head = model.task_head
