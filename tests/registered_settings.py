@@ -62,6 +62,7 @@ HARD = {
         "adavit(threshold=0.98)",
         "adavit(0.5, axes=('patch', 'block'), at=[0, 1, 2, 3], threshold=0.98)",
         "adavit(share=0.5, threshold=0.97, heads='partial')",
+        "adavit(axes=('patch', 'head'), at=[0, 2], form='released', threshold=0.5)",
     ],
     "ats": ["ats(0.5, at=[0, 3])", "ats(0.1, at=1, score='received')"],
     "avit": ["avit(gamma=1, beta=-2)", "avit(at=[2, 3], gamma=0.5, beta=0.5)", "avit(gamma=1, beta=-0.5)"],

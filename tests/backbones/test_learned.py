@@ -209,6 +209,20 @@ def test_a_folder_of_before_is_what_it_was(tmp_path, setting, trained):
     assert torch.equal(logits(load(tmp_path / "new", setting)), logits(model))
 
 
+def test_a_knob_of_a_folder_of_before_means_what_it_meant(tmp_path):
+    """``form='released'`` was the code's way to read patches, and no more of it."""
+    model = shake(AdaptiveViT(small(), "adavit(at=(1, 2))"))
+    before = "adavit(0.7, at=(1, 2), form='released')"
+    folder = folder_of_before(model, tmp_path / "old", before, (before, "adavit(0.6, 'patch', (1, 2))"))
+    found = load(folder)
+    assert str(found.setting) == "adavit(0.7, at=(1, 2), form='token')" == found.trained[0]
+    assert torch.equal(logits(found), logits(model))
+    save(found, tmp_path / "new")
+    assert load(tmp_path / "new").setting == found.setting
+    with pytest.raises(UserError, match=r"has learned .*not .*released"):
+        load(folder, before)
+
+
 def test_other_blocks_of_a_folder_of_before_are_refused(tmp_path):
     model = shake(AdaptiveViT(small(), "dynamicvit(at=(1, 3))"))
     folder = folder_of_before(model, tmp_path / "old", str(model.setting))

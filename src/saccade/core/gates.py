@@ -37,6 +37,9 @@ class Gates:
     attn: Tensor | None = None  #  [B]     the attention branch
     mlp: Tensor | None = None  #   [B]     the MLP branch
     partial: bool = False  #               a head that is off passes its own values on; False: nothing
+    mlp_heads: bool = False  #             a head that is off takes its channels out of the MLP's input too
+    inner: bool = False  #                 masked, heads multiply queries, keys and values too, and a patch that is off
+    #                                      attends to itself alone: the same output with another gradient
     patch_indices: Tensor | None = (
         None  # [B, k] the patches of ``patch``, where every image has as many: nothing is counted
     )

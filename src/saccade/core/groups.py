@@ -131,7 +131,7 @@ def gates_by_group(tokens: Tokens, decide: Callable[[Tokens], Gates]) -> Gates:
         spread = [g.patch.new_zeros(len(f.images), tokens.num_patches).scatter(1, f.order, g.patch)
                   for f, g in zip(found, made, strict=True) if g.patch is not None]  # fmt: skip
         patch = torch.cat(spread).index_select(0, back)
-    return Gates(patch, one("head"), one("attn"), one("mlp"), partial=made[0].partial)
+    return changed(made[0], patch=patch, head=one("head"), attn=one("attn"), mlp=one("mlp"), patch_indices=None)
 
 
 def _of_images(tokens: Tokens, images: Tensor) -> Tokens:

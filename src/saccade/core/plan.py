@@ -255,5 +255,6 @@ def _agree(gates: list[Gates]) -> Gates | None:
     for other in gates[1:]:
         pairs = {f: (getattr(merged, f), getattr(other, f)) for f in ("patch", "head", "attn", "mlp")}
         both = {f: b if a is None else a if b is None else a * b for f, (a, b) in pairs.items()}
-        merged = Gates(**both, partial=merged.partial or other.partial)
+        ways = {f: getattr(merged, f) or getattr(other, f) for f in ("partial", "mlp_heads", "inner")}
+        merged = Gates(**both, **ways)
     return merged

@@ -91,11 +91,14 @@ def with_threshold(setting: str | Setting, value: float | tuple[float, ...] | No
     return str(Setting(tuple(changed if i == places[0] else c for i, c in enumerate(setting.calls))))
 
 
-def by_count(setting: str | Setting) -> bool:
-    """Whether a setting's method keeps a fixed count where no threshold is given."""
+def by_count(model: AdaptiveViT, setting: str | Setting) -> AdaptiveViT | None:
+    """The view of a setting without its threshold, where its method then keeps a fixed count; else None."""
     known = registry()
     knobs = (known[call.name].knobs.get(KNOB) for call in Setting.parse(setting).calls)
-    return any(knob is not None and knob.default is None for knob in knobs)
+    if not any(knob is not None and knob.default is None for knob in knobs):
+        return None
+    view = model.at(with_threshold(setting, None)).eval()
+    return view if any(hasattr(step, "score") for steps in view.plan.at.values() for step in steps) else None
 
 
 def fixed_levels(view: AdaptiveViT, run: Callable[[], object]) -> list[float]:
@@ -178,9 +181,8 @@ def calibrate(
         store.check("dense", dense)
     seen: dict[float, Predictions] = {}
     levels: list[float] = []
-    if by_count(setting):
+    if (view := by_count(model, setting)) is not None:
         advance(0, what="calibrating: where fixed counts lie")
-        view = model.at(with_threshold(setting, None)).eval()
         levels = fixed_levels(view, lambda: evaluator.predict(view, places, advance))
 
     def at(threshold: float) -> float | tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from timm.layers import Attention
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -69,7 +70,11 @@ def _attend(attn: Attention, x: Tensor, bias: Tensor | None, ask: Asked, executi
         return _packed(attn, x, bias, ask.rows, ask, execution)
     q, k, v = _projected(attn, x, ask.queries)
     gate = _output_gate(attn, x, ask.queries)
+    if ask.inner and ask.heads is not None and not ask.partial:
+        q, k, v = (value * ask.heads[:, :, None, None].to(value.dtype) for value in (q, k, v))
     y, stats, kernel = mix(attn, (q, k, v), bias, ask, execution)
+    if ask.inner and ask.query_mask is not None:
+        y = torch.where(ask.query_mask[:, None, :, None] > 0, y, v)
     if ask.heads is not None:
         on = (ask.heads if ask.heads.dtype == y.dtype else ask.heads.to(y.dtype)).view(*ask.heads.shape, 1, 1)
         y = y * on + v[:, :, : ask.queries] * (1 - on) if ask.partial else y * on

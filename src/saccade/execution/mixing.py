@@ -24,7 +24,9 @@ class Asked:
     partial: bool = False  #       a head that is off gives each token its own value (AdaViT); False: zeros
     read: frozenset[str] = frozenset()  # readings: ``cls_attn`` is one row, ``attn_received`` needs all scores
     keep_mask: Tensor | None = None  #  [B, K] 0/1, straight-through: keys that count, with a gradient
-    query_mask: Tensor | None = None  # [B, K] 0/1, queries that count in ``attn_received``; None: all
+    query_mask: Tensor | None = None  # [B, K] 0/1, queries that count in ``attn_received``, and ``inner``; None: all
+    inner: bool = False  #         heads multiply queries, keys and values too, and what ``query_mask`` leaves out …
+    #                              … attends to itself alone: the same output with another gradient (``Gates.inner``)
     rows: Rows | None = None  #    x is packed [T, D] and holds these rows; bias, readings and output are packed alike
     skip: bool = False  #          do not compute heads that are off (``heads.should_skip_heads`` says where)
 

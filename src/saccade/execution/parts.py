@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
@@ -79,7 +80,8 @@ class Parts:
         gates = self.gates or ALL_RUN
         tokens = tokens if gates.patch is None else tokens.with_stats(gate_mask=gates.patch)
         how: dict[str, Any] = {"partial": gates.partial, "keep_mask": live_keys(tokens), "skip": skip, "read": read}
-        how["query_mask"] = tokens.query_mask() if "attn_received" in read else None
+        how["inner"] = gates.inner and self.skipped == "nothing" and torch.is_grad_enabled()
+        how["query_mask"] = tokens.query_mask() if "attn_received" in read or how["inner"] else None
 
         def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: PackedRows | None) -> Tensor:
             ask = Asked(heads=heads, rows=rows, **how)
@@ -99,10 +101,13 @@ class Parts:
         """``x + mlp(norm2(x))``."""
 
         def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: PackedRows | None) -> Tensor:
-            return applied(block.mlp(block.norm2(x)), block.ls2, block.drop_path2)
+            x = block.norm2(x)
+            x = x if heads is None else of_heads(x, heads, rows)
+            return applied(block.mlp(x), block.ls2, block.drop_path2)
 
-        on = None if self.gates is None else self.gates.mlp
-        x, count = residual(tokens, branch, on=on, skipped=self.skipped)
+        gates = self.gates or ALL_RUN
+        heads = gates.head if gates.mlp_heads else None
+        x, count = residual(tokens, branch, on=gates.mlp, heads=heads, skipped=self.skipped)
         return changed(tokens, x=x, stats=NO_STATS), count
 
     def record(
@@ -134,6 +139,12 @@ class Parts:
         if step.masked or read or self.gates is None or step.watched:
             return False
         return should_skip_heads(step.block.attn, self.gates)
+
+
+def of_heads(x: Tensor, heads: Tensor, rows: PackedRows | None) -> Tensor:
+    """Features [B, K, D], or packed [T, D], times 0/1 of heads [B, H], each of which has D / H of the channels."""
+    on = heads.unsqueeze(1) if rows is None else heads.repeat_interleave(rows.counts(), dim=0, output_size=len(x))
+    return (x.unflatten(-1, (heads.shape[1], -1)) * on.unsqueeze(-1).to(x.dtype)).flatten(-2)
 
 
 @dataclass(frozen=True)
