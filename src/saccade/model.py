@@ -13,6 +13,7 @@ from saccade.backbones.learned import Learned
 from saccade.backbones.plan_builder import build, share
 from saccade.backbones.timm_names import TimmNames
 from saccade.backbones.vit import backbone_of, class_names_of, head_macs
+from saccade.core.fingerprint import FINGERPRINT, fingerprint
 from saccade.core.head import Head, HeadOutput
 from saccade.core.hooks import FEATURES, HEAD, any_hooked, around, replaced, require_head
 from saccade.core.init import outside
@@ -102,8 +103,7 @@ class AdaptiveViT(OldNames, TimmNames):
             fresh: what the setting learns and the model has not learned starts, to be trained. False: that is refused
                 where the method has learned at other blocks: it would run beside them untrained.
         """
-        shared = (self.trained, self.learned, self.execution, self.task_head)
-        view = AdaptiveViT(self.vit, setting, *shared, fresh)
+        view = AdaptiveViT(self.vit, setting, self.trained, self.learned, self.execution, self.task_head, fresh)
         view._deployment = self._deployment
         return view
 
@@ -194,12 +194,13 @@ class AdaptiveViT(OldNames, TimmNames):
         self, images: Tensor, *, whole: bool, sparse: bool | None = None, dense: bool = False
     ) -> tuple[Tokens, Trace]:
         self._check(images)
-        vit, tokenizer = self.vit, self.tokenizer
+        vit, tokenizer, plan = self.vit, self.tokenizer, self.plan
         start: Tokens = tokenizer(vit, images)
-        if dense:
-            start = start.with_dropped_features()
+        start = start.with_dropped_features() if dense else start
+        if plan.draws:
+            start = replace(start, state={**start.state, FINGERPRINT: fingerprint(images)})
         skip = not self.training if sparse is None else sparse
-        tokens, blocks = encode(vit, start, self.plan, whole=whole, sparse=skip, execution=self.execution)
+        tokens, blocks = encode(vit, start, plan, whole=whole, sparse=skip, execution=self.execution)
         embed, head = tokenizer.macs(vit, start), head_macs(vit, tokens.x.shape[1])
         return tokens, Trace(blocks, embed, head, images.shape[0], unread(start), start.grid, tokens.state)
 

@@ -22,6 +22,7 @@ import saccade.methods.dynamicvit
 from data_helpers import encode, picture, write_folder
 from oracles import attention_by_hand, block_macs, counted_macs, make_images, make_tokens, make_vit, relative
 from saccade.core.costs import block_cost
+from saccade.core.fingerprint import FINGERPRINT
 from saccade.core.gates import Gates
 from saccade.core.packing import Rows
 from saccade.core.reduction import reduce
@@ -473,18 +474,35 @@ def test_topk_runs_as_a_rectangle_and_everybody_may_come_back():
 
 @torch.no_grad()
 def test_random_plus_runs_the_share_it_says():
-    vit = make_vit("vit", depth=4)
     tokens = make_tokens(3, 20, width=96)
-    gater = Blind(0.7, ("patch", "head", "block"), 10, (True, False), seed=5)
+    tokens = replace(tokens, state={FINGERPRINT: torch.tensor([5, 6, 5])})
+    gater = Blind(0.7, ("patch", "head", "block"), 10, (1, 3), seed=5)
     gates = gater.eval()(tokens)
     assert gates.patch.sum(1).tolist() == [14.0] * 3 and gates.head.sum(1).tolist() == [7.0] * 3
-    assert gates.attn.tolist() == [1.0] * 3 and gates.mlp.tolist() == [0.0] * 3
+    for gate in (gates.patch, gates.head):
+        assert torch.equal(gate[0], gate[2]) and not torch.equal(gate[0], gate[1])
     torch.manual_seed(0)
     gates = gater.train()(make_tokens(300, 20, width=96))
     for gate in (gates.patch, gates.head, torch.stack([gates.attn, gates.mlp])):
         assert abs(float(gate.mean()) - 0.7) <= 4 * math.sqrt(0.21 / gate.numel())
-    branches = [on for step in AdaptiveViT(vit, "random_plus(0.5)").plan.methods[0].steps for on in step.branches]
-    assert sum(branches) == len(branches) // 2
+
+
+@torch.no_grad()
+def test_random_plus_draws_for_each_image_and_the_same_in_every_batch():
+    vit = make_vit("vit", depth=6)
+    images = make_images(vit, 40)
+    model = AdaptiveViT(vit, "random_plus(0.5)")
+    gates = [block.gates for block in model.forward_tokens(images, sparse=False)[1].blocks[1:5]]
+    branches = torch.stack([branch for g in gates for branch in (g.attn, g.mlp)], dim=1)
+    assert branches.sum(1).tolist() == [4.0] * 40, "of all blocks together"
+    for draws in (branches, gates[0].patch, gates[2].head):
+        assert len(draws.unique(dim=0)) > 2 and abs(float(draws.mean(0).sub(draws.mean()).abs().max())) < 0.35
+    assert not torch.equal(gates[0].patch, gates[1].patch) and not torch.equal(gates[0].head, gates[1].head)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    again = model.forward_tokens(images[order], sparse=False)[1].blocks[1].gates
+    assert torch.equal(again.patch, gates[0].patch[order])
+    other = model.at("random_plus(0.5, seed=1)").forward_tokens(images, sparse=False)[1].blocks[1].gates
+    assert not torch.equal(other.patch, gates[0].patch)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ class Gater(nn.Module):
 
     ragged: bool = False  # as a reducer's
     part: str = ""  #       as a reducer's
+    draws: bool = False  #  whether it draws by chance for each image, by ``fingerprint.FINGERPRINT`` of its pixels
 
     def macs(self, n: int) -> int:
         """Multiply-accumulates of deciding, for n patch tokens."""
@@ -167,6 +168,7 @@ class Plan(nn.Module):
                 self.at.setdefault(block, []).append(step)
         asked = [(i, "gate" if isinstance(s, Gater) else s.site) for i, steps in self.at.items() for s in steps]
         self._works = frozenset(asked)  # the blocks and sites where a method works
+        self.draws = any(isinstance(s, Gater) and s.draws for steps in self.at.values() for s in steps)
 
     def site(self, block: int, site: str, n: int) -> Site:
         """The work at a site ("block" or "attn") of a block that n patch tokens come to."""

@@ -1,6 +1,8 @@
 """``random_plus``: patches, heads and branches left out blindly — the control for all that learn what to leave out.
 
 AdaViT's baselines (arXiv 2111.15668): "Random" is this policy on a trained model, "Random+" a model fine-tuned with it.
+Each image has its own draw, in evaluation too; there every image has the same number of parts, where the released code
+draws each part.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from saccade.core.fingerprint import FINGERPRINT
 from saccade.core.gates import Gates
 from saccade.core.plan import Backbone, Gater, Method
 from saccade.core.registry import register
@@ -21,33 +24,38 @@ AXES = ("patch", "head", "block")
 
 
 class Blind(Gater):
-    """In training every part of every image runs with a probability; in evaluation the same share of parts, always the
-    same ones: a batch equals its images one by one."""
+    """In training every part of every image runs with a probability. In evaluation the same share of parts runs in each
+    image, drawn for it by its pixels: a batch equals its images one by one.
 
-    def __init__(self, usage: float, axes: tuple[str, ...], heads: int, branches: tuple[bool, bool], seed: int) -> None:
+    place: which of the blocks that draw it is, and of how many: branches are drawn among those of all.
+    """
+
+    draws = True
+
+    def __init__(self, usage: float, axes: tuple[str, ...], heads: int, place: tuple[int, int], seed: int) -> None:
         super().__init__()
-        self.usage, self.axes, self.heads, self.branches, self.seed = usage, axes, heads, branches, seed
+        self.usage, self.axes, self.heads, self.place, self.seed = usage, axes, heads, place, seed
 
     def forward(self, tokens: Tokens) -> Gates:
-        patch = self._some(tokens, tokens.num_patches, 0) if "patch" in self.axes else None
-        head = self._some(tokens, self.heads, 1) if "head" in self.axes else None
+        nth, blocks = self.place
+        patch = self._some(tokens, tokens.num_patches, 2 * nth + 1) if "patch" in self.axes else None
+        head = self._some(tokens, self.heads, 2 * nth + 2) if "head" in self.axes else None
         attn = mlp = None
         if "block" in self.axes:
-            attn, mlp = self._both(tokens).unbind(1)
+            count, first = (2, 0) if self.training else (2 * blocks, 2 * nth)
+            attn, mlp = self._some(tokens, count, 0)[:, first : first + 2].unbind(1)
         return Gates(patch, head, attn, mlp)
 
     def _some(self, tokens: Tokens, count: int, stream: int) -> Tensor:
+        """0/1 [B, count]; stream: of draws that have nothing to do with each other."""
         images, device = tokens.x.shape[0], tokens.x.device
         if self.training:
             return (torch.rand(images, count, device=device) < self.usage).float()
-        order = scramble(torch.arange(count, device=device), self.seed + stream).argsort(stable=True)
-        on = torch.zeros(count, device=device).index_fill(0, order[: round(self.usage * count)], 1.0)
-        return on.expand(images, -1)
-
-    def _both(self, tokens: Tokens) -> Tensor:
-        if self.training:
-            return self._some(tokens, 2, 2)
-        return torch.tensor(self.branches, dtype=torch.float32, device=tokens.x.device).expand(tokens.x.shape[0], -1)
+        own = tokens.state.get(FINGERPRINT)
+        own = torch.zeros(images, dtype=torch.int64, device=device) if own is None else own
+        places = scramble(own, self.seed + 1000 * stream).unsqueeze(1) ^ scramble(torch.arange(count, device=device), 0)
+        order = scramble(places, 0).argsort(dim=1, stable=True)
+        return torch.zeros(images, count, device=device).scatter(1, order[:, : round(self.usage * count)], 1.0)
 
 
 @register("random_plus", baseline=True)
@@ -75,9 +83,4 @@ def random_plus(
     chosen = blocks("random_plus", at, default, backbone.depth)
     if usage == 1 or not axes:
         return Method(())
-    order = scramble(torch.arange(2 * len(chosen), device="cpu"), seed).argsort(stable=True)
-    on = torch.zeros(2 * len(chosen), dtype=torch.bool)
-    on[order[: round(usage * len(on))]] = True
-    branches = on.view(-1, 2).tolist()
-    steps = zip(chosen, branches, strict=True)
-    return Method((i, Blind(usage, axes, backbone.heads, tuple(both), seed + 1000 * i)) for i, both in steps)
+    return Method((i, Blind(usage, axes, backbone.heads, (nth, len(chosen)), seed)) for nth, i in enumerate(chosen))
