@@ -424,7 +424,7 @@ N = 400
 COST = {"small": 1.0, "middle": 2.0, "large": 4.0}
 
 
-def outcome(together: float, **single: float) -> ensemble.Verdict:
+def outcome(together: float, **single: float) -> ensemble.Comparison:
     """The verdict on small + middle, given shares of hits, with images of all kinds in both halves."""
     spots = torch.linspace(0, 1, N, dtype=torch.float64)[torch.randperm(N, generator=torch.Generator().manual_seed(0))]
     hits = {name: spots < share for name, share in single.items()}

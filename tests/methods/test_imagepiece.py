@@ -26,9 +26,10 @@ from saccade.analysis import analyze, merging
 from saccade.checkpoint import load
 from saccade.core.reduction import Reduction, reduce
 from saccade.errors import UserError
-from saccade.evaluation import speed, sweep
+from saccade.evaluation import sweep
 from saccade.methods.imagepiece import Interpretation, Retokenize
 from saccade.model import AdaptiveViT
+from saccade.runners.runner import Logits
 from saccade.setting import Setting
 from saccade.training import train as training
 from saccade.training.config import read_config
@@ -473,7 +474,7 @@ def test_compositions_train_evaluate_draw_and_export(setting, tmp_path):
 @pytest.mark.parametrize("setting", [setting for setting, static in TOGETHER.items() if static])
 def test_compositions_whose_counts_are_static_export(setting):
     model = AdaptiveViT(make_vit("deit", img_size=224, depth=4, embed_dim=48), setting)
-    logits, images = speed.Logits(model).eval(), torch.randn(3, 3, 224, 224)
+    logits, images = Logits(model).eval(), torch.randn(3, 3, 224, 224)
     program = torch.export.export(logits, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     with torch.no_grad():
         assert relative(program.module()(images), logits(images)) <= 1e-5
