@@ -15,6 +15,8 @@ from torch import nn
 
 from saccade.backbones.learned_by_step import as_now, methods_by_step
 from saccade.backbones.plan_builder import build as build_setting
+from saccade.backbones.plan_builder import with_tokenizer
+from saccade.backbones.pretrained import open_pretrained
 from saccade.backbones.rebuilding import check_name, fill_all, rebuild_vit, restore_class_names, restore_flexible
 from saccade.backbones.saving import LEARNED, save
 from saccade.core.head import Head
@@ -51,7 +53,8 @@ def create_model(
     Args:
         name: timm's model name.
         setting: for example ``"tome(r=13)"``; empty: the unreduced model.
-        pretrained: timm's own weights, from the Hugging Face hub.
+        pretrained: timm's own weights, from the Hugging Face hub; a FlexiViT's with the kernel it was trained with, under
+            timm's patch size, ``grid(16)``, where the setting names no tokenizer.
         weights: a safetensors file with timm's keys instead.
         kwargs: of ``timm.create_model`` (num_classes, img_size, …).
 
@@ -60,12 +63,12 @@ def create_model(
     """
     check_name(name)
     try:
-        vit = timm.create_model(name, pretrained=pretrained, **kwargs)
+        vit, first = open_pretrained(name, **kwargs) if pretrained else (timm.create_model(name, **kwargs), None)
     except Exception as error:
         if not pretrained:
             raise UserError(f"timm cannot create {name!r}: {line(error)}") from None
         raise UserError(f"cannot fetch timm's weights of {name!r} ({line(error)}); give a file by weights=") from None
-    model = AdaptiveViT(vit, setting)
+    model = AdaptiveViT(vit, with_tokenizer(Setting.parse(setting), first))
     if weights is not None:
         load_weights(vit, weights)
     return model.eval()

@@ -163,21 +163,25 @@ class AdaptiveViT(OldNames, TimmNames):
         head = self.task_head
         return self.forward_vit(images, *args, **kwargs) if head is None else head(self, images, *args, **kwargs)
 
-    def forward_vit(self, images: Tensor) -> Output:
+    def forward_vit(self, images: Tensor, *, whole: bool = False) -> Output:
         """images [B, C, h, w], normalised -> logits of the ViT's own classifier (pooled features [B, D] where it has
-        none), tokens, trace; nothing is computed that these logits do not need."""
+        none), tokens, trace; nothing is computed that these logits do not need.
+
+        Args:
+            whole: compute all tokens in the last block, even where the logits read none but the prefix.
+        """
         if self._deployment is not None and not self.training and not self._deployment.runner.is_plain:
             self._check(images)
             return self._deployment.run(self, images)
-        if replaced(self.vit, FEATURES) and self._asks_nothing(images):
+        if replaced(self.vit, FEATURES) and self._asks_nothing(images) and not whole:
             return LazyOutput(self.vit(images), partial(self._forward, images))  # a user's own forward has no trace
-        return self._forward(images)
+        return self._forward(images, whole)
 
-    def _forward(self, images: Tensor) -> Output:
+    def _forward(self, images: Tensor, whole: bool = False) -> Output:
         ran: list[tuple[Tokens, Trace]] = []
 
         def logits(images: Tensor) -> Tensor:
-            ran.append(self._forward_tokens(images, whole=not self._reads_prefix_only()))
+            ran.append(self._forward_tokens(images, whole=whole or not self._reads_prefix_only()))
             return self.forward_head(ran[-1][0])
 
         return Output(around(self.vit, logits, images), *ran[-1])
@@ -236,7 +240,7 @@ class AdaptiveViT(OldNames, TimmNames):
         """The dense map [B, D, gh, gw], the tokens that it was spread from, and the trace; no head has run yet."""
         tokens, trace = self._forward_tokens(images, whole=True, dense=True)
         assert tokens.dropped_features is not None
-        features = self.vit.norm(tokens.scatter_to_grid(tokens.patches, tokens.dropped_features))
+        features = self.vit.norm(tokens.cell_features())
         return features.transpose(1, 2).unflatten(2, tokens.grid), tokens, replace(trace, head=0)
 
     def input_size(self) -> tuple[int, int]:

@@ -746,3 +746,58 @@ def test_freeze_is_a_function_too():
 
 def test_types_of_the_public_names():
     assert saccade.flexify is flexify and saccade.convert is convert and isinstance(flexible().vit.pos_embed, Tensor)
+
+
+# timm's own weights
+
+
+def published_file(path: Path, patch: int = 32, grid: int = 7):
+    """A file as timm's hub has it: the names of timm, kernel and positions as they were trained."""
+    vit = make_vit("flexivit", depth=2, patch_size=patch, img_size=patch * grid)
+    save_file({name: value.contiguous() for name, value in vit.state_dict().items()}, path)
+    return vit, {"pretrained_cfg_overlay": {"file": str(path), "num_classes": 10}, "num_classes": 10, **SHAPE}
+
+
+@torch.no_grad()
+def test_a_pretrained_flexivit_keeps_the_kernel_that_it_was_trained_with(tmp_path):
+    """At every patch size it is what timm makes of the file for that size alone; from 16 pixels it is far from it."""
+    trained, how = published_file(tmp_path / "w.safetensors")
+    model = saccade.create_model("flexivit_small", pretrained=True, **how)
+    assert torch.equal(model.vit.patch_embed.proj.weight, trained.patch_embed.proj.weight)
+    assert torch.equal(model.vit.pos_embed, trained.pos_embed) and model.backbone.resize == PRESETS["google"]
+    assert str(model.setting) == "grid(16)" and model.input_size() == (240, 240), "timm's own patch size"
+    assert str(saccade.create_model("flexivit_small", "tome(r=8)", pretrained=True, **how).setting) == (
+        "grid(16) | tome(r=8)"
+    )
+    assert str(saccade.create_model("flexivit_small", "grid(30)", pretrained=True, **how).setting) == "grid(30)"
+    images = make_images(model.vit)
+    lost = AdaptiveViT(timm.create_model("flexivit_small", pretrained=True, **how).eval())
+    for patch in (8, 12, 16, 30):
+        wanted = timm.create_model("flexivit_small", pretrained=True, patch_size=patch, img_size=240, **how).eval()
+        kernel = wanted.patch_embed.proj.weight
+        assert relative(model.at(f"grid({patch})").tokenizer.kernel(model.vit), kernel) <= 1e-4
+        assert relative(model.at(f"grid({patch})")(images).logits, wanted(images)) <= 1e-4
+        if patch in (8, 12):
+            assert relative(lost.at(f"grid({patch})").tokenizer.kernel(lost.vit), kernel) > 0.5, "why this is done"
+    save(model, tmp_path / "model")
+    assert load(tmp_path / "model").backbone == model.backbone
+
+
+@torch.no_grad()
+def test_a_pretrained_flexivit_of_other_channels_sizes_and_patches(tmp_path):
+    _, how = published_file(tmp_path / "w.safetensors")
+    grey = saccade.create_model("flexivit_small", pretrained=True, in_chans=1, img_size=208, **how)
+    assert tuple(grey.vit.patch_embed.proj.weight.shape[1:]) == (1, 32, 32) and grey.input_size() == (208, 208)
+    assert grey(torch.randn(1, 1, 208, 208)).logits.shape == (1, 10)
+    asked = saccade.create_model("flexivit_small", pretrained=True, patch_size=20, **how)
+    assert asked.backbone.patch_size == (20, 20) and asked.backbone.resize == PRESETS["google"]
+    assert str(asked.setting) == "dense"
+    plain = flexify("flexivit_small", grid=None, underlying=None, size=240)
+    assert plain.backbone.patch_size == (16, 16), "without weights it is timm's"
+
+
+def test_a_file_that_has_lost_the_kernel_is_said_to(tmp_path):
+    _, how = published_file(tmp_path / "w.safetensors", patch=16, grid=15)
+    with pytest.warns(UserWarning, match=r"no kernel but one that was resized to 16 pixels.*flexify\('flexivit_small'"):
+        model = saccade.create_model("flexivit_small", pretrained=True, **how)
+    assert model.backbone.patch_size == (16, 16) and model.backbone.resize == PRESETS["google"]

@@ -121,12 +121,12 @@ def test_counts_and_cost_are_the_published_ones(keep, counts, gmacs):
     n, found, total = 196, [], 0.0
     for block in range(12):
         if block in (3, 6, 9):
-            drop = Drop(keep, block == 3, 384, 0, 1.0, None)
+            drop = Drop(keep, len(found), 196, 384, 0, 1.0, None)
             total += drop.macs(n)
             n = drop.count(n)
             found.append(n)
         total += block_macs(n + 1, n + 1, 384)
-    assert found == counts
+    assert found == counts == [int(196 * keep**i) for i in (1, 2, 3)]
     total += 196 * 3 * 16**2 * 384 + 384 * 1000
     assert total / 1e9 == pytest.approx(gmacs, abs=0.01)
 

@@ -142,9 +142,7 @@ def _maps(
     own = found[first]
     row, column = (min(int(v * n), n - 1) for v, n in zip(token, own.grid, strict=True))
     assert own.dropped_features is not None
-    cell = own.scatter_to_grid(own.patches, own.dropped_features)[
-        :, row * own.grid[1] + column
-    ]  # [B, D], its last where it was dropped
+    cell = own.cell_features()[:, row * own.grid[1] + column]  # [B, D], its last where it was dropped
     maps = {name: (alike(cell, tokens).cpu(), tokens) for name, tokens in found.items()}
     return maps, ((row + 0.5) / own.grid[0], (column + 0.5) / own.grid[1])
 

@@ -69,5 +69,5 @@ def levels(model: AdaptiveViT, images: Tensor) -> list[Tokens]:
 def cell_map(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
     """Patch features on a grid, [B, D, gh, gw]: a cell has its token's, or a dropped one's last; then averages."""
     assert tokens.dropped_features is not None
-    cells = tokens.scatter_to_grid(tokens.patches, tokens.dropped_features).transpose(1, 2).unflatten(2, tokens.grid)
+    cells = tokens.cell_features().transpose(1, 2).unflatten(2, tokens.grid)
     return cells if tokens.grid == grid else F.adaptive_avg_pool2d(cells, grid)

@@ -49,5 +49,12 @@ def build(
     return tokenizer, Plan(method for _, method in methods)
 
 
+def with_tokenizer(setting: Setting, first: Call | None) -> Setting:
+    """A setting that starts with a tokenizer where it names none; None: as it is."""
+    known = registry()
+    named = any(call.name in known and known[call.name].kind == "tokenizer" for call in setting.calls)
+    return setting if first is None or named else Setting((first, *setting.calls))
+
+
 def _tokenizer_first(setting: Setting, tokenizer: Call) -> Setting:
     return Setting((tokenizer, *(call for call in setting.calls if call is not tokenizer)))

@@ -20,9 +20,9 @@ from saccade.core.packing import padded
 from saccade.core.reduction import rows
 from saccade.core.tokens import NO_STATS, AttentionStats, Tokens
 
-FILLS = {"size": 1.0, "keep_mask": 1.0, "gate_mask": 1.0}  # of what is padded; 0 else
+FILLS = {"size": 1.0, "keep_mask": 1.0, "update_mask": 1.0, "gate_mask": 1.0}  # of what is padded; 0 else
 STATS = tuple(f.name for f in fields(AttentionStats))
-OF_TOKENS = ("size", "keep_mask", *STATS)  # what a token has beside its features
+OF_TOKENS = ("size", "keep_mask", "update_mask", *STATS)  # what a token has beside its features
 
 
 def _of_token(tokens: Tokens, name: str) -> Tensor | None:

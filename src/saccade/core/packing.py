@@ -132,8 +132,8 @@ def gathered(tokens: Tokens, gates: Gates) -> tuple[Tokens, Tensor]:
     index = torch.cat([first, places + prefix], dim=1)
     if images != 1 or torch.compiler.is_compiling():
         index = index + length * torch.arange(images, device=places.device).unsqueeze(1)
-    own = {"size": tokens.size, "valid": tokens.valid, "keep_mask": tokens.keep_mask}
-    own = {name: value if value is None else value.gather(1, places) for name, value in own.items()}
+    names = ("size", "valid", "keep_mask", "update_mask")
+    own = {name: None if (value := getattr(tokens, name)) is None else value.gather(1, places) for name in names}
     return changed(tokens, x=F.embedding(index, tokens.x.reshape(-1, width)), **own), index.flatten()
 
 

@@ -81,6 +81,7 @@ class Reducer(nn.Module):
     read: frozenset[str] = frozenset()  # readings of attention that it needs ("attn" only)
     ragged: bool = False  # whether padding changes nothing; else it is asked about images of equal counts
     part: str = ""  # by which what it learns is told from that of another in the same block
+    counted: ClassVar[bool] = False  # its MACs are part of the model's in the papers' count: a network decides
 
     def count(self, n: int) -> int | None:
         """Patch tokens left of n; None when it depends on the image. Equal to n: nothing will be read or run."""
@@ -153,6 +154,7 @@ class Site:
     macs: int  #                     of deciding, for one image
     read: frozenset[str]  #          readings of attention that they need
     spent: tuple[frozenset[str], ...]  # for each, readings that none behind it needs
+    counted: int = 0  #              of ``macs``, those that the papers count too
 
 
 class Plan(nn.Module):
@@ -181,18 +183,19 @@ class Plan(nn.Module):
 
     def _site(self, block: int, site: str, n: int) -> Site:
         chosen: list[Reducer] = []
-        known, macs = True, 0
+        known, macs, counted = True, 0, 0
         for step in self.at.get(block, ()):
             if not isinstance(step, Reducer) or step.site != site:
                 continue
             left = step.count(n)
             if left != n or not known:
                 chosen.append(step)
-                macs += step.macs(n)
+                cost = step.macs(n)
+                macs, counted = macs + cost, counted + cost * step.counted
                 n, known = left or n, known and left is not None
         reads = [step.read for step in chosen]
         spent = tuple(READINGS.difference(*reads[i + 1 :]) for i in range(len(reads)))
-        return Site(tuple(chosen), n, macs, frozenset().union(*reads), spent)
+        return Site(tuple(chosen), n, macs, frozenset().union(*reads), spent, counted)
 
     def gated(self, block: int) -> bool:
         """Whether a method decides which parts of a block run."""

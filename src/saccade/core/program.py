@@ -55,6 +55,10 @@ class Step:
         """The tokens after the reducers of a site ("block" or "attn"), and the MACs of deciding."""
         return self.plan.reduce(self.index, site, tokens, not self.masked)
 
+    def counted_macs(self, tokens: Tokens) -> int:
+        """Of the MACs of deciding before the block, those that the papers count, as planned for all tokens."""
+        return self.plan.site(self.index, "block", tokens.num_patches).counted if self.index in self.plan.at else 0
+
     def gates(self, tokens: Tokens) -> tuple[Gates | None, int]:
         """What of the block runs, and the MACs of deciding."""
         return self.plan.gates(self.index, self.block, tokens)

@@ -61,19 +61,21 @@ class BlockTrace:
     )
     gates: Gates | None = None  #         masks that were multiplied with (differentiable); None: none were
     kept: Tensor | None = None  #    [B]  share of patch tokens not dropped, where that is a mask (differentiable)
+    counted_macs: int = 0  #              of ``aux_macs``, those of networks that decide, had the block all its tokens
 
-    def with_overhead(self, macs: int) -> BlockTrace:
-        """The same with MACs that were spent before the block."""
-        if macs == 0:
+    def with_overhead(self, macs: int, counted: int = 0) -> BlockTrace:
+        """The same with MACs that were spent before the block; ``counted``: of them, those that the papers count."""
+        if macs == counted == 0:
             return self
         wanted = None if self.target_macs is None else self.target_macs + macs
-        return changed(self, aux_macs=self.aux_macs + macs, target_macs=wanted)
+        return changed(self, aux_macs=self.aux_macs + macs, target_macs=wanted, counted_macs=counted)
 
     def macs(self, nominal: bool = False) -> Count:
-        """MACs of this block per image; nominal: whole block, no overhead (the papers' convention)."""
+        """MACs of this block per image; nominal: whole block, of all overhead only networks that decide (the papers'
+        convention)."""
         if nominal:
             tokens, after = self.static_counts
-            return self.cost.attention(tokens, tokens) + after * self.cost.mlp
+            return self.cost.attention(tokens, tokens) + after * self.cost.mlp + self.counted_macs
         attention = self.cost.attention(self.queries, self.keys, self.heads, self.partial)
         mlp = self.mlp * self.cost.mlp
         attention = attention if self.attn is None else attention * self.attn

@@ -49,6 +49,9 @@ class Reduction:
     fuse: Fuse | None = None
     valid: Tensor | None = None  #     [B, M] bool  slots of ``keep`` that are real; others pad; None: all that were
     gate: Tensor | None = None  #      [B, N]  0/1, straight-through: what stays, as a mask, for masked execution
+    freeze: bool = (
+        True  #             what the gate drops stays as it is; False: blocks update it, though it is not read
+    )
     state: Mapping[str, Tensor] | None = None  # to be remembered from here on (``Tokens.state``)
 
 
@@ -71,7 +74,7 @@ def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | None) -> Token
     if (left := tokens.state.get(DROPPED)) is None:
         return reduced
     newly_dropped = (reduced.owner < 0) & (tokens.owner >= 0)
-    left = torch.where(newly_dropped.unsqueeze(-1), tokens.scatter_to_grid(tokens.patches), left)
+    left = torch.where(newly_dropped.unsqueeze(-1), tokens.cell_features(), left)
     return changed(reduced, state={**reduced.state, DROPPED: left})
 
 
@@ -81,13 +84,22 @@ def hide(tokens: Tokens, r: Reduction) -> Tokens:
     What is merged is moved as always, but among all tokens; nothing can be fused. What is dropped keeps its cells.
     """
     assert r.gate is not None and r.fuse is None
-    before, tokens = tokens.keep_mask, _noted(tokens, r)
+    before, update, tokens = tokens.keep_mask, tokens.update_mask, _noted(tokens, r)
+    if (left := tokens.dropped_features) is not None:  # as they are now, whatever becomes of them
+        newly = r.gate == 0 if before is None else (r.gate == 0) & (before > 0)
+        cells = tokens.scatter_to_grid(newly.unsqueeze(-1), False)
+        left = torch.where(cells, tokens.scatter_to_grid(tokens.patches), left)
+        tokens = changed(tokens, state={**tokens.state, DROPPED: left})
     if r.merge is not None:
         assert r.merge.values is None
         every = torch.arange(tokens.num_patches, device=r.keep.device).expand(len(r.keep), -1)
         in_place = Reduction(every, replace(r.merge, dst=r.keep.gather(1, r.merge.dst)))
-        tokens = _move(changed(tokens, keep_mask=None), in_place)
-    return changed(tokens, keep_mask=r.gate if before is None else before * r.gate)
+        tokens = _move(changed(tokens, keep_mask=None, update_mask=None), in_place)
+    if r.freeze:
+        update = None if update is None else update * r.gate
+    elif update is None:
+        update = torch.ones_like(r.gate) if before is None else before
+    return changed(tokens, keep_mask=r.gate if before is None else before * r.gate, update_mask=update)
 
 
 def _noted(tokens: Tokens, r: Reduction | SoftReduction) -> Tokens:
@@ -119,6 +131,8 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
         of_token["valid"] = _there(tokens.valid, r)
     if tokens.keep_mask is not None:
         of_token["keep_mask"] = _in_any_part(tokens.keep_mask, r)
+    if tokens.update_mask is not None:
+        of_token["update_mask"] = _in_any_part(tokens.update_mask, r)
     if r.fuse is not None:  # an ordinary token from here on (EViT): it counts once, and is always valid
         parts.append(_weighted(patches, r.fuse).to(x.dtype))
         of_token = {name: _with_one(values) for name, values in of_token.items()}
@@ -264,4 +278,4 @@ def _mix(tokens: Tokens, soft: SoftReduction) -> Tokens:
         return changed(soft.onto, x=x, owner=owner, state=tokens.state)
     x = torch.cat([tokens.x[:, : tokens.num_prefix], new], dim=1)
     owner = follow(tokens.owner, soft.weights.argmax(1))  # a cell follows the mixture its token gave most to
-    return changed(tokens, x=x, owner=owner, size=None, valid=None, keep_mask=None, stats=NO_STATS)
+    return changed(tokens, x=x, owner=owner, size=None, valid=None, keep_mask=None, update_mask=None, stats=NO_STATS)

@@ -57,6 +57,7 @@ class Tokens:
     #                                 does); [B] where images differ
     valid: Tensor | None = None  #    [B, N] bool  False: padding of a ragged batch; None: all valid
     keep_mask: Tensor | None = None  # [B, N]  0/1, straight-through: not dropped, where dropping is a mask; None: all
+    update_mask: Tensor | None = None  # [B, N]  0/1: what blocks go on updating, dropped or not; None: what is kept
     stats: AttentionStats = field(default_factory=lambda: NO_STATS)  # of this block's attention, until its MLP
     state: Mapping[str, Any] = field(default_factory=dict)  # what is remembered from block to block, by name: tensors
     #                                 of images, prefix tokens or cells [B, ...], which no reduction moves; or Tokens
@@ -95,6 +96,13 @@ class Tokens:
         """0/1 [B, N], straight-through: patch tokens that this block computes; None: all (padding included)."""
         given = [m for m in (self.keep_mask, self.stats.gate_mask) if m is not None]
         return given[0] if len(given) == 1 else given[0] * given[1] if given else None
+
+    def is_updated(self) -> Tensor | None:
+        """0/1 [B, N], straight-through: patch tokens that this block adds to; None: all (padding included)."""
+        if self.update_mask is None:
+            return self.takes_part()
+        gate = self.stats.gate_mask
+        return self.update_mask if gate is None else self.update_mask * gate
 
     def query_mask(self) -> Tensor | None:
         """0/1 [B, P+N]: tokens whose queries count where attention received is read; None: all."""
@@ -173,6 +181,15 @@ class Tokens:
         counts = self.owner.new_zeros(self.owner.shape[0], self.num_patches + 1)
         counts = counts.scatter_add(1, self.owner + 1, torch.ones_like(self.owner))
         return counts[:, 1:]
+
+    def cell_features(self) -> Tensor:
+        """Features of every cell, [B, G, D]: its token's, or the last ones of what was dropped (0: not recorded)."""
+        left = self.dropped_features
+        cells = self.scatter_to_grid(self.patches, 0.0 if left is None else left)
+        if left is None or self.keep_mask is None or self.update_mask is None:
+            return cells  # where dropping is a mask, what is dropped stayed as it was
+        kept = self.scatter_to_grid(self.keep_mask.unsqueeze(-1).to(cells.dtype))
+        return left + kept * (cells - left)
 
     def scatter_to_grid(self, values: Tensor, dropped: Tensor | float = 0.0) -> Tensor:
         """Spread values of patch tokens [B, N, C] over the grid, [B, G, C]; dropped cells take ``dropped``."""

@@ -46,8 +46,9 @@ def run(
             ran += records
             continue
         for step in steps:
+            counted = step.counted_macs(tokens)
             tokens, deciding = step.reduce("block", tokens)
             executor = executor_for(step, tokens, execution)
             tokens, record = executor.execute(step, tokens)
-            ran.append(record.with_overhead(deciding))
+            ran.append(record.with_overhead(deciding, counted))
     return padded(tokens), tuple(ran)

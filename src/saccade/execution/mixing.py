@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.core.packing import Rows
-from saccade.core.softmax import masked_softmax
+from saccade.core.softmax import LARGEST, masked_softmax
 from saccade.core.tokens import NO_STATS, AttentionStats
 from saccade.execution.policy import Execution
 
@@ -23,7 +23,8 @@ class Asked:
     heads: Tensor | None = None  # [B, H] 0/1, heads that take part; None: all
     partial: bool = False  #       a head that is off gives each token its own value (AdaViT); False: zeros
     read: frozenset[str] = frozenset()  # readings: ``cls_attn`` is one row, ``attn_received`` needs all scores
-    keep_mask: Tensor | None = None  #  [B, K] 0/1, straight-through: keys that count, with a gradient
+    keep_mask: Tensor | None = None  #  [B, K] 0/1, straight-through: keys that count, with a gradient; or [B, Q', K],
+    #                            Q' ≥ Q, for each query, and a key's gradient then goes by all that it would get
     query_mask: Tensor | None = None  # [B, K] 0/1, queries that count in ``attn_received``, and ``inner``; None: all
     inner: bool = False  #         heads multiply queries, keys and values too, and what ``query_mask`` leaves out …
     #                              … attends to itself alone: the same output with another gradient (``Gates.inner``)
@@ -121,13 +122,20 @@ def _unfused(
     """Scores, softmax, product: where all scores are read, or keys count by a mask that has a gradient."""
     scores = (q * attn.scale) @ k.transpose(-2, -1)
     if ask.keep_mask is not None:
-        shares = masked_softmax(scores, ask.keep_mask[:, None, None, :])
+        shares = _masked(scores, ask.keep_mask)
     else:
         shares = (scores if bias is None else scores + _mask(bias, q)).softmax(dim=-1)  # [B, H, Q, K]
     y = attn.attn_drop(shares) @ v
     first = shares[:, :, 0].float().mean(1) if "cls_attn" in ask.read else None
     received = _received(shares.float(), ask.query_mask) if "attn_received" in ask.read else None
     return y, NO_STATS if first is received is None else AttentionStats(cls_attn=first, attn_received=received)
+
+
+def _masked(scores: Tensor, keep_mask: Tensor) -> Tensor:
+    """Shares of scores [B, H, Q, K], by ``Asked.keep_mask``."""
+    if keep_mask.ndim == 2:
+        return masked_softmax(scores, keep_mask[:, None, None, :])
+    return masked_softmax(scores, keep_mask[:, None, : scores.shape[2]], LARGEST)
 
 
 def _received(shares: Tensor, query_mask: Tensor | None) -> Tensor:

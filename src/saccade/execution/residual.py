@@ -23,7 +23,7 @@ def residual(
     heads: Tensor | None = None,
     skipped: str = "nothing",
 ) -> Ran:
-    """``x + branch(x)`` for the images that are on [B] and the tokens that take part, x elsewhere.
+    """``x + branch(x)`` for the images that are on [B] and the tokens that are updated, x elsewhere.
 
     ``bias`` is the tokens' key bias, for a branch that attends. skipped: what of that which is off is not computed:
     "nothing" (all is, and multiplied), whole "images", or single "rows" too. Returns the new x, as ``tokens.x`` is
@@ -31,7 +31,7 @@ def residual(
     """
     if on is None and tokens.complete:
         return tokens.x + branch(tokens.x, bias, heads, None), tokens.x.shape[1]
-    part, rows = tokens.takes_part(), rows_of(tokens)
+    part, rows = tokens.is_updated(), rows_of(tokens)
     if on is None and part is None:
         update = branch(tokens.x, bias, heads, rows)
         return tokens.x + update, tokens.x.shape[1] if rows is None else rows.count()
@@ -75,7 +75,7 @@ def _rows(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None
 
 def _images(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor, heads: Tensor | None) -> Ran:
     """Only the images that are on, all of their tokens."""
-    images, part = (on > 0).nonzero().squeeze(1), tokens.takes_part()
+    images, part = (on > 0).nonzero().squeeze(1), tokens.is_updated()
     if not len(images):
         return tokens.x, 0
     x, bias, heads, part = (

@@ -1,7 +1,9 @@
 """``dynamicvit``: small networks learn which patch tokens to drop (DynamicViT, NeurIPS 2021, arXiv 2106.02034).
 
-To be trained. Two choices differ from the released code: masked training is exact (its ε-smoothed softmax is not), and
-``threshold`` keeps the counts per image that training has learned, where the paper falls back to one count for all.
+To be trained, as published: attention alone leaves out what is dropped, though a token always sees itself; all tokens
+go through every block; a decision is multiplied with those before it, and learns from those after it. Two choices
+differ from the released code: masked attention is exact (its ε-smoothed softmax is not), and ``threshold`` keeps the
+counts per image that training has learned, where the paper falls back to one count for all.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.matching import floor_share
 from saccade.methods.common.sampling import choose, keep_where, logit, there, with_best
 
 START = 0.95  # share that is kept before anything is learned
@@ -68,17 +71,24 @@ class Drop(Reducer):
     """Keep a fixed share of the tokens, those of the highest logits; or all whose probability is above a threshold."""
 
     site = "block"
+    counted = True
 
-    def __init__(self, keep: float, first: bool, dim: int, seed: int, tau: float, threshold: float | None) -> None:
+    def __init__(
+        self, keep: float, stage: int, patches: int, dim: int, seed: int, tau: float, threshold: float | None
+    ) -> None:
+        """``stage`` counts from 0; ``patches``: of an image of the model's own size."""
         super().__init__()
-        self.keep, self.first, self.tau, self.threshold = keep, first, tau, threshold
+        self.keep, self.stage, self.patches, self.tau, self.threshold = keep, stage, patches, tau, threshold
         self.ragged = threshold is not None
         self.predictor = Predictor(dim, seed)
 
     def planned(self, n: int) -> int:
-        """⌊keep · n⌋ at the first stage and the nearest number at later ones, which gives the published counts."""
-        kept = round(self.keep * n, 9)
-        return max(1, int(kept) if self.first else round(kept))
+        """⌊keepⁱ · N⌋ after i stages, as published; where N is not known any more, the number nearest to keep · n."""
+        if self.stage == 0:
+            return max(1, floor_share(self.keep, n))
+        if n == max(1, floor_share(self.keep**self.stage, self.patches)):
+            return max(1, floor_share(self.keep ** (self.stage + 1), self.patches))
+        return max(1, round(self.keep * n))
 
     def count(self, n: int) -> int | None:
         return self.planned(n) if self.threshold is None else None
@@ -87,16 +97,24 @@ class Drop(Reducer):
         return self.predictor.macs(n)
 
     def score(self, tokens: Tokens) -> Tensor:
-        """The logit of keeping each token [B, N] fp32, -inf for padding and for what is dropped already."""
-        return there(tokens, self.predictor(tokens.patches, tokens.weights()).float())
+        """The logit of keeping each token, [B, N] fp32."""
+        found: Tensor = self.predictor(tokens.patches, tokens.weights()).float()
+        return found
 
     def forward(self, tokens: Tokens) -> Reduction:
-        score = self.score(tokens)
+        logits = self.score(tokens)
+        score = there(tokens, logits)
         if self.threshold is not None and not self.training:
             return keep_where(with_best(choose(score, 0.0, threshold=self.threshold), score) > 0)
         order = score.detach().argsort(dim=1, descending=True, stable=True)
         keep = order[:, : self.planned(tokens.num_patches)].sort(dim=1).values
-        return Reduction(keep, gate=with_best(choose(score, 1.0, self.tau), score) if self.training else None)
+        return Reduction(keep, gate=self.drawn(logits, score), freeze=False) if self.training else Reduction(keep)
+
+    def drawn(self, logits: Tensor, score: Tensor) -> Tensor:
+        """A draw for every token, those that are dropped already too: so an earlier decision learns from this one."""
+        gate = choose(logits, 1.0, self.tau)
+        some = ((gate > 0) & (score > -torch.inf)).any(1, keepdim=True)
+        return torch.where(some, gate, with_best(gate, score))
 
 
 class DynamicViT(Method):
@@ -147,5 +165,8 @@ def dynamicvit(
         if limit is not None:
             fraction("dynamicvit", "threshold", limit)
     pairs = zip(stages, each, strict=True)
-    steps = [(i, Drop(keep, i == stages[0], backbone.dim, 10 * i, tau, limit)) for i, limit in pairs]
+    steps = [
+        (block, Drop(keep, i, backbone.num_patches, backbone.dim, 10 * block, tau, limit))
+        for i, (block, limit) in enumerate(pairs)
+    ]
     return DynamicViT(steps, keep, ratio)

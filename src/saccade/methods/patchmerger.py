@@ -18,6 +18,7 @@ class Merge(Reducer):
     """softmax over tokens of (queries · normed tokens) weighs the normed tokens."""
 
     site = "block"
+    counted = True
 
     def __init__(self, tokens: int, scale: float, dim: int, seed: int) -> None:
         super().__init__()

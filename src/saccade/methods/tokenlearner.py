@@ -37,6 +37,7 @@ class Learn(Reducer):
 
     site = "block"
     part = "learn"
+    counted = True
 
     def __init__(self, tokens: int, dim: int, fused: bool, seed: int) -> None:
         super().__init__()
@@ -106,6 +107,7 @@ class Fuse(Reducer):
 
     site = "block"
     part = "fuse"
+    counted = True
 
     def __init__(self, tokens: int, dim: int, seed: int) -> None:
         super().__init__()

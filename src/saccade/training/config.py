@@ -58,9 +58,7 @@ class Segment(Section):
     void: int = Field(255, ge=0, le=65535)  #    the value that is no class
     head: Literal["linear", "mask"] = "mask"  #  one linear map, or Segmenter's mask transformer
     layers: int = Field(2, ge=1, le=48)  #       of the mask transformer
-    how: Literal["fit", "whole", "slide"] = (
-        "fit"  # how checks look at images: see saccade.tasks.segmentation.segmenter.look
-    )
+    how: Literal["fit", "whole", "slide"] = "fit"  # how checks look: saccade.tasks.segmentation.segmenter.look
 
 
 class Texts(Section):
@@ -156,9 +154,11 @@ class Distill(Section):
     teacher_weights: str | None = None
     teacher_pretrained: bool = False
     weight: float = Field(0.5, ge=0, le=1)  #     share of the loss; 1: labels are not used
+    labels: float | None = Field(None, ge=0)  #   weight of the labels beside it; None: 1 - weight
     kind: Literal["kl", "hard"] = "kl"
     temperature: float = Field(1.0, gt=0)
     features: float = Field(0.0, ge=0)  #         weight of 1 - cosine of the features before the head
+    tokens: float = Field(0.0, ge=0)  #           weight of the squared error of the tokens that are kept to the end
     init: bool = False  #                         start from the teacher's weights, resized where that is needed
 
 

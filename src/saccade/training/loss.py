@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from saccade.core.operator_counter import counted_macs
 from saccade.core.output import Output
 from saccade.data import Preprocess
+from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.training.config import Distill
 
@@ -22,6 +23,7 @@ class TeacherOutput:
 
     logits: Tensor  #   [b, K]
     features: Tensor  # [b, D]  pooled, before the head
+    patches: Tensor | None = None  # [b, G, D]  normed patch tokens, one a cell; None: not computed
 
 
 class Teacher:
@@ -48,7 +50,8 @@ class Teacher:
             features = self.module.forward_features(seen)  # type: ignore[operator]
             pooled = self.module.forward_head(features, pre_logits=True)  # type: ignore[operator]
             logits = self.module.forward_head(features)  # type: ignore[operator]
-            return TeacherOutput(logits if self.order is None else logits[:, self.order], pooled)
+            patches = features[:, self.module.num_prefix_tokens :]  # type: ignore[misc]
+            return TeacherOutput(logits if self.order is None else logits[:, self.order], pooled, patches)
 
 
 def sized(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -71,6 +74,29 @@ def pooled(model: AdaptiveViT, out: Output) -> Tensor:
     return (share.unsqueeze(-1) * patches).sum(1)
 
 
+def token_loss(model: AdaptiveViT, out: Output, target: Tensor, project: nn.Module) -> Tensor:
+    """Mean squared error of the patch tokens that are kept to the end, to the teacher's, all normed (DynamicViT).
+
+    target [b, G, D'], one a cell: a token that stands for several cells is compared with their mean. A token that is
+    dropped counts nothing, and whether it is has no gradient. UserError where the teacher has another grid.
+    """
+    tokens = out.tokens
+    if target.shape[1] != tokens.owner.shape[1]:
+        raise UserError(
+            f"distill.tokens: the teacher has {target.shape[1]} patch tokens and the student's grid "
+            f"{tokens.owner.shape[1]} cells: give a teacher of the same patch and input size, or distill.tokens=0"
+        )
+    area = tokens.area()
+    slots, width = tokens.owner + 1, target.shape[2]
+    sums = target.new_zeros(len(target), area.shape[1] + 1, width, dtype=torch.float32)
+    sums = sums.scatter_add(1, slots.unsqueeze(2).expand_as(target), target.float())[:, 1:]
+    counts = (area > 0).float()
+    for known in (tokens.valid, tokens.keep_mask):
+        counts = counts if known is None else counts * known.detach()
+    error = project(model.vit.norm(tokens.patches)).float() - sums / area.clamp(min=1).unsqueeze(2)
+    return (error.square().mean(2) * counts).sum() / counts.sum().clamp(min=1)
+
+
 def terms(
     model: AdaptiveViT,
     out: Output,
@@ -84,17 +110,20 @@ def terms(
 
     Args:
         targets: float [b, K], rows sum to 1.
-        taught: the teacher's opinion; None: labels only.
+        teacher_out: the teacher's opinion; None: labels only.
         project: brings features to the teacher's width.
     """
     logp = out.logits.float().log_softmax(-1)
     share = 0.0 if teacher_out is None else rule.weight
-    found = {"label": (1 - share) * -(targets * logp).sum() / full}
+    found = {"label": label_weight(rule, teacher_out) * -(targets * logp).sum() / full}
     if teacher_out is not None:
         found["teacher"] = share * from_teacher(out.logits.float(), teacher_out.logits.float(), rule) / full
         if rule.features:
             likeness = F.cosine_similarity(project(pooled(model, out)).float(), teacher_out.features.float(), dim=-1)
             found["features"] = rule.features * (1 - likeness).sum() / full
+        if rule.tokens and teacher_out.patches is not None:
+            error = token_loss(model, out, teacher_out.patches, project)
+            found["tokens"] = rule.tokens * error * (len(targets) / full)
     return found
 
 
@@ -105,6 +134,13 @@ def method_losses(model: AdaptiveViT, out: Output, share: float) -> dict[str, Te
         for name, value in method.loss(out.trace).items():
             found[name] = found.get(name, 0.0) + value * share
     return found
+
+
+def label_weight(rule: Distill, teacher_out: TeacherOutput | None) -> float:
+    """What the labels weigh in the loss."""
+    if teacher_out is None:
+        return 1.0
+    return 1 - rule.weight if rule.labels is None else rule.labels
 
 
 def from_teacher(student: Tensor, teacher: Tensor, rule: Distill) -> Tensor:

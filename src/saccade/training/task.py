@@ -7,7 +7,7 @@ A task says what is trained on, which model learns it, what a step minimises and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -74,6 +74,7 @@ class Task(ABC):
     decoded: Decoded | None = None  # all images, where they are decoded once
     teacher: Teacher | None = None
     notes: list[str]  #         what was chosen or assumed, a line each
+    asks: Mapping[str, Any] = {}  # what a forward in training is given beside images
     project: nn.Module  #       learned for training alone: it brings features to a teacher's width
 
     def __init__(self, config: Config) -> None:
@@ -129,7 +130,8 @@ class Task(ABC):
 
         Args:
             model: the student under one setting, and ``out`` what it gave.
-            taught: the teacher's ``TeacherOutput``, or what ``opinion`` made of the largest setting; None: labels only.
+            teacher_out: the teacher's ``TeacherOutput``, or what ``opinion`` made of the largest setting; None:
+                labels only.
         """
 
     def teacher_output(self, model: AdaptiveViT, out: Any) -> TeacherOutput:

@@ -113,7 +113,7 @@ class TrainStep:
         for i in drawn:
             model = self.student.views[i]
             with autocast():
-                out = self.runners[i](images)
+                out = self.runners[i](images, **self.task.asks)
                 parts = self.task.terms(model, out, targets, teacher_out, full)
                 for name, value in method_losses(model, out, len(images) / full).items():
                     parts[name] = parts.get(name, 0.0) + value

@@ -49,6 +49,8 @@ class Classify(Task):
 
     def teach(self, student: MultiSettingModel) -> None:
         rule = self.config.distill
+        if rule.teacher and rule.tokens:
+            self.asks = {"whole": True}  # every token after the last block
         if rule.teacher in ("", "self"):
             return
         module = open_teacher(rule).to(student.device)
@@ -61,7 +63,7 @@ class Classify(Task):
                 )
             start_from(student.vit, module)
         self.teacher = Teacher(module, Preprocess.of(student.vit), order)
-        if rule.features and self.teacher.width != student.vit.embed_dim:
+        if (rule.features or rule.tokens) and self.teacher.width != student.vit.embed_dim:
             self.project = nn.Linear(student.vit.embed_dim, self.teacher.width)
 
     def _order(self, theirs: Sequence[str] | None, count: int, own: Sequence[str] | None) -> list[int] | None:
@@ -92,7 +94,8 @@ class Classify(Task):
         return terms(model, out, targets, teacher_out, self.config.distill, self.project, full)
 
     def teacher_output(self, model: AdaptiveViT, out: Any) -> TeacherOutput:
-        return TeacherOutput(out.logits.detach(), pooled(model, out).detach())
+        patches = model.vit.norm(out.tokens.patches).detach() if self.asks else None
+        return TeacherOutput(out.logits.detach(), pooled(model, out).detach(), patches)
 
     def measure(self, view: AdaptiveViT, tick: Tick) -> tuple[Interval, float]:
         assert self.truth is not None and self.loaders is not None

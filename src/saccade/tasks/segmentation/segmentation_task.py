@@ -26,7 +26,7 @@ from saccade.tasks.segmentation.segmenter import SegmentationHead, segmenter
 from saccade.training.augmentation import Augment
 from saccade.training.config import Config
 from saccade.training.image_sets import check_split, checking, divided
-from saccade.training.loss import TeacherOutput, from_teacher
+from saccade.training.loss import TeacherOutput, from_teacher, label_weight
 from saccade.training.multi_setting import MultiSettingModel
 from saccade.training.starting import open_source
 from saccade.training.task import Examples, Task, Tick
@@ -45,9 +45,9 @@ class Segment(Task):
         for name, value in (("rand_augment", augment.rand_augment), ("erase", augment.erase), ("mixup", augment.mixup)):
             if value:
                 raise UserError(f"augment.{name}={value} would part images from their labels: leave it out")
-        if augment.cutmix or config.distill.features or config.distill.init:
+        if augment.cutmix or config.distill.features or config.distill.tokens or config.distill.init:
             raise UserError(
-                "augment.cutmix, distill.features and distill.init are for classes of images: leave them out"
+                "augment.cutmix, distill.features, .tokens and .init are for classes of images: leave them out"
             )
         check_split(data)
         known = pixel_splits(data.path)
@@ -85,7 +85,7 @@ class Segment(Task):
         label = F.cross_entropy(
             out.logits.float(), targets.long(), ignore_index=VOID, reduction="sum", label_smoothing=smoothing
         )
-        found = {"label": (1 - share) * label / each}
+        found = {"label": label_weight(rule, teacher_out) * label / each}
         if teacher_out is not None:  # pixels as if they were images: also those that have no label
             said, teacher_logits = (
                 logits.float().movedim(1, -1).flatten(0, -2) for logits in (out.logits, teacher_out.logits)
