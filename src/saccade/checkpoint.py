@@ -53,7 +53,7 @@ def create_model(
     Args:
         name: timm's model name.
         setting: for example ``"tome(r=13)"``; empty: the unreduced model.
-        pretrained: timm's own weights, from the Hugging Face hub; a FlexiViT's with the kernel it was trained with, under
+        pretrained: timm's own weights, from the Hugging Face hub; a FlexiViT's with the kernel of its training, under
             timm's patch size, ``grid(16)``, where the setting names no tokenizer.
         weights: a safetensors file with timm's keys instead.
         kwargs: of ``timm.create_model`` (num_classes, img_size, …).

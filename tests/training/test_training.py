@@ -396,6 +396,24 @@ def test_the_command_trains_and_says_what_came_out(tmp_path, capsys):
     assert saccade.load(tmp_path / "run" / "model").trained == ("dense", "evit(0.5)")
 
 
+@pytest.mark.parametrize("teacher", ["self", "named"])
+def test_a_run_learns_from_a_teachers_tokens(tmp_path, teacher):
+    """Every term of DynamicViT's loss is there, weighed as published, the labels whole."""
+    write_folder(tmp_path / "photos", {f"{c}/{i}.png": encode(picture(40, 40, seed=i)) for c in "ab" for i in range(4)})
+    config = read_config("dynamicvit", [f"data.path={tmp_path / 'photos'}", "data.workers=0", "data.holdout=0"])
+    size = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 16, "img_size": 64, "num_classes": 2}
+    values = {**config.model_dump(), "model": {"name": "vit_tiny_patch16_224", "args": size}}
+    values["run"] |= {"steps": 1, "batch": 4}
+    if teacher == "named":
+        tiny(**size).save(tmp_path / "teacher")
+        values["distill"] |= {"teacher": str(tmp_path / "teacher")}
+        values["sampling"] = {"settings": ["dynamicvit(0.7)"]}
+    saccade.train(values, out=tmp_path / "run")
+    row = read_table(tmp_path / "run" / "metrics.csv")[-1]
+    assert {f"loss/{name}" for name in ("label", "teacher", "tokens", "ratio")} <= row.keys()
+    assert float(row["loss/tokens"]) > 0
+
+
 def test_the_command_shows_a_config_and_refuses_in_one_line(tmp_path, capsys):
     code, out, _ = run_command(capsys, "train", "finetune", "optim.lr=3e-4", "--show")
     assert code == 0 and "# Command:" in out and '"lr": 0.0003' in out
