@@ -48,13 +48,22 @@ def residual(
 
 
 def live_keys(tokens: Tokens) -> Tensor | None:
-    """How much each key counts [B, P+N], 0/1 times its size, where dropping is learned through attention; else None."""
+    """How much each key counts, 0/1 times its size, where dropping is learned through attention; else None.
+
+    [B, P+N]; or [B, P+N, P+N], for each query, where blocks go on updating what is dropped: a token sees itself.
+    """
     part = tokens.takes_part()
     if part is None or tokens.keep_mask is None or not tokens.keep_mask.requires_grad:
         return None
     for other in (tokens.attention_size(), tokens.valid):
         part = part if other is None else part * other
-    return tokens.pad_prefix(part, 1.0)
+    keys = tokens.pad_prefix(part, 1.0)
+    if tokens.update_mask is None:
+        return keys
+    size = tokens.attention_size()
+    own = torch.where(tokens.update_mask > 0, torch.ones_like(part) if size is None else size, part)
+    itself = torch.eye(keys.shape[1], dtype=torch.bool, device=keys.device)
+    return torch.where(itself, tokens.pad_prefix(own, 1.0).unsqueeze(1), keys.unsqueeze(1))
 
 
 def _rows(tokens: Tokens, branch: Branch, bias: Tensor | None, on: Tensor | None, heads: Tensor | None) -> Ran:
