@@ -32,6 +32,13 @@ class Learned(dict[str, Tensor]):
         start, now = self.starts.get(name), self[name]
         return start is None or not torch.equal(start.to(now.dtype), now.detach().cpu())
 
+    @classmethod
+    def without(cls, learned: Mapping[str, Tensor], method: str) -> Learned:
+        """What was learned, but by one method or tokenizer."""
+        found = cls({name: value for name, value in learned.items() if not name.startswith(f"{method}.")})
+        found.starts |= learned.starts if isinstance(learned, Learned) else {}
+        return found
+
 
 @dataclass(frozen=True)
 class Slot:

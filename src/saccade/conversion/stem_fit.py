@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.backbones.learned import Learned
 from saccade.checkpoint import Source, open_dense
 from saccade.core.init import draw
 from saccade.data import ImageSet, Loader, Preprocess, open_images
@@ -67,8 +68,7 @@ def fit_stem(
     if seen.ndim != 4 or not len(seen) or seen.shape[1] != own.channels or min(seen.shape[2:]) < max(own.patch_size):
         wanted = f"one or more, [n, {own.channels}, h, w] of at least a patch"
         raise UserError(f"cannot fit a stem on images of shape {tuple(seen.shape)}: give {wanted}")
-    learned = {name: value for name, value in model.learned.items() if not name.startswith("stem.")}
-    made = AdaptiveViT(model.vit, "stem()", model.trained, learned)
+    made = AdaptiveViT(model.vit, "stem()", model.trained, Learned.without(model.learned, "stem"))
     fit(cast(Stem, made.tokenizer), model, seen[:limit], progress or Progress())
     return made.eval()
 

@@ -225,7 +225,9 @@ def adavit(
         threshold: of the probability in evaluation, one for all axes or one for each; None: 0.5 (released: 0.6 for
             patches, and in training too). Another makes a trained model cheaper or dearer.
         form: 'token', each patch's logit from itself (any number of tokens); 'paper', all places' logits from the class
-            token (the model's own grid only); 'released', all as the released code has it: how it differs stands above.
+            token (the model's own grid only); 'released', all that the released code computes and trains: a head that
+            is off is 0 at the MLP's input too, the class token is read raw; thresholds, start, blocks, losses and
+            gradients are that code's (``saccade/methods/adavit.py`` lists what differs in the other forms).
         heads: a head that is off gives nothing ('full'), or passes its own values on ('partial').
         tau: temperature of the draws in training; it scales the gradient of the gates and, where the threshold is 0.5,
             not their frequency.
