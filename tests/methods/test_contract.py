@@ -77,6 +77,11 @@ ONE_EACH = [settings_of(name)[-1] for name in registry()]
 SAVED = [text if text in ONE_EACH or learns(text) else pytest.param(text, marks=slow, id=text) for text in SETTINGS]
 
 
+# A strength that a budget finds lets these do something at the block where they stand by default: the last of four.
+EARLIER = {"tokenlearner": "at=1, ", "patchmerger": "at=1, "}
+COARSE = {"kth", "depth"}  # few strengths: a budget is met, and not used up
+
+
 def in_pairs() -> list:
     """Every method behind one of each kind, before one, and behind every tokenizer; slow: with every other, both ways.
 
@@ -131,6 +136,27 @@ def test_every_registered_name_says_how_it_is_switched_off():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_finds_the_strength_of_whatever_has_one(vit, images, name):
+    """By arithmetic; but where cost differs from image to image, and for gates, which are not priced beforehand."""
+    if not {"speed", "gmacs"} <= set(registry()[name].knobs):
+        strong = settings_of(name)[min(2, len(settings_of(name)) - 1)]
+        steps = [step for method in AdaptiveViT(vit, strong).plan.methods for step in method.steps]
+        assert steps and (name in RAGGED or all(isinstance(step, Gater) for step in steps)), "give it speed and gmacs"
+        return
+    dense = float(AdaptiveViT(vit)(images[:1]).trace.macs())
+
+    def cost(knob: str) -> float:
+        model = AdaptiveViT(vit, f"{name}({EARLIER.get(name, '')}{knob})")  # another: what is learned has its own shape
+        return float(model(images[:1]).trace.macs())
+
+    found = [cost("speed=1.2"), cost(f"gmacs={dense / 1.2e9!r}")]
+    assert max(found) <= dense / 1.2
+    assert name in COARSE or min(found) >= 0.9 * dense / 1.2, "and no more is saved than was asked for"
+    assert cost("speed=1") == dense
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("text", [text for name in registry() for text in OFF.get(name, [])])
 def test_off_is_timm_exactly(vit, images, text):
     model = AdaptiveViT(vit, text)
@@ -160,7 +186,8 @@ def test_every_cell_is_owned_once_and_the_prefix_is_untouched(vit, images, reduc
             stands_for = after.area() > 0
             if (before.area() > 0).all():  # of a soft reduction, some mixtures may be no cell's largest
                 assert (stands_for if after.valid is None else stands_for | ~after.valid).all()
-            if reduction.merge is not None and torch.equal(after.owner < 0, before.owner < 0):
+            whole = reduction.merge is not None and reduction.merge.size_share is None
+            if whole and torch.equal(after.owner < 0, before.owner < 0):
                 ragged = reduction.valid is not None  # may leave padding behind, with the size that it has
                 total, expected = (sizes(t, only_valid=ragged).sum(1) for t in (after, before))
                 assert torch.equal(total, expected), "a merge that drops nothing loses nothing"

@@ -842,6 +842,10 @@ def test_a_price_by_arithmetic_is_that_of_a_run(name):
         "mctf({})",
         "token_pooling({})",
         "dpc_knn({})",
+        "diffrate({})",
+        "diffrate((0, 10, 0, 8), (20, 0, 5, 3), {})",
+        "evit({})",
+        "random({})",
     ],
 )
 @pytest.mark.parametrize("speed", [1.0, 1.05, 1.2, 1.5])

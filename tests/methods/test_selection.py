@@ -37,7 +37,6 @@ from saccade.methods.adavit import usage_of
 from saccade.methods.ats import Sample, sample
 from saccade.methods.common.matching import KeepAttended
 from saccade.methods.common.sampling import choose, keep_where, with_best
-from saccade.methods.diffrate import Thin
 from saccade.methods.dynamicvit import Drop, Predictor
 from saccade.methods.ltmp import Prune
 from saccade.methods.random_plus import Blind
@@ -534,31 +533,7 @@ def test_the_papers_form_needs_the_models_own_grid():
         AdaptiveViT(vit, "grid(32) | adavit(form='paper', axes='patch')")(make_images(vit, 1))
 
 
-# --- diffrate -------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("metric", ["key", "x"])
-def test_diffrate_by_hand(metric):
-    """Seven of sixteen: three dropped, four merged into their nearest kept token."""
-    reducer = Thin(3, 4, "cls_attn", metric, 8)
-    key, score = torch.randn(3, 16, 8), torch.rand(3, 16)
-    size = torch.randint(1, 4, (3, 16)).float()
-    tokens = make_tokens(3, 16, key=key, cls_attn=score, size=size)
-    found = reduce(tokens, reducer(tokens))
-    feature = key if metric == "key" else tokens.patches
-    for b in range(3):
-        ranked = sorted(range(16), key=lambda i: -float(score[b, i]))
-        kept = sorted(ranked[:9])
-        groups = {i: [i] for i in kept}
-        for i in ranked[9:13]:
-            near = max(kept, key=lambda j: float(F.cosine_similarity(feature[b, i], feature[b, j], dim=0)))
-            groups[near].append(i)
-        for slot, members in enumerate(groups.values()):
-            total = sum(float(size[b, i]) for i in members)
-            mean = sum(size[b, i] * tokens.patches[b, i] for i in members) / total
-            assert relative(found.patches[b, slot], mean) <= 1e-5 and float(found.size[b, slot]) == total
-    assert found.num_patches == reducer.count(16) == 9 and int((found.owner < 0).sum()) == 9
+# --- controls ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ class Merge:
     gate: Tensor | None = None  #      [B, R]  0/1, straight-through: which of ``src`` merge after all; None: all
     weight: Tensor | None = None  #    [B, N]  how much a token counts in the mean of its group; None: its size
     values: Tensor | None = None  #    [B, M, D]  what those that stay become instead of the means
+    size_share: Tensor | None = None  # [B, R]  the part of its size that each of ``src`` hands over; None: all of it
     proportional: bool = True  #       False: from here on attention counts a merged token once (Tokens.proportional)
 
 
@@ -169,7 +170,7 @@ def _kept_and_merged(tokens: Tokens, patches: Tensor, r: Reduction) -> tuple[Ten
     if r.merge is None:
         kept = None if key is None else rows(key, r.keep)
         return rows(patches, r.keep), kept, None if size is None else size.gather(1, r.keep)
-    if r.merge.weight is not None or r.merge.gate is not None:
+    if r.merge.weight is not None or r.merge.gate is not None or r.merge.size_share is not None:
         x, key, size = _pulled(tokens, patches, r.keep, r.merge)
     else:
         x, total = means(patches, size, r.keep, r.merge)
@@ -197,7 +198,9 @@ def means(x: Tensor, size: Tensor | None, keep: Tensor, merge: Merge) -> tuple[T
 
 
 def _pulled(tokens: Tokens, patches: Tensor, keep: Tensor, merge: Merge) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As ``means``, by other weights than the sizes or where a merge may be masked out: features, keys, sizes.
+    """As ``means``, by other weights than the sizes, or to other sizes, or where a merge may be masked out.
+
+    Gives features, keys and sizes.
 
     Each destination is pulled towards its sources, so that a weight of zero does no harm where nothing merges.
     """
@@ -215,6 +218,9 @@ def _pulled(tokens: Tokens, patches: Tensor, keep: Tensor, merge: Merge) -> tupl
         return kept.scatter_add(1, merge.dst.unsqueeze(2).expand_as(change), change)
 
     key = None if tokens.stats.key is None else pull(tokens.stats.key)
+    if merge.size_share is not None:
+        given = replace(merge, gate=merge.size_share if merge.gate is None else merge.size_share * merge.gate)
+        return pull(patches), key, _sums(size, Reduction(keep, given))
     return pull(patches), key, total if weight is size else _sums(size, r)
 
 

@@ -7,6 +7,8 @@ not depend on its batch. The paper's "layers 1 and 5" are read as blocks 0 and 4
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from saccade.core.reduction import Merge, Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import fraction, switch, whole
+from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import BipartiteMerge, floor_share, leave
 
 
@@ -47,6 +50,17 @@ class MergeWindows(Reducer):
         return Reduction(keep, Merge(src, dst, proportional=self.proportional))
 
 
+class OwnWindows(MergeWindows):
+    """On the model's own grid, whose windows can be counted before there is an image: for a price."""
+
+    def __init__(self, share: float, grid: tuple[int, ...]) -> None:
+        super().__init__(share, False)
+        self.merged = 3 * floor_share(share, math.prod(side // 2 for side in grid))
+
+    def count(self, n: int) -> int:
+        return n - self.merged
+
+
 @torch.no_grad()
 def uniformity(windows: Tensor) -> Tensor:
     """Mean cosine between the different members of each window: [B, W, 4, D] -> [B, W]."""
@@ -74,6 +88,8 @@ def algm(
     local_at: int = 0,
     merge_at: int | None = None,
     proportional: bool = False,
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Merge uniform 2 × 2 windows, and later similar tokens wherever they are (arXiv 2406.09936).
 
@@ -83,10 +99,29 @@ def algm(
         local_at: 0-based block that merges windows; tokens must still be a whole grid there.
         merge_at: 0-based block that merges anywhere; None: at a third of the depth.
         proportional: attention counts a merged token as often as it has patches; False, as its code: once.
+        gmacs: find multiples of ``local`` and ``merge`` for so many GMACs an image (of the model's own size) instead.
+        speed: find multiples of them for so many times fewer MACs instead.
     """
     local, merge = fraction("algm", "local", local), fraction("algm", "merge", merge, 0.0, 0.5)
     whole("algm", "local_at", local_at, 0, backbone.depth - 1)
     later = whole("algm", "merge_at", backbone.depth // 3 if merge_at is None else merge_at, 0, backbone.depth - 1)
     switch("algm", "proportional", proportional)
-    steps: list[tuple[int, Reducer]] = [(local_at, MergeWindows(local, proportional))] if local else []
-    return Method([*steps, (later, MergeAnywhere(merge, backbone.dim, proportional))])
+
+    def build(local: float, merge: float) -> Method:
+        steps: list[tuple[int, Reducer]] = [(local_at, MergeWindows(local, proportional))] if local else []
+        return Method([*steps, (later, MergeAnywhere(merge, backbone.dim, proportional))])
+
+    if gmacs is None and speed is None:
+        return build(local, merge)
+    most = max(1 / local if local else 0.0, 0.5 / merge if merge else 0.0)
+
+    def shares(i: int) -> tuple[float, float]:
+        return min(1.0, local * most * i / 1000), min(0.5, merge * most * i / 1000)
+
+    def priced(i: int) -> Method:
+        """With a count of windows: that of the model's own grid."""
+        local, merge = shares(i)
+        return Method([(local_at, OwnWindows(local, own)), (later, MergeAnywhere(merge, backbone.dim, proportional))])
+
+    own = tuple(side // patch for side, patch in zip(backbone.input_size, backbone.patch_size, strict=True))
+    return fit("algm", backbone, lambda i: build(*shares(i)), 1000, gmacs, speed, priced)

@@ -16,6 +16,7 @@ from saccade.core.registry import register
 from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
+from saccade.methods.common.budget import fit
 
 HEADS = ("shared", "own")
 
@@ -39,13 +40,21 @@ def _menu(backbone: Backbone) -> list[str]:
 
 
 @register("depth", menu=_menu)
-def depth(backbone: Backbone, blocks: int | None = None, head: str = "shared") -> Depth:
+def depth(
+    backbone: Backbone,
+    blocks: int | None = None,
+    head: str = "shared",
+    gmacs: float | None = None,
+    speed: float | None = None,
+) -> Method:
     """Run the first blocks only (flexible depth, arXiv 2212.08013, §7).
 
     Args:
         blocks: how many; None: all of them.
         head: 'shared', the ViT's own norm and classifier; 'own', one of each for this depth, which has to be learned
             (it reads the class token).
+        gmacs: find ``blocks`` for so many GMACs an image (of the model's own size) instead.
+        speed: find ``blocks`` for so many times fewer MACs instead.
     """
     blocks = backbone.depth if blocks is None else blocks
     if type(blocks) is not int or not 1 <= blocks <= backbone.depth:
@@ -54,7 +63,13 @@ def depth(backbone: Backbone, blocks: int | None = None, head: str = "shared") -
         raise UserError(f"depth: head={head!r} is not one of {', '.join(HEADS)}")
     if head == "own" and (backbone.pool != "token" or not backbone.num_classes):
         raise UserError("depth: head='own' reads the class token, and this model pools otherwise: use head='shared'")
-    return Depth(blocks, _head(backbone) if head == "own" else None)
+
+    def build(blocks: int) -> Depth:
+        return Depth(blocks, _head(backbone) if head == "own" else None)
+
+    if gmacs is None and speed is None:
+        return build(blocks)
+    return fit("depth", backbone, lambda i: build(backbone.depth - i), backbone.depth - 1, gmacs, speed)
 
 
 def _head(backbone: Backbone) -> nn.Module:

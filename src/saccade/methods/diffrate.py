@@ -1,10 +1,13 @@
 """``diffrate``: in every block some tokens are dropped and some merged, by lists of counts (DiffRate).
 
-Chen et al., ICCV 2023, arXiv 2305.17997. The paper learns the counts, which are the same for all images; here they are
-given, so nothing is trained. Its published schedules fall almost in a line from the second block on.
+Chen et al., ICCV 2023, arXiv 2305.17997. Merged features are plain means; a merged token is as much larger as what
+joined it was similar. The counts are the same for all images, and ``saccade calibrate`` learns them for a budget. Where
+the best similarity is negative nothing is added to a size; the paper would take something away.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,12 +16,17 @@ from saccade.core.plan import Backbone, Method, Reducer
 from saccade.core.reduction import Merge, Reduction, rows
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
-from saccade.methods.common.arguments import one_of, schedule
+from saccade.errors import UserError
+from saccade.methods.common.arguments import one_of, schedule, whole_parts
+from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import METRICS, check_score, cosines, feature_of
 
 
 class Thin(Reducer):
-    """Rank tokens by attention: the last are dropped, those before them merge each into its most similar kept token."""
+    """Rank tokens by attention: the last are dropped, those before them merge each into its most similar kept token.
+
+    Those that stay are in the order of their rank.
+    """
 
     def __init__(self, prune: int, merge: int, reading: str, metric: str, width: int) -> None:
         super().__init__()
@@ -43,21 +51,19 @@ class Thin(Reducer):
         score = tokens.reading(self.reading).detach()
         score = score if tokens.valid is None else score.masked_fill(~tokens.valid, -1.0)
         order = score.argsort(dim=1, descending=True, stable=True)
-        keep, src = order[:, :kept].sort(dim=1).values, order[:, kept : kept + merged]
-        if merged == 0:
-            return Reduction(keep)
-        feature = feature_of(tokens, self.metric)
-        valid = None if tokens.valid is None else (tokens.valid.gather(1, src), tokens.valid.gather(1, keep))
-        dst = cosines(rows(feature, src), rows(feature, keep), valid).argmax(dim=-1)
-        return Reduction(keep, Merge(src, dst, weight=_weights(tokens)))
+        keep, src = order[:, :kept], order[:, kept : kept + merged]
+        return Reduction(keep, merge_similar(tokens, self.metric, keep, src) if merged else None)
 
 
-def _weights(tokens: Tokens) -> Tensor | None:
-    """What counts in a merge: sizes; nothing of padding, should there be too much of it to drop."""
-    if tokens.valid is None:
-        return None
-    size = torch.ones_like(tokens.valid, dtype=torch.float32) if tokens.size is None else tokens.size
-    return torch.where(tokens.valid, size, 1e-6)
+def merge_similar(tokens: Tokens, metric: str, keep: Tensor, src: Tensor) -> Merge:
+    """Each of ``src`` [B, R] into its most similar of ``keep`` [B, M]: a plain mean, and their similarity in size."""
+    feature, valid = feature_of(tokens, metric), tokens.valid
+    sides = None if valid is None else (valid.gather(1, src), valid.gather(1, keep))
+    similar, dst = cosines(rows(feature, src), rows(feature, keep), sides).max(dim=-1)
+    # nothing of padding, should there be too much of it to drop
+    weight = torch.ones_like(tokens.x[:, tokens.num_prefix :, 0], dtype=torch.float32)
+    weight = weight if valid is None else torch.where(valid, weight, 1e-6)
+    return Merge(src, dst, weight=weight, size_share=similar.clamp(0, 1))
 
 
 def _menu(backbone: Backbone) -> list[str]:
@@ -70,16 +76,20 @@ def diffrate(
     backbone: Backbone,
     prune: int | tuple[int, ...] = 4,
     merge: int | tuple[int, ...] = 8,
-    metric: str = "key",
+    metric: str = "x",
     score: str = "class",
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Drop so many of the least attended tokens in each block, and merge so many of the next (arXiv 2305.17997).
 
     Args:
         prune: tokens dropped in every block, or a list for the first blocks; 0 after its end.
         merge: tokens merged away likewise, each into the most similar token that is kept.
-        metric: similarity of the mean 'key' over heads, or of the features 'x'.
+        metric: similarity of the features 'x' behind attention, as published, or of the mean 'key' over heads.
         score: 'class' attention, or mean attention 'received', for models without a class token.
+        gmacs: find multiples of these numbers for so many GMACs an image (of the model's own size) instead.
+        speed: find multiples for so many times fewer MACs instead.
     """
     one_of("diffrate", "metric", metric, METRICS)
     reading = check_score("diffrate", score, backbone)
@@ -87,5 +97,22 @@ def diffrate(
         schedule("diffrate", tuple(r) if isinstance(r, list) else r, 0, backbone.depth) for r in (prune, merge)
     )
     width = backbone.head_dim if metric == "key" else backbone.dim
-    counts = enumerate(zip(pruned, merged, strict=True))
-    return Method((i, Thin(p, m, reading, metric, width)) for i, (p, m) in counts if p or m)
+
+    def build(pruned: Sequence[int], merged: Sequence[int]) -> Method:
+        counts = enumerate(zip(pruned, merged, strict=True))
+        return Method((i, Thin(p, m, reading, metric, width)) for i, (p, m) in counts if p or m)
+
+    if gmacs is None and speed is None:
+        return build(pruned, merged)
+    most = backbone.depth * backbone.num_patches // 2
+    return fit("diffrate", backbone, lambda n: build(*scaled(pruned, merged, n)), most, gmacs, speed)
+
+
+def scaled(pruned: Sequence[float], merged: Sequence[float], total: int) -> tuple[list[int], list[int]]:
+    """Multiples of two schedules, in whole numbers that are ``total`` together."""
+    both = [p + m for p, m in zip(pruned, merged, strict=True)]
+    if not (sum_of_both := sum(both)):
+        raise UserError("diffrate: all of prune and merge are 0, and no multiple of that saves anything")
+    gone = whole_parts([b * total / sum_of_both for b in both], total)
+    dropped = [round(g * p / b) if b else 0 for g, p, b in zip(gone, pruned, both, strict=True)]
+    return dropped, [g - d for g, d in zip(gone, dropped, strict=True)]

@@ -8,7 +8,7 @@ counts per image that training has learned, where the paper falls back to one co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import floor_share
 from saccade.methods.common.sampling import choose, keep_where, logit, there, with_best
 
@@ -142,6 +143,8 @@ def dynamicvit(
     threshold: float | tuple[float, ...] | None = None,
     ratio: float = 2.0,
     tau: float = 1.0,
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Drop the patch tokens that a small network at each stage gives up (arXiv 2106.02034); it has to be trained.
 
@@ -152,6 +155,8 @@ def dynamicvit(
             one for all blocks or one for each; None: the same number in every image. Training is the same for all.
         ratio: weight of the loss that holds training to ``keep``.
         tau: temperature of the draws in training.
+        gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead, by fixed counts.
+        speed: find ``keep`` for so many times fewer MACs instead.
     """
     keep = fraction("dynamicvit", "keep", keep, 0.001)
     for knob, value, least in (("ratio", ratio, 0.0), ("tau", tau, 0.001)):
@@ -164,9 +169,15 @@ def dynamicvit(
     for limit in each:
         if limit is not None:
             fraction("dynamicvit", "threshold", limit)
-    pairs = zip(stages, each, strict=True)
-    steps = [
-        (block, Drop(keep, i, backbone.num_patches, backbone.dim, 10 * block, tau, limit))
-        for i, (block, limit) in enumerate(pairs)
-    ]
-    return DynamicViT(steps, keep, ratio)
+
+    def build(keep: float, each: Sequence[float | None]) -> Method:
+        n, dim = backbone.num_patches, backbone.dim
+        places = enumerate(zip(stages, each, strict=True))
+        return DynamicViT([(at, Drop(keep, i, n, dim, 10 * at, tau, limit)) for i, (at, limit) in places], keep, ratio)
+
+    def by_count(i: int) -> Method:
+        return build(1 - i / 1000, [None] * len(stages))
+
+    if gmacs is None and speed is None:
+        return build(keep, each)
+    return fit("dynamicvit", backbone, lambda i: build(1 - i / 1000, each), 999, gmacs, speed, by_count)

@@ -8,6 +8,7 @@ from saccade.core.plan import Backbone, Method
 from saccade.core.registry import register
 from saccade.errors import UserError
 from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import KeepAttended, check_score
 
 
@@ -24,6 +25,8 @@ def evit(
     at: int | Iterable[int] | None = None,
     fuse: bool = False,
     score: str = "class",
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Drop the patch tokens that the class token attends to least (arXiv 2202.07800).
 
@@ -32,10 +35,18 @@ def evit(
         at: 0-based blocks that drop; None: at a quarter, a half and three quarters of the depth.
         fuse: add one token, the attention-weighted sum of those dropped (not divided by the weights' sum).
         score: 'class' attention, or mean attention 'received', for models without a class token.
+        gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead.
+        speed: find ``keep`` for so many times fewer MACs instead.
     """
     keep = fraction("evit", "keep", keep, 0.001)
     if not isinstance(fuse, bool):
         raise UserError(f"evit: fuse={fuse!r} is not True or False")
     reading = check_score("evit", score, backbone)
     at = blocks("evit", at, backbone.stages(), backbone.depth)
-    return Method((i, KeepAttended(keep, reading, fuse)) for i in at)
+
+    def build(keep: float) -> Method:
+        return Method((i, KeepAttended(keep, reading, fuse)) for i in at)
+
+    if gmacs is None and speed is None:
+        return build(keep)
+    return fit("evit", backbone, lambda i: build(1 - i / 1000), 999, gmacs, speed)

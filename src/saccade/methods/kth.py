@@ -11,6 +11,7 @@ from saccade.core.reduction import Merge, Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, switch, whole
+from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import cosines
 
 
@@ -45,15 +46,30 @@ def _menu(backbone: Backbone) -> list[str]:
 
 
 @register("kth", menu=_menu, baseline=True)
-def kth(backbone: Backbone, k: int = 2, at: int | Iterable[int] | None = None, merge: bool = False) -> Method:
+def kth(
+    backbone: Backbone,
+    k: int = 2,
+    at: int | Iterable[int] | None = None,
+    merge: bool = False,
+    gmacs: float | None = None,
+    speed: float | None = None,
+) -> Method:
     """Keep every k-th patch token in reading order: a control that looks at nothing.
 
     Args:
         k: 1 keeps all of them.
         at: 0-based blocks; None: at a quarter of the depth.
         merge: the others merge into the most similar ones kept (ToMe's k-th matching, but none is lost); False: drop.
+        gmacs: find ``k`` for so many GMACs an image (of the model's own size) instead.
+        speed: find ``k`` for so many times fewer MACs instead.
     """
     whole("kth", "k", k, 1, 10**6)
     switch("kth", "merge", merge)
     at = blocks("kth", at, backbone.stages()[:1], backbone.depth)
-    return Method((i, KeepEvery(k, merge, backbone.head_dim)) for i in at)
+
+    def build(k: int) -> Method:
+        return Method((i, KeepEvery(k, merge, backbone.head_dim)) for i in at)
+
+    if gmacs is None and speed is None:
+        return build(k)
+    return fit("kth", backbone, lambda i: build(i + 1), backbone.num_patches, gmacs, speed)

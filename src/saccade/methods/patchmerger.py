@@ -11,6 +11,7 @@ from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import whole
+from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import mixture
 
 
@@ -39,16 +40,32 @@ class Merge(Reducer):
 
 # No menu: untrained, it destroys what the model knows. `tune` tries the settings that weights were trained for.
 @register("patchmerger")
-def patchmerger(backbone: Backbone, tokens: int = 8, at: int | None = None, scale: float = 1.0) -> Method:
+def patchmerger(
+    backbone: Backbone,
+    tokens: int = 8,
+    at: int | None = None,
+    scale: float = 1.0,
+    gmacs: float | None = None,
+    speed: float | None = None,
+) -> Method:
     """Replace all patch tokens by a few learned mixtures of them (arXiv 2202.12015); it has to be trained.
 
     Args:
         tokens: mixtures, 1 to 10,000; where there are no more patch tokens than that it does nothing.
         at: the 0-based block before which it stands; None: half of the depth.
         scale: of the scores, above 0; D ** -0.5 makes the first mixtures softer.
+        gmacs: find ``tokens`` for so many GMACs an image (of the model's own size) instead.
+        speed: find ``tokens`` for so many times fewer MACs instead.
     """
     whole("patchmerger", "tokens", tokens, 1, 10_000)
     if isinstance(scale, bool) or not 0 < scale <= 1e6:
         raise UserError(f"patchmerger: scale={scale!r} is not a number above 0")
     block = whole("patchmerger", "at", backbone.depth // 2 if at is None else at, 0, backbone.depth - 1)
-    return Method([(block, Merge(tokens, float(scale), backbone.dim, seed=block))])
+
+    def build(tokens: int) -> Method:
+        return Method([(block, Merge(tokens, float(scale), backbone.dim, seed=block))])
+
+    if gmacs is None and speed is None:
+        return build(tokens)
+    n = backbone.num_patches
+    return fit("patchmerger", backbone, lambda i: build(n - i), n - 1, gmacs, speed)

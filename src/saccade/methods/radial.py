@@ -15,6 +15,7 @@ from saccade.core.reduction import Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, fraction, one_of
+from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import ceil_share
 from saccade.methods.common.sampling import there
 
@@ -50,14 +51,30 @@ def offsets(tokens: Tokens) -> Tensor:
 
 
 @register("radial", baseline=True)
-def radial(backbone: Backbone, keep: float = 0.7, at: int | Iterable[int] | None = None, norm: str = "l2") -> Method:
+def radial(
+    backbone: Backbone,
+    keep: float = 0.7,
+    at: int | Iterable[int] | None = None,
+    norm: str = "l2",
+    gmacs: float | None = None,
+    speed: float | None = None,
+) -> Method:
     """Drop the patch tokens farthest from the middle of the image: a control (arXiv 2308.04657).
 
     Args:
         keep: share of patch tokens kept at each of the blocks, in (0, 1].
         at: 0-based blocks that drop; None: at a quarter, a half and three quarters of the depth.
         norm: of the distance: 'l1', 'l2' or 'linf'.
+        gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead.
+        speed: find ``keep`` for so many times fewer MACs instead.
     """
     one_of("radial", "norm", norm, NORMS)
     keep = fraction("radial", "keep", keep, 0.001)
-    return Method((i, KeepCentral(keep, norm)) for i in blocks("radial", at, backbone.stages(), backbone.depth))
+    at = blocks("radial", at, backbone.stages(), backbone.depth)
+
+    def build(keep: float) -> Method:
+        return Method((i, KeepCentral(keep, norm)) for i in at)
+
+    if gmacs is None and speed is None:
+        return build(keep)
+    return fit("radial", backbone, lambda i: build(1 - i / 1000), 999, gmacs, speed)

@@ -16,6 +16,7 @@ from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import one_of, whole
+from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import mixture
 
 HIDDEN = 64  # of the MLPs
@@ -143,6 +144,8 @@ def tokenlearner(
     version: str = "1.1",
     pool: str = "sum",
     fuse_at: int | None = None,
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Replace all patch tokens by a few learned mixtures of them (arXiv 2106.11297); it has to be trained.
 
@@ -152,16 +155,26 @@ def tokenlearner(
         version: '1.1', an MLP and a softmax over places, or '1.0', convolutions and sigmoids (needs a whole grid).
         pool: for version '1.0', a 'sum' or a 'mean' over places.
         fuse_at: the 0-based block before which all tokens come back (TokenFuser), for dense tasks; None: they do not.
+        gmacs: find ``tokens`` for so many GMACs an image (of the model's own size) instead; not with ``fuse_at``.
+        speed: find ``tokens`` for so many times fewer MACs instead.
     """
     whole("tokenlearner", "tokens", tokens, 1, 10_000)
     one_of("tokenlearner", "version", version, VERSIONS)
     one_of("tokenlearner", "pool", pool, POOLS)
     block = whole("tokenlearner", "at", backbone.depth * 3 // 4 if at is None else at, 0, backbone.depth - 1)
     dim, fused = backbone.dim, fuse_at is not None
-    if version == "1.1":
-        steps: list[tuple[int, Reducer]] = [(block, Learn(tokens, dim, fused, seed=block))]
-    else:
-        steps = [(block, LearnByConvolution(tokens, dim, fused, block, pool))]
+
+    def learn(tokens: int) -> Reducer:
+        if version == "1.1":
+            return Learn(tokens, dim, fused, seed=block)
+        return LearnByConvolution(tokens, dim, fused, block, pool)
+
+    if gmacs is not None or speed is not None:
+        if fused:
+            raise UserError("tokenlearner: with fuse_at all tokens come back: give tokens, not gmacs or speed")
+        n = backbone.num_patches
+        return fit("tokenlearner", backbone, lambda i: Method([(block, learn(n - i))]), n - 1, gmacs, speed)
+    steps: list[tuple[int, Reducer]] = [(block, learn(tokens))]
     if fuse_at is not None:
         if whole("tokenlearner", "fuse_at", fuse_at, 0, backbone.depth - 1) <= block:
             raise UserError(f"tokenlearner: fuse_at={fuse_at} is not behind at={block}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from saccade.errors import UserError
@@ -58,7 +58,12 @@ def exact_schedule(method: str, total: int, inflection: float, depth: int) -> li
     _check_inflection(method, inflection)
     mean, last = total / depth, max(depth - 1, 1)
     line = [mean * (1 + inflection * (2 * block / last - 1)) for block in range(depth)] if depth > 1 else [mean]
-    sums = [round(sum(line[:block])) for block in range(depth)] + [total]
+    return whole_parts(line, total)
+
+
+def whole_parts(line: Sequence[float], total: int) -> list[int]:
+    """Whole numbers, each within one of the number of ``line`` in its place; together ``total``, as the line's are."""
+    sums = [round(sum(line[:place])) for place in range(len(line))] + [total]
     return [after - before for before, after in pairwise(sums)]
 
 

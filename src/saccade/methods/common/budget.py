@@ -53,6 +53,7 @@ def fit(
     steps: int,
     gmacs: float | None = None,
     speed: float | None = None,
+    priced: Callable[[int], Method] | None = None,
 ) -> Method:
     """The weakest of make(0) … make(steps), ever cheaper but for what deciding costs, within a budget.
 
@@ -60,6 +61,7 @@ def fit(
         make: a method at a strength; 0 is off.
         gmacs: the budget, 10^9 MACs an image; or
         speed: how many times fewer MACs than the dense model.
+        priced: what costs the same, where the counts of ``make`` are not known beforehand.
 
     Raises:
         UserError: not exactly one budget, one that is no budget, or one that make(steps) is still over.
@@ -70,9 +72,13 @@ def fit(
     least = 0.0 if knob == "gmacs" else 1.0
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e6:
         raise UserError(f"{name}: {knob}={value!r} is not a number from {least:g} up to a million")
+
+    def price(i: int) -> int:
+        return macs(backbone, (priced or make)(i))
+
     dense = macs(backbone)
     budget = value * 1e9 if knob == "gmacs" else dense / value
-    cheapest = macs(backbone, make(steps))
+    cheapest = price(steps)
     if cheapest > budget:
         limit = cheapest / 1e9 if knob == "gmacs" else dense / cheapest
         side = "least" if knob == "gmacs" else "most"
@@ -80,5 +86,5 @@ def fit(
     low, high = 0, 0 if dense <= budget else steps
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if macs(backbone, make(middle)) <= budget else (middle + 1, high)
+        low, high = (low, middle) if price(middle) <= budget else (middle + 1, high)
     return make(low)
