@@ -191,18 +191,20 @@ def peaks_by_hand(x: Tensor, m: int, k: int) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize(("patches", "keep", "k"), [(30, 0.4, 5), (17, 0.2, 1), (9, 0.5, 20), (5, 0.9, 2)])
-def test_dpc_knn_merges_around_density_peaks(patches, keep, k):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_dpc_knn_merges_around_density_peaks(patches, keep, k, weighted):
     tokens = judged(patches, seed=patches)
-    method = DensityPeaks(keep, 8, k, True, None)
+    method = DensityPeaks(keep, 8, k, True, None, weighted)
     reduction = method(tokens)
     found = reduce(tokens, reduction)
     for b in range(2):
         expected = peaks_by_hand(tokens.patches[b], method.count(patches), k)
         assert {g[0]: sorted(g) for g in groups_of(reduction, b)} == expected
         for slot, c in enumerate(sorted(expected)):
-            size = {i: float(tokens.size[b, i]) for i in expected[c]}
-            mean = sum(size[i] * tokens.patches[b, i] for i in size) / sum(size.values())
+            share = {i: float(tokens.size[b, i]) if weighted else 1.0 for i in expected[c]}
+            mean = sum(share[i] * tokens.patches[b, i] for i in share) / sum(share.values())
             torch.testing.assert_close(found.patches[b, slot], mean, rtol=0, atol=1e-5)
+            assert float(found.size[b, slot]) == sum(float(tokens.size[b, i]) for i in share)
 
 
 def test_dpc_knn_finds_the_peaks_of_well_parted_heaps():
@@ -351,17 +353,19 @@ def test_pitome_protects_in_the_second_half_and_lowers_its_margin():
 # --- mctf ------------------------------------------------------------------------------------------------------------
 
 
-def attract_by_hand(tokens: Tokens, b: int, r: int, info: float, size: float) -> list[list[int]]:
-    """Members of each new token."""
-    x, a, s = tokens.patches[b], tokens.stats.attn_received[b].tolist(), tokens.size[b].tolist()
+def attract_by_hand(
+    x: Tensor, a: list[float], s: list[float], r: int, info: float, size: float, prefix: int = 1
+) -> tuple[Tensor, list[float], list[list[int]]]:
+    """MCTF (spec, published §4) on the whole sequence of one image; also who is in each new token."""
     n = len(x)
-    r = min(r, n // 2)
+    r = min(r, (n - prefix) // 2, max(0, n - 10))
 
     def attraction(i: int, j: int) -> float:
         return (cosine(x, i, j) + 1) / 2 * (1 / a[i] / a[j]) ** info * (1 / s[i] / s[j]) ** size
 
-    side_a, side_b = list(range(0, n, 2)), list(range(1, n, 2))
-    proposals = [max((attraction(i, j), i, j) for j in side_b) for i in side_a] if side_b else []
+    every_a, every_b = list(range(0, n, 2)), list(range(1, n, 2))
+    side_a, side_b = ([i for i in side if i >= prefix] for side in (every_a, every_b))
+    proposals = [max((attraction(i, j), i, j) for j in side_b) for i in side_a]
     first = sorted(proposals, reverse=True)[: r // 2]
     left = [i for i in side_a if i not in [p[1] for p in first]]
     second = sorted([max((attraction(i, j), j, i) for i in left) for j in side_b], reverse=True)[: r - r // 2]
@@ -372,32 +376,59 @@ def attract_by_hand(tokens: Tokens, b: int, r: int, info: float, size: float) ->
         while end in target:
             end = target[end]
         members.setdefault(end, []).append(i)
-    return [members[end] for end in sorted(members)]
+    order = [*range(prefix), *(i for i in every_a + every_b if i in members and i >= prefix)]
+    groups = [members[i] for i in order]
+    rows = [sum(a[i] * s[i] * x[i] for i in g) / sum(a[i] * s[i] for i in g) for g in groups]
+    return torch.stack(rows), [sum(s[i] for i in g) for g in groups], groups
 
 
-@pytest.mark.parametrize(("patches", "r"), [(24, 7), (13, 6), (30, 99), (4, 2), (3, 1), (2, 1)])
+@pytest.mark.parametrize(("patches", "r"), [(24, 7), (13, 6), (30, 99), (11, 99), (10, 1)])
 @pytest.mark.parametrize(("info", "size"), [(1 / 20, 1 / 40), (1.0, 1.0), (0.0, 0.0)])
 def test_mctf_merges_both_ways_by_attraction(patches, r, info, size):
     tokens = judged(patches, seed=patches + r)
-    method = Attract(r, None, info, size, 8)
+    method = Attract(r, None, info, size, 8, 1)
     reduction = method(tokens)
     found = reduce(tokens, reduction)
     assert found.num_patches == method.count(patches)
     for b in range(2):
-        expected = attract_by_hand(tokens, b, r, info, size)
-        assert [sorted(g) for g in groups_of(reduction, b)] == expected
-        for slot, group in enumerate(expected):
-            weight = [float(tokens.stats.attn_received[b, i] * tokens.size[b, i]) for i in group]
-            row = sum(w * tokens.patches[b, i] for w, i in zip(weight, group, strict=True)) / sum(weight)
-            torch.testing.assert_close(found.patches[b, slot], row, rtol=0, atol=1e-5)
-            assert found.size[b, slot] == sum(float(tokens.size[b, i]) for i in group)
+        received, sizes = [1.0, *tokens.stats.attn_received[b].tolist()], [1.0, *tokens.size[b].tolist()]
+        expected, grown, groups = attract_by_hand(tokens.x[b], received, sizes, r, info, size)
+        assert [[i + 1 for i in sorted(g)] for g in groups_of(reduction, b)] == groups[1:]
+        torch.testing.assert_close(found.x[b], expected, rtol=0, atol=1e-5)
+        assert found.size[b].tolist() == grown[1:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["vit", "dinov2-registers"])
+def test_mctf_keeps_the_published_order_from_block_to_block(family):
+    vit = make_vit(family, depth=4, img_size=96 if family == "vit" else 84)
+    images, prefix = make_images(vit, 2), vit.num_prefix_tokens
+
+    def step(block, x, attention, key, size):
+        if block == 0:
+            return x, size
+        x, size, _ = attract_by_hand(x, attention.mean(0).tolist(), size, 6, 1 / 20, 1 / 40, prefix)
+        return x, size
+
+    assert relative(AdaptiveViT(vit, "mctf(r=6)")(images).logits, logits_by_hand(vit, images, step)) <= 1e-5
+
+
+def test_mctf_goes_far_beyond_half_at_three_blocks():
+    vit = make_vit(depth=12, embed_dim=96, img_size=224)
+    backbone, dense = backbone_of(vit), macs(backbone_of(vit))
+    for speed in (1.5, 2.0, 3.0, 3.5):
+        cost = macs(backbone, *AdaptiveViT(vit, f"mctf(speed={speed})").plan.methods)
+        assert 0.98 * dense / speed <= cost <= dense / speed
+    assert len(AdaptiveViT(vit, "mctf(speed=1.5)").plan.at) == 3 < len(AdaptiveViT(vit, "mctf(speed=3)").plan.at)
+    with pytest.raises(UserError, match="out of reach"):
+        AdaptiveViT(vit, "mctf(speed=3, at=(3, 6, 9))")
 
 
 @given(seeds, st.floats(0.1, 10), st.floats(0.1, 10))
 @settings(max_examples=30)
 def test_mctf_does_not_care_for_the_scale_of_its_criteria(seed, a, b):
     """Which is why the paper's division by the largest value is left out."""
-    tokens, method = judged(15, seed=seed), Attract(5, None, 0.05, 0.025, 8)
+    tokens, method = judged(15, seed=seed), Attract(5, None, 0.05, 0.025, 8, 1)
     scaled = with_fields(tokens, x=3 * tokens.x, attn_received=a * tokens.stats.attn_received, size=b * tokens.size)
     plain, other = method(tokens), method(scaled)
     assert torch.equal(plain.merge.src, other.merge.src) and torch.equal(plain.merge.dst, other.merge.dst)
@@ -420,9 +451,11 @@ def test_algm_merges_the_most_uniform_windows(grid, share):
             return sum(cosine(tokens.patches[b], i, j) for i, j in itertools.permutations(window, 2)) / 12
 
         best = sorted(windows, key=lambda w: -alike(w))[: math.floor(round(share * len(windows), 9))]
-        merged = [sorted(g) for g in groups_of(reduction, b) if len(g) > 1]
-        assert sorted(merged) == sorted(best)
-        assert sum(map(len, groups_of(reduction, b))) == height * width
+        groups, firsts = groups_of(reduction, b), [window[0] for window in windows]
+        assert sorted(sorted(g) for g in groups if len(g) > 1) == sorted(best)
+        gone = {i for window in best for i in window[1:]}
+        unmerged = [i for i in range(height * width) if i not in firsts and i not in gone]
+        assert [g[0] for g in groups] == [*unmerged, *firsts], "what might have merged, then the windows"
 
 
 def test_algm_needs_a_whole_grid_and_leaves_other_tokens_alone():
@@ -663,7 +696,7 @@ HARD: list[Reducer] = [
     Prune(6, 8),
     EnergyMerge(0.7, 0.5, False, "key", 8, False),
     EnergyMerge(0.7, 0.5, True, "x", 8, False),
-    Attract(7, None, 0.05, 0.025, 8),
+    Attract(7, None, 0.05, 0.025, 8, 1),
     MergeAnywhere(0.3, 8, False),
     Retokenize(0.6, 0.2, Interpretation(per="patch", of="bottom"), 8, 20),
 ]

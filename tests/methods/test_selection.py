@@ -636,13 +636,14 @@ def test_thresholds_that_do_not_fit_are_refused(threshold):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("levels", ["text", "code"])
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.1])
-def test_ats_samples_the_cumulative_score(keep):
+def test_ats_samples_the_cumulative_score(keep, levels):
     """Level by level, one image at a time; another number of tokens in every image."""
     tokens = make_tokens(4, 20, cls_attn=torch.rand(4, 20) ** 3, value_norm=torch.rand(4, 20) + 0.5)
     valid = torch.arange(20) < torch.tensor([[20], [13], [7], [1]])
     for given in (tokens, replace(tokens, valid=valid)):
-        found = Sample(keep, "cls_attn")(given)
+        found = Sample(keep, "cls_attn", levels)(given)
         for b in range(4):
             n = 20 if given.valid is None else int(valid[b].sum())
             score = (tokens.stats.cls_attn * tokens.stats.value_norm)[b, :n].double()
@@ -650,6 +651,10 @@ def test_ats_samples_the_cumulative_score(keep):
             cdf = [sum(float(score[j]) for j in order[: i + 1]) / float(score.sum()) for i in range(n)]
             count = math.ceil(round(keep * n, 9))
             wanted = [(k + 0.5) / count for k in range(count)]
+            if levels == "code":
+                cdf = [(c - cdf[0]) / max(1 - cdf[0], 1e-30) for c in cdf]
+                start = min((c for c in cdf if c > 0), default=1.0)
+                wanted = [start + (1 - start) * k / max(count - 1, 1) for k in range(count)]
             expected = {order[min(range(n), key=lambda i: abs(cdf[i] - u))] for u in wanted}
             expected.add(max(range(n), key=lambda j: float(score[j])))
             assert set(found.keep[b][found.valid[b]].tolist()) == expected

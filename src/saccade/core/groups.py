@@ -99,6 +99,8 @@ def joined(parts: list[Tokens], found: list[Group]) -> Tokens:
 
 def _noted(values: list[Any], found: list[Group], back: Tensor) -> Any:
     """What each group remembers under a name, of all images."""
+    if values[0] is None:
+        return None
     if isinstance(values[0], Tokens):
         return joined(values, found)
     return torch.cat(values).index_select(0, back)

@@ -50,10 +50,8 @@ class Reduction:
     fuse: Fuse | None = None
     valid: Tensor | None = None  #     [B, M] bool  slots of ``keep`` that are real; others pad; None: all that were
     gate: Tensor | None = None  #      [B, N]  0/1, straight-through: what stays, as a mask, for masked execution
-    freeze: bool = (
-        True  #             what the gate drops stays as it is; False: blocks update it, though it is not read
-    )
-    state: Mapping[str, Tensor] | None = None  # to be remembered from here on (``Tokens.state``)
+    freeze: bool = True  #             what the gate drops stays as it is; False: blocks update it, though not read
+    state: Mapping[str, Any] | None = None  # to be remembered from here on (``Tokens.state``); None there: forgotten
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,10 @@ def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | None) -> Token
 
 
 def hide(tokens: Tokens, r: Reduction) -> Tokens:
-    """Masked execution of a reduction with a gate: tokens stay where they are, and some take no part any more.
+    """Masked execution of a reduction with a gate: all tokens stay, and some take no part any more.
 
-    What is merged is moved as always, but among all tokens; nothing can be fused. What is dropped keeps its cells.
+    What is merged is moved as always, and ``keep`` must then list all tokens, which come in its order; nothing can be
+    fused. What is dropped keeps its cells.
     """
     assert r.gate is not None and r.fuse is None
     before, update, tokens = tokens.keep_mask, tokens.update_mask, _noted(tokens, r)
@@ -91,16 +90,17 @@ def hide(tokens: Tokens, r: Reduction) -> Tokens:
         cells = tokens.scatter_to_grid(newly.unsqueeze(-1), False)
         left = torch.where(cells, tokens.scatter_to_grid(tokens.patches), left)
         tokens = changed(tokens, state={**tokens.state, DROPPED: left})
+    gate = r.gate
     if r.merge is not None:
-        assert r.merge.values is None
-        every = torch.arange(tokens.num_patches, device=r.keep.device).expand(len(r.keep), -1)
-        in_place = Reduction(every, replace(r.merge, dst=r.keep.gather(1, r.merge.dst)))
-        tokens = _move(changed(tokens, keep_mask=None, update_mask=None), in_place)
+        assert r.merge.values is None and r.keep.shape[1] == tokens.num_patches
+        tokens = _move(changed(tokens, keep_mask=None, update_mask=None), Reduction(r.keep, r.merge))
+        gate = gate.gather(1, r.keep)
+        before, update = (None if mask is None else mask.gather(1, r.keep) for mask in (before, update))
     if r.freeze:
-        update = None if update is None else update * r.gate
+        update = None if update is None else update * gate
     elif update is None:
-        update = torch.ones_like(r.gate) if before is None else before
-    return changed(tokens, keep_mask=r.gate if before is None else before * r.gate, update_mask=update)
+        update = torch.ones_like(gate) if before is None else before
+    return changed(tokens, keep_mask=gate if before is None else before * gate, update_mask=update)
 
 
 def _noted(tokens: Tokens, r: Reduction | SoftReduction) -> Tokens:

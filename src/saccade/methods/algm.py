@@ -19,13 +19,14 @@ from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import fraction, switch, whole
 from saccade.methods.common.budget import fit
-from saccade.methods.common.matching import BipartiteMerge, floor_share, leave
+from saccade.methods.common.matching import BipartiteMerge, floor_share
 
 
 class MergeWindows(Reducer):
     """Make one token of each of the ⌊share · W⌋ most uniform of the grid's W whole windows of 2 × 2 tokens.
 
-    It works on a whole grid, and does nothing once other tokens have left it.
+    It works on a whole grid, and does nothing once other tokens have left it. The order is then that of all merges: what
+    might have merged and has not, by place, before the windows' first tokens.
     """
 
     def __init__(self, share: float, proportional: bool) -> None:
@@ -44,9 +45,11 @@ class MergeWindows(Reducer):
         corners = [cells[i : height // 2 * 2 : 2, j : width // 2 * 2 : 2].flatten() for i in (0, 1) for j in (0, 1)]
         windows = torch.stack(corners, dim=1)  # [W, 4]
         best = uniformity(tokens.patches[:, windows]).argsort(dim=1, descending=True, stable=True)[:, :merged]
-        chosen = windows[best]  # [B, w, 4]
-        src = chosen[:, :, 1:].flatten(1)
-        keep, dst = leave(height * width, src, chosen[:, :, :1].expand(-1, -1, 3).flatten(1))
+        first, src = windows[:, 0], windows[best][:, :, 1:].flatten(1)
+        gone = torch.zeros_like(cells).flatten().scatter(0, first, 1).expand(len(best), -1).scatter(1, src, 1)
+        unmerged = gone.argsort(dim=1, stable=True)[:, : cells.numel() - len(first) - src.shape[1]]
+        keep = torch.cat([unmerged, first.expand(len(best), -1)], dim=1)
+        dst = unmerged.shape[1] + best.repeat_interleave(3, dim=1)
         return Reduction(keep, Merge(src, dst, proportional=self.proportional))
 
 

@@ -15,9 +15,12 @@ from saccade.core.plan import Backbone, Method, Reducer
 from saccade.core.reduction import Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
-from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.arguments import blocks, fraction, one_of
 from saccade.methods.common.matching import ceil_share, check_score
 from saccade.methods.common.sampling import keep_where, there, with_best
+
+
+LEVELS = ("text", "code")
 
 
 class Sample(Reducer):
@@ -25,9 +28,9 @@ class Sample(Reducer):
 
     ragged = True
 
-    def __init__(self, keep: float, reading: str) -> None:
+    def __init__(self, keep: float, reading: str, levels: str = "text") -> None:
         super().__init__()
-        self.keep, self.reading = keep, reading
+        self.keep, self.reading, self.levels = keep, reading, levels
         self.read = frozenset({reading, "value_norm"})
 
     def count(self, n: int) -> int | None:
@@ -36,7 +39,7 @@ class Sample(Reducer):
     @torch.no_grad()
     def forward(self, tokens: Tokens) -> Reduction:
         score = there(tokens, tokens.reading(self.reading).float() * tokens.reading("value_norm"))
-        chosen = sample(score, levels(tokens, self.keep))
+        chosen = sample(score, levels(tokens, self.keep), self.levels == "code")
         return keep_where(with_best(chosen * (score > -torch.inf), score) > 0)
 
 
@@ -50,19 +53,33 @@ def levels(tokens: Tokens, keep: float) -> Tensor:
     return (torch.minimum(place, count - 1) + 0.5) / count
 
 
-def sample(score: Tensor, wanted: Tensor) -> Tensor:
+def sample(score: Tensor, wanted: Tensor, spanned: bool = False) -> Tensor:
     """0/1 [B, N] of the tokens nearest to some levels [B, L] of the sorted scores' cumulative share (paper, §3.2).
 
-    score [B, N], 0 and more, -inf: no token; among equals the first.
+    score [B, N], 0 and more, -inf: no token; among equals the first. spanned: as the released code, the shares run from
+    0 to 1, and the levels from the smallest share above 0 to 1.
     """
     order = score.argsort(dim=1, stable=True)
     cdf = score.gather(1, order).clamp(min=0.0).double().cumsum(1)
-    cdf = cdf / cdf[:, -1:].clamp(min=1e-30)
-    above = torch.searchsorted(cdf, wanted.contiguous()).clamp(max=score.shape[1] - 1)
     none = (score == -torch.inf).sum(1, keepdim=True)  # these are sorted first
+    if spanned:
+        cdf, wanted = _spanned(cdf, wanted, none)
+    else:
+        cdf = cdf / cdf[:, -1:].clamp(min=1e-30)
+    above = torch.searchsorted(cdf, wanted.contiguous()).clamp(max=score.shape[1] - 1)
     below = torch.maximum(above - 1, none).minimum(above)
     nearer = (cdf.gather(1, below) - wanted).abs() < (cdf.gather(1, above) - wanted).abs()
     return torch.zeros_like(score).scatter(1, order.gather(1, torch.where(nearer, below, above)), 1.0)
+
+
+def _spanned(cdf: Tensor, wanted: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
+    """Cumulative scores [B, N], the first ``none`` [B, 1] of which are no tokens', from 0 to 1; levels likewise."""
+    lowest = cdf.gather(1, none.clamp(max=cdf.shape[1] - 1))
+    cdf = ((cdf - lowest) / (cdf[:, -1:] - lowest).clamp(min=1e-30)).clamp(min=0.0)
+    start = cdf.masked_fill(cdf <= 0, torch.inf).amin(1, keepdim=True).clamp(max=1.0)
+    first, last = wanted[:, :1], wanted[:, -1:]
+    along = (wanted - first) / (last - first).clamp(min=1e-30)
+    return cdf, start + (1 - start) * along
 
 
 def _menu(backbone: Backbone) -> list[str]:
@@ -71,7 +88,13 @@ def _menu(backbone: Backbone) -> list[str]:
 
 
 @register("ats", menu=_menu)
-def ats(backbone: Backbone, keep: float = 1.0, at: int | Iterable[int] | None = None, score: str = "class") -> Method:
+def ats(
+    backbone: Backbone,
+    keep: float = 1.0,
+    at: int | Iterable[int] | None = None,
+    score: str = "class",
+    levels: str = "text",
+) -> Method:
     """Sample the patch tokens that matter to the class token, as many as each image needs (arXiv 2111.15667).
 
     What is dropped is not asked any more; the paper leaves it out of the queries of the same block, which is the same.
@@ -81,8 +104,11 @@ def ats(backbone: Backbone, keep: float = 1.0, at: int | Iterable[int] | None = 
         at: 0-based blocks that drop; None: all from a quarter of the depth on, but the last where only the class token
             is read.
         score: 'class' attention, or mean attention 'received', for models without a class token.
+        levels: of the cumulative score: by the paper's 'text', (k - ½) / K; or by its 'code', from the smallest share
+            above 0 to 1, of shares that start at 0.
     """
     keep = fraction("ats", "keep", keep, 0.001)
     reading = check_score("ats", score, backbone)
     default = tuple(range(max(1, backbone.depth // 4), backbone.depth - (backbone.pool == "token")))
-    return Method((i, Sample(keep, reading)) for i in blocks("ats", at, default, backbone.depth))
+    one_of("ats", "levels", levels, LEVELS)
+    return Method((i, Sample(keep, reading, levels)) for i in blocks("ats", at, default, backbone.depth))

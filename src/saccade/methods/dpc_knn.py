@@ -27,8 +27,11 @@ class DensityPeaks(Reducer):
 
     site = "block"
 
-    def __init__(self, keep: float, dim: int, neighbours: int, proportional: bool, score: Tensor | None) -> None:
+    def __init__(
+        self, keep: float, dim: int, neighbours: int, proportional: bool, score: Tensor | None, weighted: bool = False
+    ) -> None:
         super().__init__()
+        self.weighted = weighted
         self.keep, self.dim, self.neighbours, self.proportional = keep, dim, neighbours, proportional
         self.score = None if score is None else nn.Parameter(score)
 
@@ -43,7 +46,9 @@ class DensityPeaks(Reducer):
         between = squared_distances(tokens.patches.detach(), tokens.valid) / self.dim
         centres = highest(self._peaks(between), self.count(n), tokens.valid)
         cluster = nearest(between.gather(2, centres.unsqueeze(1).expand(-1, n, -1)), centres)
-        weight = None if self.score is None else (tokens.patches * self.score).sum(2).float().exp()
+        weight = None if self.weighted else torch.ones_like(between[:, 0])
+        if self.score is not None:
+            weight = (tokens.patches * self.score).sum(2).float().exp()
         return gathered(centres, cluster, weight, self.proportional)
 
     @torch.no_grad()
@@ -64,6 +69,7 @@ def dpc_knn(
     neighbours: int = 5,
     learned: bool = False,
     proportional: bool = False,
+    weighted: bool = False,
     gmacs: float | None = None,
     speed: float | None = None,
 ) -> Method:
@@ -73,8 +79,9 @@ def dpc_knn(
         keep: share of patch tokens left before each of the blocks, in (0, 1].
         at: 0-based blocks before which it merges; None: a quarter, a half and three quarters of the depth.
         neighbours: of which the mean distance tells a token's density, 1 to 1000.
-        learned: weigh tokens by exp of a learned linear score (TCFormer; to be trained); False: by the patches in them.
+        learned: weigh tokens by exp of a learned linear score (TCFormer; to be trained); False: all alike.
         proportional: attention counts a merged token as often as it has patches; False: once.
+        weighted: weigh tokens by the patches in them, where nothing is learned; False: all alike.
         gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead.
         speed: find ``keep`` for so many times fewer MACs instead.
     """
@@ -83,10 +90,11 @@ def dpc_knn(
     whole("dpc_knn", "neighbours", neighbours, 1, 1000)
     switch("dpc_knn", "learned", learned)
     switch("dpc_knn", "proportional", proportional)
+    switch("dpc_knn", "weighted", weighted)
 
     def build(keep: float) -> Method:
         scores = [draw((backbone.dim,), backbone.dim**-0.5, seed=i) if learned else None for i in at]
-        steps = (DensityPeaks(keep, backbone.dim, neighbours, proportional, score) for score in scores)
+        steps = (DensityPeaks(keep, backbone.dim, neighbours, proportional, score, weighted) for score in scores)
         return Method(zip(at, steps, strict=True))
 
     if gmacs is None and speed is None:

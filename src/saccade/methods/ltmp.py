@@ -23,11 +23,11 @@ from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import blocks, fraction
-from saccade.methods.common.matching import cosines
+from saccade.methods.common.matching import alternating, cosines
 from saccade.methods.common.sampling import keep_where, present, there, with_best
 
 WIDTH = 0.1  # of the sigmoid whose gradient the thresholds get, as published
-STRIDES = (1, 2, 4)  # of the places that A and B take turns in, block after block: what ToMe's reordering comes to
+PARTS = "ltmp.parts"  # in ``Tokens.state``: attention that each cell's token received before this block merged, [B, G]
 
 
 class Merge(Reducer):
@@ -36,50 +36,46 @@ class Merge(Reducer):
     Padding and what is dropped already have no place in the order, so that masked and ragged execution agree.
     """
 
-    read = frozenset({"key"})
+    read = frozenset({"key", "attn_received"})
     ragged = True
     part = "merge"
 
-    def __init__(self, start: float, stride: int, width: int) -> None:
+    def __init__(self, start: float, width: int) -> None:
         super().__init__()
-        self.stride, self.width = stride, width
+        self.width = width
         self.threshold = nn.Parameter(torch.full((1,), start, dtype=torch.float32))
-
-    def sides(self, n: int) -> tuple[list[int], list[int]]:
-        """Places of A and of B among n."""
-        odd = [i // self.stride % 2 for i in range(n)]
-        return [i for i in range(n) if not odd[i]], [i for i in range(n) if odd[i]]
 
     def count(self, n: int) -> int | None:
         return None
 
     def macs(self, n: int) -> int:
-        a, b = self.sides(n)
-        return len(a) * len(b) * self.width
+        return (n // 2) * (n - n // 2) * self.width
 
     def forward(self, tokens: Tokens) -> Reduction | None:
-        key = tokens.reading("key")
-        side_a, side_b = self.sides(tokens.num_patches)
-        if not side_b:
+        if tokens.num_patches < 2:
             return None
-        here = present(tokens)
+        key, here = tokens.reading("key"), present(tokens)
         order = here.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        a, b = order[:, side_a], order[:, side_b]
+        a, b = (order[:, first::2] for first in alternating(tokens.num_prefix))
         asks, answers = here.gather(1, a), here.gather(1, b)
         best, partner = cosines(rows(key, a), rows(key, b), (asks, answers)).max(dim=-1)
         limit = self.threshold.float()
         limit = limit + (limit.clamp(0, 1) - limit).detach()  # outside it has a gradient still, and so a way back
         moved = straight_through((best.masked_fill(~asks, -torch.inf) - limit) / WIDTH)
         gate = torch.ones_like(here, dtype=moved.dtype).scatter(1, a, 1 - moved)
-        chosen = here & (gate > 0)
-        into = b.gather(1, partner)
-        dst = (chosen.cumsum(1) - 1).gather(1, into).clamp(min=0)
-        kept = keep_where(chosen, gate if self.training else None)
-        return replace(kept, merge=Merged(a, dst, gate=moved))
+        chosen, order = here & (gate > 0), torch.cat([a, b], dim=1)
+        slots = chosen.gather(1, order).cumsum(1) - 1
+        dst = slots[:, a.shape[1] :].gather(1, partner).clamp(min=0)
+        kept = keep_where(chosen, gate if self.training else None, order)
+        parts = tokens.reading("attn_received").detach().gather(1, tokens.owner.clamp(min=0))
+        return replace(kept, merge=Merged(a, dst, gate=moved), state={PARTS: parts})
 
 
 class Prune(Reducer):
-    """Drop the tokens that receive less attention than a share of the mean over tokens."""
+    """Drop the tokens that receive less attention than a share of the mean over tokens.
+
+    Of a token that this block merged the part counts that received most.
+    """
 
     read = frozenset({"attn_received"})
     ragged = True
@@ -94,9 +90,17 @@ class Prune(Reducer):
 
     def forward(self, tokens: Tokens) -> Reduction:
         count = tokens.num_prefix + present(tokens).sum(1, keepdim=True)
-        score = there(tokens, tokens.reading("attn_received").detach().float() * count)  # 1 on average over all tokens
+        score = there(tokens, self._received(tokens).float() * count)  # 1 on average over all tokens
         gate = with_best(straight_through((score - self.threshold.float()) / WIDTH), score)
-        return keep_where(gate > 0, gate if self.training else None)
+        return replace(keep_where(gate > 0, gate if self.training else None), state={PARTS: None})
+
+    @torch.no_grad()
+    def _received(self, tokens: Tokens) -> Tensor:
+        received, parts = tokens.reading("attn_received"), tokens.state.get(PARTS)
+        if parts is None:
+            return received
+        least = received.new_full((received.shape[0], tokens.num_patches + 1), -torch.inf)  # dropped cells go to the front
+        return least.scatter_reduce(1, tokens.owner + 1, parts, "amax")[:, 1:]
 
 
 class Thresholds(Method):
@@ -143,6 +147,6 @@ def ltmp(
     steps: list[tuple[int, Reducer]] = []
     for i in blocks("ltmp", at, default, backbone.depth):
         if merge is not None:
-            steps.append((i, Merge(merge, STRIDES[i % len(STRIDES)], backbone.head_dim)))
+            steps.append((i, Merge(merge, backbone.head_dim)))
         steps.append((i, Prune(start)))
     return Thresholds(steps, share, weight)

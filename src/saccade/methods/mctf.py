@@ -18,11 +18,15 @@ from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, fraction, whole
 from saccade.methods.common.budget import fit
-from saccade.methods.common.matching import best_proposals, cosines, floor_share, leave
+from saccade.methods.common.matching import alternating, best_proposals, cosines, floor_share
+
+LEAST = 10  # tokens that stay
 
 
 class Attract(Reducer):
     """Half of the merges go from A to B, the others from B to what is left of A: what is alike, unattended, small.
+
+    At most half of the tokens go, and ten stay at least, the prefix counted.
 
     attraction = (cos + 1) / 2 · (1/aᵢ · 1/aⱼ)^info · (1/sᵢ · 1/sⱼ)^size. The paper divides each factor by its largest
     value in the image, which changes no choice.
@@ -30,12 +34,13 @@ class Attract(Reducer):
 
     read = frozenset({"attn_received"})
 
-    def __init__(self, r: int, share: float | None, info: float, size: float, dim: int) -> None:
+    def __init__(self, r: int, share: float | None, info: float, size: float, dim: int, prefix: int) -> None:
         super().__init__()
-        self.r, self.share, self.info, self.size, self.dim = r, share, info, size, dim
+        self.r, self.share, self.info, self.size, self.dim, self.prefix = r, share, info, size, dim, prefix
 
     def count(self, n: int) -> int:
-        return n - min(self.r if self.share is None else floor_share(self.share, n), n // 2)
+        wanted = self.r if self.share is None else floor_share(self.share, n)
+        return n - min(wanted, n // 2, max(0, n + self.prefix - LEAST))
 
     def macs(self, n: int) -> int:
         return (n // 2) * (n - n // 2) * self.dim
@@ -45,24 +50,27 @@ class Attract(Reducer):
         ones = torch.ones_like(attended)
         size = ones if tokens.size is None else tokens.size
         r = n - self.count(n)
-        first = r // 2
+        first_a, first_b = alternating(tokens.num_prefix)
         attraction = self._attraction(tokens, attended.detach(), size)
-        merged, left, partner = best_proposals(attraction, first)  # A -> B
-        back, _, onto = best_proposals(rows(attraction, left).transpose(1, 2), r - first)  # B -> what is left of A
-        src_a, into_b = 2 * merged, 2 * partner + 1
-        src_b, into_a = 2 * back + 1, 2 * left.gather(1, onto)
-        moved = torch.arange(n, device=src_a.device).expand_as(size).scatter(1, src_b, into_a)
-        src = torch.cat([src_a, src_b], dim=1)
-        keep, dst = leave(n, src, torch.cat([moved.gather(1, into_b), into_a], dim=1))
+        merged, left, partner = best_proposals(attraction, r // 2)  # A -> B
+        left = left.sort(dim=1).values
+        back, stay, onto = best_proposals(rows(attraction, left).transpose(1, 2), r - r // 2)  # B -> what is left of A
+        stay = stay.sort(dim=1).values
+        slots = left.shape[1] + torch.arange(stay.shape[1], device=stay.device).expand_as(stay)
+        slot_of_b = torch.cat([slots, onto], dim=1).gather(1, torch.cat([stay, back], dim=1).argsort(dim=1))
+        keep = torch.cat([2 * left + first_a, 2 * stay + first_b], dim=1)
+        src = torch.cat([2 * merged + first_a, 2 * back + first_b], dim=1)
+        dst = torch.cat([slot_of_b.gather(1, partner), onto], dim=1)
         return Reduction(keep, Merge(src, dst, weight=attended * size))
 
     @torch.no_grad()
     def _attraction(self, tokens: Tokens, attended: Tensor, size: Tensor) -> Tensor:
-        """[B, |A|, |B|]; A are the even places among the patch tokens."""
-        valid = None if tokens.valid is None else (tokens.valid[:, 0::2], tokens.valid[:, 1::2])
-        alike = (cosines(tokens.patches[:, 0::2], tokens.patches[:, 1::2], valid) + 1) / 2
+        """[B, |A|, |B|]."""
+        a, b = (slice(first, None, 2) for first in alternating(tokens.num_prefix))
+        valid = None if tokens.valid is None else (tokens.valid[:, a], tokens.valid[:, b])
+        alike = (cosines(tokens.patches[:, a], tokens.patches[:, b], valid) + 1) / 2
         light = attended.pow(-self.info) * size.pow(-self.size)
-        pull = light[:, 0::2].unsqueeze(2) * light[:, 1::2].unsqueeze(1)
+        pull = light[:, a].unsqueeze(2) * light[:, b].unsqueeze(1)
         if valid is None:
             return alike * pull
         real = valid[0].unsqueeze(2) & valid[1].unsqueeze(1)
@@ -89,18 +97,27 @@ def mctf(
             of the depth (the paper's fast variant is ``mctf(share=0.35)``).
         info: exponent of the attention that tokens receive, in [0, 1]; 0: it does not count.
         size: exponent of the patches in them, in [0, 1].
-        gmacs: find the share for so many GMACs an image (of the model's own size) instead.
-        speed: find the share for so many times fewer MACs instead.
+        gmacs: find the share for so many GMACs an image (of the model's own size) instead; where a half at the default
+            blocks is not enough, the other blocks but the first merge a share too.
+        speed: the same for so many times fewer MACs.
     """
     whole("mctf", "r", r, 0, 10**6)
     info, size = fraction("mctf", "info", info), fraction("mctf", "size", size)
     solved = gmacs is not None or speed is not None
     by_share = share is not None or solved
-    at = blocks("mctf", at, backbone.stages() if by_share else tuple(range(1, backbone.depth)), backbone.depth)
+    every = tuple(range(1, backbone.depth))
+    others = () if at is not None else tuple(i for i in every if i not in backbone.stages())
+    at = blocks("mctf", at, backbone.stages() if by_share else every, backbone.depth)
 
-    def build(share: float | None) -> Method:
-        return Method((i, Attract(r, share, info, size, backbone.dim)) for i in at)
+    def build(shares: dict[int, float | None]) -> Method:
+        steps = ((i, Attract(r, s, info, size, backbone.dim, backbone.num_prefix)) for i, s in shares.items())
+        return Method(sorted(steps, key=lambda step: step[0]))
+
+    def at_strength(i: int) -> Method:
+        """A share of up to a half at the blocks in 500 steps; then one in the others."""
+        more = (i - 500) / 1000
+        return build(dict.fromkeys(at, min(i, 500) / 1000) | (dict.fromkeys(others, more) if more > 0 else {}))
 
     if solved:
-        return fit("mctf", backbone, lambda i: build(i / 1000), 500, gmacs, speed)
-    return build(None if share is None else fraction("mctf", "share", share, 0.0, 0.5))
+        return fit("mctf", backbone, at_strength, 1000 if others else 500, gmacs, speed)
+    return build(dict.fromkeys(at, None if share is None else fraction("mctf", "share", share, 0.0, 0.5)))

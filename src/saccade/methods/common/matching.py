@@ -70,6 +70,14 @@ class KeepAttended(Reducer):
         return Reduction(keep, fuse=Fuse(rest, score.gather(1, rest)))
 
 
+def alternating(prefix: int) -> tuple[int, int]:
+    """The first patch token of A and of B, the even and the odd places of a sequence that prefix tokens lead (ToMe).
+
+    After a merge the order is [A by place | B by place], of what is left, so that the next block pairs others.
+    """
+    return prefix % 2, 1 - prefix % 2
+
+
 class BipartiteMerge(Reducer):
     """Alternate tokens into A and B; each A token proposes its most similar B token; the best r proposals merge.
 
@@ -91,7 +99,7 @@ class BipartiteMerge(Reducer):
         n, prefix, feature = tokens.num_patches, tokens.num_prefix, units(feature_of(tokens, self.metric))
         # A are the even places of the whole sequence, prefix included, as in the paper; then the new order is [A | B],
         # so that the next block pairs other tokens.
-        first_a, first_b = prefix % 2, 1 - prefix % 2
+        first_a, first_b = alternating(prefix)
         valid = None if tokens.valid is None else (tokens.valid[:, first_a::2], tokens.valid[:, first_b::2])
         similar = products(feature[:, first_a::2], feature[:, first_b::2], valid)
         best, partner = similar.max(dim=-1)

@@ -55,8 +55,8 @@ def with_best(chosen: Tensor, score: Tensor) -> Tensor:
     return chosen + best * (1 - chosen.detach())
 
 
-def keep_where(chosen: Tensor, gate: Tensor | None = None) -> Reduction:
-    """Keep the tokens where ``chosen`` [B, N] bool is true, in their order: another number in every image.
+def keep_where(chosen: Tensor, gate: Tensor | None = None, order: Tensor | None = None) -> Reduction:
+    """Keep the tokens where ``chosen`` [B, N] bool is true, another number in every image; in their order, or in this.
 
     Waits for the device: the most that an image keeps decides how long the batch is. In a graph all have a place, so
     that shapes stay fixed; and in training, where it is given the same choice as a straight-through ``gate``.
@@ -65,5 +65,7 @@ def keep_where(chosen: Tensor, gate: Tensor | None = None) -> Reduction:
     chosen = torch.cat([chosen[:, :1] | lost, chosen[:, 1:]], dim=1)
     static = gate is not None or torch.compiler.is_compiling() or not len(chosen)
     most = chosen.shape[1] if static else int(chosen.sum(1).max())
-    keep = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    listed = chosen if order is None else chosen.gather(1, order)
+    keep = listed.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    keep = keep if order is None else order.gather(1, keep)
     return Reduction(keep, valid=chosen.gather(1, keep), gate=gate)
