@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from oracles import logits_by_hand, make_images, make_tokens, make_vit, relative
+from saccade.backbones.vit import backbone_of
+from saccade.core.plan import Plan
 from saccade.core.reduction import reduce
-from saccade.methods.diffrate import Thin
+from saccade.methods.common.budget import macs
+from saccade.methods.diffrate import LearnedRates, LearnedThin, Thin
 from saccade.model import AdaptiveViT
 
 
@@ -70,3 +75,61 @@ def test_diffrate_is_as_published_through_a_whole_model(family):
     model = AdaptiveViT(vit, f"diffrate({prune}, {merge})")
     assert relative(model(images).logits, logits_by_hand(vit, images, step)) <= 1e-5
     assert relative(model.at("tome(r=[3, 4])")(images).logits, model(images).logits) > 1e-3
+
+
+# --- counts that are learned ----------------------------------------------------------------------------------------
+
+
+def learner_of(vit, prune, merge, gmacs):
+    """A learner and the model with it, in masked form, the ViT in evaluation."""
+    learner = LearnedRates(backbone_of(vit), gmacs, prune, merge, "x", "class").train()
+    model = AdaptiveViT(vit).eval()
+    model.plan, model.training = Plan([learner]), True
+    return learner, model
+
+
+def test_a_rank_stays_by_the_expected_count_with_the_gradient_of_its_share():
+    step = LearnedThin((10.3, 7.0), 16, Thin(0, 0, "cls_attn", "x", 8))
+    assert (step.ranks()[1].detach() - torch.tensor([10.3, 7.0])).abs().max() < 0.1, "it starts where it is told to"
+    torch.nn.init.normal_(step.stays, generator=torch.Generator().manual_seed(0))
+    shares = step.stays.detach().softmax(-1)
+    for row, (stays, expected) in enumerate(zip(*step.ranks(), strict=True)):
+        expected = expected.detach()
+        assert float(expected) == pytest.approx(sum((k + 1) * float(shares[row, k]) for k in range(16)), rel=1e-5)
+        assert stays.tolist() == [float(rank < math.ceil(float(expected))) for rank in range(16)]
+        (grad,) = torch.autograd.grad(stays[4], step.stays, retain_graph=True)
+        tail = float(shares[row, 4:].sum())  # counts of five and more include the rank of index four
+        by_hand = [float(shares[row, k]) * ((k >= 4) - tail) for k in range(16)]
+        assert relative(grad[row], torch.tensor(by_hand)) <= 1e-5
+
+
+def test_learning_runs_what_its_counts_would():
+    """Masked, with a gradient for every count, it is the setting that says the same numbers, and costs the same."""
+    vit = make_vit("deit", depth=4, img_size=128)
+    images = make_images(vit, 2)
+    dense = float(AdaptiveViT(vit)(images[:1]).trace.macs())
+    learner, model = learner_of(vit, 2, 5, dense / 1.4e9)
+    out = model(images)
+    left, lists = 64, ([], [])
+    for step in learner.steps:
+        kept = [min(left, int(row.sum())) for row in step.ranks()[0]]
+        lists[0].append(left - kept[0])
+        lists[1].append(kept[0] - min(kept))
+        left = min(kept)
+    same = AdaptiveViT(vit, f"diffrate({tuple(lists[0])}, {tuple(lists[1])})")(images)
+    assert min(map(min, lists)) > 0 and relative(out.logits, same.logits) <= 1e-5
+    assert relative(out.trace.target_macs().float(), same.trace.macs().float()) <= 1e-2, "but for deciding, as it began"
+    (out.logits.square().sum() + out.trace.target_macs().sum()).backward()
+    assert all(step.stays.grad.isfinite().all() and step.stays.grad.abs().sum() > 0 for step in learner.steps)
+
+
+def test_what_is_found_is_just_within_the_budget():
+    vit = make_vit("deit", depth=4, img_size=128)
+    budget = macs(backbone_of(vit)) / 1.3e9
+    learner, _ = learner_of(vit, 4, 8, budget)
+    with torch.no_grad():
+        learner.steps[1].stays[0] = torch.linspace(9, 0, 64)  # nearly all of them dropped in block 1
+    found = learner.found()
+    method = AdaptiveViT(vit, f"diffrate(prune={found['prune']}, merge={found['merge']})").plan.methods[0]
+    assert 0.97 * budget <= macs(backbone_of(vit), method) / 1e9 <= budget
+    assert found["prune"][1] > 4 * max(found["prune"][0], found["prune"][2]) and len(found["prune"]) == 4

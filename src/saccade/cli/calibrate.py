@@ -29,7 +29,9 @@ from saccade.cli.common import (
 def command(
     model: Model,
     data: Data,
-    setting: Annotated[str, typer.Option("--setting", "-s", help="A method with a threshold: 'dynamicvit(0.7)'.")],
+    setting: Annotated[
+        str, typer.Option("--setting", "-s", help="A method with a threshold, or with counts to learn: see saccade list.")
+    ],
     gmacs: Annotated[float, typer.Option(help="The budget: mean 10^9 multiply-accumulates an image.")],
     out: Annotated[str | None, typer.Option(help="Folder for the model under the setting that is found.")] = None,
     cache: Annotated[str | None, typer.Option(help="Folder for what was measured, to go on after a stop.")] = None,
@@ -38,17 +40,22 @@ def command(
     split: Split = None,
     limit: Annotated[int, LIMIT] = 200,
     batch: Batch = 32,
+    steps: Annotated[int, typer.Option(min=0, help="Of learning counts, 16 images each.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the images' order, where counts are learned.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> None:
     """The thresholds at which the mean cost of an image meets a budget; each image then costs what it needs.
 
+    Of a method without a threshold, the counts for a budget, learned from these images; labels are not needed.
+
     Example: saccade calibrate runs/dynamic/model photos/ -s "dynamicvit(0.7)" --gmacs 0.8 --out calibrated
     """
 
     from saccade.backbones.saving import check_savable
     from saccade.evaluation.calibrate import calibrate
+    from saccade.evaluation.knob_search import KnobSearch
     from saccade.storage.model_folder import check_place
     from saccade.storage.run_folder import check_apart
     from saccade.terminal.progress import Progress
@@ -63,7 +70,16 @@ def command(
         check_savable(vit)
     with Progress(shown=True) as progress, kept_in(cache):
         found = calibrate(
-            vit, data, setting, gmacs, split=split, limit=limit, batch=batch, cache=cache, progress=progress
+            vit,
+            data,
+            setting,
+            gmacs,
+            split=split,
+            limit=limit,
+            batch=batch,
+            cache=cache,
+            search=KnobSearch(steps, seed=seed),
+            progress=progress,
         )
     if out is not None:
         vit.at(found.setting).save(out)

@@ -11,8 +11,16 @@ from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Any
 
-from saccade.core.plan import Backbone
+from saccade.core.plan import Backbone, Method
 from saccade.errors import UserError, nearest
+
+
+class KnobLearner(Method):
+    """A method that learns, for a budget, what another one is told by knobs: in training, by masks with a gradient."""
+
+    def found(self) -> dict[str, Any]:
+        """The knobs as learned, within the budget."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Entry:
     baseline: bool  # a control that stands beside the others, not a candidate
     range_filter: Callable[..., bool]  # whether a range should stop at these knobs
     before: Mapping[str, Mapping[Any, Any]]  # by knob: values that folders by step have, and what they are called now
+    learner: Callable[..., KnobLearner] | None = None  # learns some knobs for a budget, from the others and ``gmacs``
 
     @property
     def summary(self) -> str:
@@ -80,6 +89,7 @@ def register(
     baseline: bool = False,
     range_filter: Callable[..., bool] = lambda backbone, **knobs: True,
     before: Mapping[str, Mapping[Any, Any]] = MappingProxyType({}),
+    learner: Callable[..., KnobLearner] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Put a factory ``build(backbone, **knobs)`` into the registry under the name that settings use.
 
@@ -88,7 +98,7 @@ def register(
     """
 
     def add(build: Callable) -> Callable:
-        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter, before)
+        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter, before, learner)
         return build
 
     return add

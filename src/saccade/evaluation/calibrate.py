@@ -25,6 +25,7 @@ from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.answers import Predictions
 from saccade.evaluation.evaluator import Evaluator
+from saccade.evaluation.knob_search import KnobSearch, learnable
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.stats import Interval, proportion
 from saccade.model import AdaptiveViT
@@ -47,7 +48,7 @@ class Calibrated(Result):
     """A setting that meets a budget, and what it costs and knows on the images it was found on."""
 
     setting: str
-    threshold: float | tuple[float, ...]  # several: one for each block that chooses
+    threshold: float | tuple[float, ...] | None  # several: one for each block that chooses; None: other knobs were found
     images: int
     gmacs: float  #     mean per image, that ran
     gmacs_p50: float
@@ -55,7 +56,7 @@ class Calibrated(Result):
     gmacs_dense: float
     metric: str  #      "top-1", or "agreement with dense" where there are no labels
     top1: Interval
-    tried: int  #       thresholds
+    tried: int  #       thresholds; or steps of learning
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -81,7 +82,10 @@ def with_threshold(setting: str | Setting, value: float | tuple[float, ...] | No
     places = [i for i, call in enumerate(setting.calls) if call.name in able]
     if len(places) != 1:
         has = f"{len(places)} of its methods have one" if places else "none of its methods has one"
-        raise UserError(f"{setting} cannot be calibrated by a {KNOB}: {has}; give one of {', '.join(able)}")
+        alone = [name for name in known if learnable(name)]
+        raise UserError(
+            f"{setting} cannot be calibrated by a {KNOB}: {has}; give one of {', '.join(able)}, or {' or '.join(alone)} alone"
+        )
     call = setting.calls[places[0]]
     order = list(known[call.name].knobs).index(KNOB)
     if len(call.args) > order:
@@ -140,19 +144,25 @@ def calibrate(
     limit: int | None = 200,
     batch: int = 32,
     cache: str | os.PathLike | None = None,
+    search: KnobSearch = KnobSearch(),
     progress: Progress | None = None,
 ) -> Calibrated:
     """Bisect the ``threshold`` of a setting until the mean MACs of an image are just within a budget.
+
+    Where a method has no threshold but counts that can be learned for a budget, these are, from the images without
+    their labels; the setting found says them in numbers.
 
     Args:
         model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
             ``saccade.checkpoint.open_model``.
         data: images that the model was not trained on, as for ``saccade.eval``.
-        setting: has exactly one method with a ``threshold``; that of the line itself is ignored.
+        setting: has exactly one method with a ``threshold``; that of the line itself is ignored. Or one method alone whose
+            counts can be learned: those of the line are where learning starts, multiplied to meet the budget.
         gmacs: the budget, 10^9 MACs that run, mean over images.
         split: of a folder of splits; None: the held-out one.
         limit: at most so many images, spread evenly over the set.
         cache: a folder for what settings said, so that an interrupted call goes on from there.
+        search: how counts are learned.
         progress: where to show it; None: nowhere.
 
     Raises:
@@ -160,7 +170,8 @@ def calibrate(
     """
     if isinstance(gmacs, bool) or not 0 < gmacs < 1e6:
         raise UserError(f"gmacs={gmacs!r} is not a number above 0 and below a million")
-    with_threshold(setting, 0.5)  # refuses before anything is read
+    if not (learns := learnable(setting)):
+        with_threshold(setting, 0.5)  # refuses before anything is read
     if cache is not None:
         check_folder(cache)
         check_apart(cache, [model, data, weights])
@@ -172,13 +183,21 @@ def calibrate(
     progress = progress or Progress()
     for line in evaluator.notes:
         progress.say(line)
-    advance = progress.start("calibrating", (STEPS + 4) * len(places))
+    work = search.steps * search.batch + 2 * len(places) if learns else (STEPS + 4) * len(places)
+    advance = progress.start("calibrating", work)
     store = None if cache is None else Cache.of(Path(cache), evaluator)
     advance(0, what="calibrating: the dense model")
     dense = evaluator.predict(evaluator.dense, places, advance)
     evaluator.need(dense, "dense")
     if store is not None:
         store.check("dense", dense)
+    if learns:
+        advance(0, what="learning counts")
+        seen_by_dense = dense.indices.tolist()
+        name = search.learn(evaluator, setting, gmacs, seen_by_dense, None if store is None else store.folder, advance)
+        ask = partial(evaluator.predict, model.at(name).eval(), places, advance)
+        answers = ask() if store is None else store.get(name, places, ask)
+        return _calibrated(evaluator, name, None, answers, dense, search.steps)
     seen: dict[float, Predictions] = {}
     levels: list[float] = []
     if (view := by_count(model, setting)) is not None:
@@ -199,11 +218,22 @@ def calibrate(
         return seen[threshold].macs.mean().item() / 1e9
 
     threshold = bisect(cost, gmacs)
-    found = seen[threshold]
+    name = with_threshold(setting, at(threshold))
+    return _calibrated(evaluator, name, at(threshold), seen[threshold], dense, len(seen))
+
+
+def _calibrated(
+    evaluator: Evaluator,
+    setting: str,
+    threshold: float | tuple[float, ...] | None,
+    found: Predictions,
+    dense: Predictions,
+    tried: int,
+) -> Calibrated:
     each = found.macs / 1e9
     return Calibrated(
-        setting=with_threshold(setting, at(threshold)),
-        threshold=at(threshold),
+        setting=setting,
+        threshold=threshold,
         images=len(each),
         gmacs=each.mean().item(),
         gmacs_p50=each.quantile(0.5).item(),
@@ -211,7 +241,7 @@ def calibrate(
         gmacs_dense=dense.macs.mean().item() / 1e9,
         metric=evaluator.metric,
         top1=proportion(evaluator.hits(found)),
-        tried=len(seen),
+        tried=tried,
     )
 
 

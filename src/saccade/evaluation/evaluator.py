@@ -120,6 +120,11 @@ class Evaluator:
         self._consult(found.indices.tolist())
         return torch.stack([self._reference[i].argmax() for i in found.indices.tolist()])
 
+    def reference(self, places: Sequence[int]) -> Tensor:
+        """The dense model's log-probabilities of images that it can read, [n, K] float64."""
+        self._consult(places)
+        return torch.stack([self._reference[i] for i in places])
+
     def _consult(self, indices: Sequence[int]) -> None:
         """Have the dense model's opinion of these images."""
         if unseen := [i for i in indices if i not in self._asked]:

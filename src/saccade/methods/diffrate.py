@@ -8,18 +8,23 @@ the best similarity is negative nothing is added to a size; the paper would take
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saccade.core.plan import Backbone, Method, Reducer
 from saccade.core.reduction import Merge, Reduction, rows
-from saccade.core.registry import register
+from saccade.core.registry import KnobLearner, register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import one_of, schedule, whole_parts
 from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import METRICS, check_score, cosines, feature_of
+from saccade.methods.common.sampling import present, there
+
+SPREAD = 32  # a count's distribution starts as wide as this part of all tokens
 
 
 class Thin(Reducer):
@@ -66,12 +71,101 @@ def merge_similar(tokens: Tokens, metric: str, keep: Tensor, src: Tensor) -> Mer
     return Merge(src, dst, weight=weight, size_share=similar.clamp(0, 1))
 
 
+class LearnedThin(Reducer):
+    """``Thin`` by counts that are learned: how many stay after dropping, and after merging, is a distribution each.
+
+    The probability that the token of a rank stays is that of all counts that include it; where the expected count, rounded
+    up, includes it, it does: a straight-through mask, which attention goes by (the paper's differentiable counts).
+    """
+
+    ragged = True
+
+    def __init__(self, after: tuple[float, float], n: int, like: Thin) -> None:
+        super().__init__()
+        self.like, self.read = like, like.read
+        away = (torch.arange(1, n + 1) - torch.tensor(after).unsqueeze(1)) / (1 + n / SPREAD)
+        self.stays = nn.Parameter(-away.square() / 2)  # logits of the counts 1 … n, after dropping and after merging
+
+    def ranks(self) -> tuple[Tensor, Tensor]:
+        """Whether each rank stays, 0/1, straight-through, and the expected counts: [2, n], [2]."""
+        shares = self.stays.float().softmax(-1).flip(-1).cumsum(-1).flip(-1)
+        expected = shares.sum(-1)
+        hard = torch.arange(shares.shape[1], device=shares.device) < (expected.detach() - 1e-3).ceil().unsqueeze(1)
+        return hard.float() + (shares - shares.detach()), expected
+
+    def count(self, n: int) -> int | None:
+        return None
+
+    def macs(self, n: int) -> int:
+        return self.like.macs(n)
+
+    def forward(self, tokens: Tokens) -> Reduction:
+        score, (stays, _) = there(tokens, tokens.reading(self.like.reading).detach().float()), self.ranks()
+        stays = stays[:, : tokens.num_patches]
+        order, live = score.argsort(dim=1, descending=True, stable=True), present(tokens).sum(1, keepdim=True)
+        pruned, kept = int((stays[0] > 0).sum()), int((stays.amin(0) > 0).sum())
+        mask = torch.zeros_like(score).scatter(1, order, (stays[0] * stays[1]).expand_as(score))
+        keep, src = order[:, :kept], order[:, kept:pruned]
+        merge = None
+        if src.shape[1]:  # what is dropped already merges into nothing
+            merge = merge_similar(tokens, self.like.metric, keep, src)
+            merge = replace(merge, gate=(torch.arange(kept, pruned, device=live.device) < live).float())
+        return Reduction(order, merge, gate=mask) if self.training else Reduction(keep, merge)
+
+
+class LearnedRates(KnobLearner):
+    """Both lists, learned from where multiples of those given meet the budget."""
+
+    def __init__(self, backbone: Backbone, gmacs: float, prune: Any, merge: Any, metric: str, score: str) -> None:
+        plain: dict[str, Any] = {"metric": metric, "score": score}
+        diffrate(backbone, prune, merge, **plain)  # refuses what does not fit
+        pruned, merged = _within(backbone, gmacs, _schedule(backbone, prune), _schedule(backbone, merge), plain)
+        width, reading = _width(backbone, metric), check_score("diffrate", score, backbone)
+        steps: list[tuple[int, Reducer]] = []
+        left = backbone.num_patches
+        for block in range(backbone.depth - (backbone.pool == "token")):  # what the last would leave is not read then
+            like = Thin(pruned[block], merged[block], reading, metric, width)
+            after = left - pruned[block], left - pruned[block] - merged[block]
+            steps.append((block, LearnedThin(after, backbone.num_patches, like)))
+            left = after[1]
+        super().__init__(steps)
+        self.backbone, self.gmacs, self.plain = backbone, gmacs, plain
+
+    def found(self) -> dict[str, Any]:
+        lists: tuple[list[float], list[float]] = ([], [])
+        left = float(self.backbone.num_patches)
+        for step in self.steps:
+            kept = [min(float(count), left) for count in step.ranks()[1].detach()]
+            lists[0].append(left - kept[0])
+            lists[1].append(kept[0] - min(kept))
+            left = min(kept)
+        for numbers in lists:
+            numbers.extend([0.0] * (self.backbone.depth - len(numbers)))
+        prune, merge = _within(self.backbone, self.gmacs, *lists, self.plain)
+        return {"prune": tuple(prune), "merge": tuple(merge)}
+
+
+def _within(
+    backbone: Backbone, gmacs: float, pruned: Sequence[float], merged: Sequence[float], plain: dict[str, Any]
+) -> tuple[list[int], list[int]]:
+    """Multiples of two schedules that just meet a budget."""
+
+    def make(total: int) -> Method:
+        return diffrate(backbone, *map(tuple, scaled(pruned, merged, total)), **plain)
+
+    method = fit("diffrate", backbone, make, backbone.depth * backbone.num_patches // 2, gmacs=gmacs)
+    prune, merge = [0] * backbone.depth, [0] * backbone.depth
+    for block, step in zip(method.at, method.steps, strict=True):
+        prune[block], merge[block] = step.prune, step.merge
+    return prune, merge
+
+
 def _menu(backbone: Backbone) -> list[str]:
     knob = "" if backbone.has_class_token else ", score='received'"
     return [f"diffrate({p}, {m}{knob})" for p, m in ((1, 3), (2, 6), (4, 8), (6, 10))]
 
 
-@register("diffrate", menu=_menu)
+@register("diffrate", menu=_menu, learner=LearnedRates)
 def diffrate(
     backbone: Backbone,
     prune: int | tuple[int, ...] = 4,
@@ -93,10 +187,8 @@ def diffrate(
     """
     one_of("diffrate", "metric", metric, METRICS)
     reading = check_score("diffrate", score, backbone)
-    pruned, merged = (
-        schedule("diffrate", tuple(r) if isinstance(r, list) else r, 0, backbone.depth) for r in (prune, merge)
-    )
-    width = backbone.head_dim if metric == "key" else backbone.dim
+    pruned, merged = (_schedule(backbone, r) for r in (prune, merge))
+    width = _width(backbone, metric)
 
     def build(pruned: Sequence[int], merged: Sequence[int]) -> Method:
         counts = enumerate(zip(pruned, merged, strict=True))
@@ -106,6 +198,14 @@ def diffrate(
         return build(pruned, merged)
     most = backbone.depth * backbone.num_patches // 2
     return fit("diffrate", backbone, lambda n: build(*scaled(pruned, merged, n)), most, gmacs, speed)
+
+
+def _width(backbone: Backbone, metric: str) -> int:
+    return backbone.head_dim if metric == "key" else backbone.dim
+
+
+def _schedule(backbone: Backbone, r: int | Sequence[int]) -> list[int]:
+    return schedule("diffrate", tuple(r) if isinstance(r, (list, tuple)) else r, 0, backbone.depth)
 
 
 def scaled(pruned: Sequence[float], merged: Sequence[float], total: int) -> tuple[list[int], list[int]]:
