@@ -25,7 +25,9 @@ def test_counts_are_learned_from_photos_without_labels(photos, tmp_path):
     ask = {"setting": "diffrate(score='received')", "gmacs": budget}
     found = calibrate(model, photos, **ask, search=KnobSearch(6, 4))
     assert 0.9 * budget <= found.gmacs <= budget and found.images == 6 and found.threshold is None
-    assert found.setting.startswith("diffrate(") and "score='received'" in found.setting and "gmacs" not in found.setting
+    assert (
+        found.setting.startswith("diffrate(") and "score='received'" in found.setting and "gmacs" not in found.setting
+    )
     assert not vit.training and all((weights[name] == value).all() for name, value in vit.state_dict().items())
     assert calibrate(model, photos, **ask, search=KnobSearch(6, 4)) == found, "a function of the seed"
     calibrate(model, photos, **ask, search=KnobSearch(3, 4), cache=tmp_path / "cache")

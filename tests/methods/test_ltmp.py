@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import saccade.core.packing
@@ -47,7 +48,7 @@ def some_tokens(present: list[int], patches: int = 13) -> Tokens:
 
 
 def merge_by_hand(key: Tensor, here: list[int], limit: float, prefix: int) -> list[list[int]]:
-    """Members of each new token, the one that stays first, in the new order; ``here`` are patch tokens in their order."""
+    """Members of each new token, the one that stays first, in the new order; ``here``: patch tokens in theirs."""
     whole = [*range(-prefix, 0), *here]
     side_a, side_b = ([i for i in whole[first::2] if i >= 0] for first in (0, 1))
     groups = {j: [j] for j in side_a + side_b}
@@ -116,7 +117,7 @@ def test_ltmp_is_as_published_through_a_whole_model(training):
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(5))
 def test_what_moves_is_what_a_reduction_of_those_alone_moves(seed):
-    """``moved`` leaves some sources where they are; on a mask, all stay, in their new order, and give what they have."""
+    """``gate`` leaves some sources where they are; on a mask, all stay, in their new order, and give what they have."""
     g = torch.Generator().manual_seed(seed)
     tokens = replace(some_tokens([10, 10], 10), valid=None)
     a, b = torch.arange(0, 10, 2).expand(2, -1), torch.arange(1, 10, 2)

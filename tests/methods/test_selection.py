@@ -25,7 +25,6 @@ from saccade.core.costs import block_cost
 from saccade.core.fingerprint import FINGERPRINT
 from saccade.core.gates import Gates
 from saccade.core.packing import Rows
-from saccade.core.reduction import reduce
 from saccade.errors import UserError
 from saccade.evaluation.calibrate import bisect, by_count, calibrate, fixed_levels, sigmoid, with_threshold
 from saccade.execution import attention

@@ -30,7 +30,8 @@ def command(
     model: Model,
     data: Data,
     setting: Annotated[
-        str, typer.Option("--setting", "-s", help="A method with a threshold, or with counts to learn: see saccade list.")
+        str,
+        typer.Option("--setting", "-s", help="A method with a threshold, or with counts to learn: see saccade list."),
     ],
     gmacs: Annotated[float, typer.Option(help="The budget: mean 10^9 multiply-accumulates an image.")],
     out: Annotated[str | None, typer.Option(help="Folder for the model under the setting that is found.")] = None,

@@ -48,7 +48,9 @@ class Calibrated(Result):
     """A setting that meets a budget, and what it costs and knows on the images it was found on."""
 
     setting: str
-    threshold: float | tuple[float, ...] | None  # several: one for each block that chooses; None: other knobs were found
+    threshold: (
+        float | tuple[float, ...] | None
+    )  # several: one for each block that chooses; None: other knobs were found
     images: int
     gmacs: float  #     mean per image, that ran
     gmacs_p50: float
@@ -83,9 +85,8 @@ def with_threshold(setting: str | Setting, value: float | tuple[float, ...] | No
     if len(places) != 1:
         has = f"{len(places)} of its methods have one" if places else "none of its methods has one"
         alone = [name for name in known if learnable(name)]
-        raise UserError(
-            f"{setting} cannot be calibrated by a {KNOB}: {has}; give one of {', '.join(able)}, or {' or '.join(alone)} alone"
-        )
+        give = f"give one of {', '.join(able)}, or {' or '.join(alone)} alone"
+        raise UserError(f"{setting} cannot be calibrated by a {KNOB}: {has}; {give}")
     call = setting.calls[places[0]]
     order = list(known[call.name].knobs).index(KNOB)
     if len(call.args) > order:
@@ -144,7 +145,7 @@ def calibrate(
     limit: int | None = 200,
     batch: int = 32,
     cache: str | os.PathLike | None = None,
-    search: KnobSearch = KnobSearch(),
+    search: KnobSearch | None = None,
     progress: Progress | None = None,
 ) -> Calibrated:
     """Bisect the ``threshold`` of a setting until the mean MACs of an image are just within a budget.
@@ -156,13 +157,13 @@ def calibrate(
         model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
             ``saccade.checkpoint.open_model``.
         data: images that the model was not trained on, as for ``saccade.eval``.
-        setting: has exactly one method with a ``threshold``; that of the line itself is ignored. Or one method alone whose
-            counts can be learned: those of the line are where learning starts, multiplied to meet the budget.
+        setting: has exactly one method with a ``threshold``; that of the line itself is ignored. Or one method alone
+            whose counts can be learned: those of the line are where learning starts, multiplied to meet the budget.
         gmacs: the budget, 10^9 MACs that run, mean over images.
         split: of a folder of splits; None: the held-out one.
         limit: at most so many images, spread evenly over the set.
         cache: a folder for what settings said, so that an interrupted call goes on from there.
-        search: how counts are learned.
+        search: how counts are learned; None: in 100 steps of 16 images.
         progress: where to show it; None: nowhere.
 
     Raises:
@@ -183,6 +184,7 @@ def calibrate(
     progress = progress or Progress()
     for line in evaluator.notes:
         progress.say(line)
+    search = search or KnobSearch()
     work = search.steps * search.batch + 2 * len(places) if learns else (STEPS + 4) * len(places)
     advance = progress.start("calibrating", work)
     store = None if cache is None else Cache.of(Path(cache), evaluator)

@@ -1,7 +1,7 @@
-"""Knobs of a setting learned for a budget, from images without labels: what a method counts with masks, told in numbers.
+"""Knobs of a setting, learned for a budget from images without labels.
 
-The weights are frozen. A method's learner (``KnobLearner``) runs in training's masked form, and moves by the gradient of
-the divergence from the dense model's answers and of the squared miss of the budget, as DiffRate does (arXiv 2305.17997).
+The weights are frozen. A method's learner (``KnobLearner``) runs in training's masked form and moves by the gradient of
+the divergence from the dense model's answers, and of the squared miss of the budget (as in arXiv 2305.17997).
 Everything is a function of (seed, step), so that what was interrupted goes on from its last state.
 """
 

@@ -25,8 +25,8 @@ from saccade.methods.common.matching import BipartiteMerge, floor_share
 class MergeWindows(Reducer):
     """Make one token of each of the ⌊share · W⌋ most uniform of the grid's W whole windows of 2 × 2 tokens.
 
-    It works on a whole grid, and does nothing once other tokens have left it. The order is then that of all merges: what
-    might have merged and has not, by place, before the windows' first tokens.
+    It works on a whole grid, and does nothing once other tokens have left it. The order is then that of all merges:
+    what might have merged and has not, by place, before the windows' first tokens.
     """
 
     def __init__(self, share: float, proportional: bool) -> None:

@@ -19,7 +19,6 @@ from saccade.methods.common.arguments import blocks, fraction, one_of
 from saccade.methods.common.matching import ceil_share, check_score
 from saccade.methods.common.sampling import keep_where, there, with_best
 
-
 LEVELS = ("text", "code")
 
 

@@ -74,8 +74,8 @@ def merge_similar(tokens: Tokens, metric: str, keep: Tensor, src: Tensor) -> Mer
 class LearnedThin(Reducer):
     """``Thin`` by counts that are learned: how many stay after dropping, and after merging, is a distribution each.
 
-    The probability that the token of a rank stays is that of all counts that include it; where the expected count, rounded
-    up, includes it, it does: a straight-through mask, which attention goes by (the paper's differentiable counts).
+    The probability that the token of a rank stays is that of all counts that include it; where the expected count,
+    rounded up, includes it, it does: a straight-through mask, which attention goes by (the paper's form).
     """
 
     ragged = True
@@ -204,8 +204,8 @@ def _width(backbone: Backbone, metric: str) -> int:
     return backbone.head_dim if metric == "key" else backbone.dim
 
 
-def _schedule(backbone: Backbone, r: int | Sequence[int]) -> list[int]:
-    return schedule("diffrate", tuple(r) if isinstance(r, (list, tuple)) else r, 0, backbone.depth)
+def _schedule(backbone: Backbone, r: Any) -> list[int]:
+    return schedule("diffrate", tuple(r) if isinstance(r, list) else r, 0, backbone.depth)
 
 
 def scaled(pruned: Sequence[float], merged: Sequence[float], total: int) -> tuple[list[int], list[int]]:

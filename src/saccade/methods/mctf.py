@@ -7,7 +7,7 @@ the same block. Both of these, and that a chain A → B → A is one weighted me
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ def mctf(
     others = () if at is not None else tuple(i for i in every if i not in backbone.stages())
     at = blocks("mctf", at, backbone.stages() if by_share else every, backbone.depth)
 
-    def build(shares: dict[int, float | None]) -> Method:
+    def build(shares: Mapping[int, float | None]) -> Method:
         steps = ((i, Attract(r, s, info, size, backbone.dim, backbone.num_prefix)) for i, s in shares.items())
         return Method(sorted(steps, key=lambda step: step[0]))
 
