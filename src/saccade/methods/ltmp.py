@@ -99,7 +99,8 @@ class Prune(Reducer):
         received, parts = tokens.reading("attn_received"), tokens.state.get(PARTS)
         if parts is None:
             return received
-        least = received.new_full((received.shape[0], tokens.num_patches + 1), -torch.inf)  # dropped cells go to the front
+        n = tokens.num_patches
+        least = received.new_full((received.shape[0], n + 1), -torch.inf)  # dropped cells go to the front
         return least.scatter_reduce(1, tokens.owner + 1, parts, "amax")[:, 1:]
 
 
