@@ -190,7 +190,7 @@ def test_every_cell_is_owned_once_and_the_prefix_is_untouched(vit, images, reduc
             if whole and torch.equal(after.owner < 0, before.owner < 0):
                 ragged = reduction.valid is not None  # may leave padding behind, with the size that it has
                 total, expected = (sizes(t, only_valid=ragged).sum(1) for t in (after, before))
-                assert torch.equal(total, expected), "a merge that drops nothing loses nothing"
+                assert torch.allclose(total, expected), "a merge that drops nothing loses nothing"
         else:
             assert reduction is None or isinstance(reduction, SoftReduction)
     for block in trace.blocks:
