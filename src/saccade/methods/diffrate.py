@@ -110,7 +110,7 @@ class LearnedThin(Reducer):
         if src.shape[1]:  # what is dropped already merges into nothing
             merge = merge_similar(tokens, self.like.metric, keep, src)
             merge = replace(merge, gate=(torch.arange(kept, pruned, device=live.device) < live).float())
-        return Reduction(order, merge, gate=mask) if self.training else Reduction(keep, merge)
+        return Reduction(order, merge, gate=mask, freeze=False) if self.training else Reduction(keep, merge)
 
 
 class LearnedRates(KnobLearner):
