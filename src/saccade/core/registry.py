@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,7 @@ class Entry:
     baseline: bool  # a control that stands beside the others, not a candidate
     range_filter: Callable[..., bool]  # whether a range should stop at these knobs
     before: Mapping[str, Mapping[Any, Any]]  # by knob: values that folders by step have, and what they are called now
+    sources: Mapping[str, str]  # by where defaults are from, the knobs; see ``source``
     learner: Callable[..., KnobLearner] | None = None  # learns some knobs for a budget, from the others and ``gmacs``
 
     @property
@@ -45,6 +47,18 @@ class Entry:
     def knobs(self) -> dict[str, inspect.Parameter]:
         """Knobs of the setting: the factory's parameters after the backbone."""
         return dict(list(inspect.signature(self.build).parameters.items())[1:])
+
+    def source(self, knob: str) -> str:
+        """Where a knob's default is from: one of ``SOURCES``; what no source is named for is "ours"."""
+        return next((source for source, knobs in self.sources.items() if knob in knobs.split()), "ours")
+
+    @property
+    def help(self) -> dict[str, str]:
+        """What each knob is, by the docstring's ``Args``; each ends with where its default is from."""
+        _, _, lines = (inspect.getdoc(self.build) or "").partition("Args:\n")
+        found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", lines, re.MULTILINE)
+        said = {knob: " ".join(text.split()) for knob, text in found}
+        return {knob: f"{said.get(knob, '')} [{self.source(knob)}]".strip() for knob in self.knobs}
 
     def bound(self, backbone: Backbone, args: tuple, kwargs: dict) -> dict[str, Any] | None:
         """All knobs by name, defaults too, and the backbone; None where they do not fit, which building will tell."""
@@ -78,6 +92,12 @@ class Entry:
             raise UserError(f"{self.name}: a knob has the wrong type ({error})") from None
 
 
+SOURCES = {  # of a knob's default
+    "paper": "as published",
+    "code": "as in the authors' released code",
+    "fit": "inferred from published figures",
+    "ours": "chosen here, or not published",
+}
 _REGISTRY: dict[str, Entry] = {}
 
 
@@ -89,16 +109,18 @@ def register(
     baseline: bool = False,
     range_filter: Callable[..., bool] = lambda backbone, **knobs: True,
     before: Mapping[str, Mapping[Any, Any]] = MappingProxyType({}),
+    sources: Mapping[str, str] = MappingProxyType({}),
     learner: Callable[..., KnobLearner] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Put a factory ``build(backbone, **knobs)`` into the registry under the name that settings use.
 
     ``range_filter(backbone, **knobs)`` says whether a range of a knob (``8..40``) should stop at these values, and
     ``before`` what values of a knob are called now that had other names in folders of before (``learned_by_step``).
+    ``sources`` names the knobs whose defaults are another's, as ``{"paper": "keep at", "code": "tau"}``: ``SOURCES``.
     """
 
     def add(build: Callable) -> Callable:
-        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter, before, learner)
+        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter, before, sources, learner)
         return build
 
     return add

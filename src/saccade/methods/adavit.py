@@ -193,7 +193,11 @@ def released_misses(blocks: Sequence[BlockTrace], usage: Mapping[str, float]) ->
 
 
 # No menu: untrained, it keeps what it keeps at random. `tune` tries the settings that weights were trained for.
-@register("adavit", before={"form": {"released": "token"}})  # which was the code's way to read patches, and no more
+@register(
+    "adavit",
+    sources={"paper": "axes noise", "code": "heads tau weight"},
+    before={"form": {"released": "token"}},  # which was the code's way to read patches, and no more
+)
 def adavit(
     backbone: Backbone,
     usage: float | tuple[float, ...] | None = None,

@@ -83,7 +83,11 @@ class MergeAnywhere(BipartiteMerge):
         return n - min(floor_share(self.share, n), n // 2)
 
 
-@register("algm", menu=lambda backbone: [f"algm({a}, {b})" for a, b in ((0.25, 0.2), (0.5, 0.3), (0.75, 0.4))])
+@register(
+    "algm",
+    sources={"code": "local_at merge_at proportional"},
+    menu=lambda backbone: [f"algm({a}, {b})" for a, b in ((0.25, 0.2), (0.5, 0.3), (0.75, 0.4))],
+)
 def algm(
     backbone: Backbone,
     local: float = 0.5,

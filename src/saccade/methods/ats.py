@@ -86,7 +86,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"ats({k}{knob})" for k in (1.0, 0.8, 0.6)]
 
 
-@register("ats", menu=_menu)
+@register("ats", sources={"paper": "score levels", "code": "keep"}, menu=_menu)
 def ats(
     backbone: Backbone,
     keep: float = 1.0,

@@ -115,7 +115,7 @@ class AViT(Method):
 
 
 # No menu: untrained, nothing has to halt. `tune` tries the settings that weights were trained for.
-@register("avit")
+@register("avit", sources={"code": "ponder prior target gamma beta"})
 def avit(
     backbone: Backbone,
     at: int | Iterable[int] | None = None,

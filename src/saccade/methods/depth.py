@@ -39,7 +39,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"depth({n})" for n in range(backbone.depth - 1, backbone.depth // 2 - 1, -1)]
 
 
-@register("depth", menu=_menu)
+@register("depth", sources={"paper": "head"}, menu=_menu)
 def depth(
     backbone: Backbone,
     blocks: int | None = None,

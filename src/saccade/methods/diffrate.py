@@ -165,7 +165,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"diffrate({p}, {m}{knob})" for p, m in ((1, 3), (2, 6), (4, 8), (6, 10))]
 
 
-@register("diffrate", menu=_menu, learner=LearnedRates)
+@register("diffrate", sources={"paper": "metric score"}, menu=_menu, learner=LearnedRates)
 def diffrate(
     backbone: Backbone,
     prune: int | tuple[int, ...] = 4,

@@ -61,7 +61,7 @@ class DensityPeaks(Reducer):
         return distance.log() / 2 - sparsity
 
 
-@register("dpc_knn", menu=lambda backbone: [f"dpc_knn({k})" for k in (0.8, 0.65, 0.5)])
+@register("dpc_knn", sources={"code": "neighbours"}, menu=lambda backbone: [f"dpc_knn({k})" for k in (0.8, 0.65, 0.5)])
 def dpc_knn(
     backbone: Backbone,
     keep: float = 0.7,

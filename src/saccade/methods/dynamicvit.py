@@ -135,7 +135,7 @@ class DynamicViT(Method):
 
 
 # No menu: untrained, it keeps tokens at random. `tune` tries the settings that weights were trained for.
-@register("dynamicvit")
+@register("dynamicvit", sources={"paper": "keep at threshold", "code": "ratio tau"})
 def dynamicvit(
     backbone: Backbone,
     keep: float = 0.7,

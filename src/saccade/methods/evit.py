@@ -18,7 +18,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"evit({k})" for k in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)] + ["evit(0.7, fuse=True)", "evit(0.5, fuse=True)"]
 
 
-@register("evit", menu=_menu)
+@register("evit", sources={"paper": "keep at score"}, menu=_menu)
 def evit(
     backbone: Backbone,
     keep: float = 0.7,

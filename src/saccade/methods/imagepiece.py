@@ -111,7 +111,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return merges + [f"imagepiece(keep={k}{knob})" for k in rates]
 
 
-@register("imagepiece", menu=_menu)
+@register("imagepiece", sources={"paper": "p merge split score", "fit": "merge_at prune_at of"}, menu=_menu)
 def imagepiece(
     backbone: Backbone,
     p: float = 0.3,

@@ -120,7 +120,7 @@ class Thresholds(Method):
 
 
 # No menu: untrained, it keeps nearly everything. `tune` tries the settings that weights were trained for.
-@register("ltmp")
+@register("ltmp", sources={"code": "share weight merge"})
 def ltmp(
     backbone: Backbone,
     share: float = 0.75,

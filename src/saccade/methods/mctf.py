@@ -77,7 +77,11 @@ class Attract(Reducer):
         return torch.where(real, alike * pull, 1e9 * (alike - 1))  # padding with padding first, with tokens last
 
 
-@register("mctf", menu=lambda backbone: [f"mctf(share={s})" for s in (0.15, 0.25, 0.35)])
+@register(
+    "mctf",
+    sources={"paper": "r at", "code": "info size"},
+    menu=lambda backbone: [f"mctf(share={s})" for s in (0.15, 0.25, 0.35)],
+)
 def mctf(
     backbone: Backbone,
     r: int = 16,

@@ -39,7 +39,7 @@ class Merge(Reducer):
 
 
 # No menu: untrained, it destroys what the model knows. `tune` tries the settings that weights were trained for.
-@register("patchmerger")
+@register("patchmerger", sources={"code": "tokens scale"})
 def patchmerger(
     backbone: Backbone,
     tokens: int = 8,

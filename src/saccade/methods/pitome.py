@@ -58,7 +58,9 @@ def energy(similar: Tensor, margin: float, valid: Tensor | None = None) -> Tenso
     return mean.masked_fill(~valid, -torch.inf)
 
 
-@register("pitome", menu=lambda backbone: [f"pitome({k})" for k in (0.95, 0.9, 0.85)])
+@register(
+    "pitome", sources={"code": "margin proportional"}, menu=lambda backbone: [f"pitome({k})" for k in (0.95, 0.9, 0.85)]
+)
 def pitome(
     backbone: Backbone,
     keep: float = 0.925,

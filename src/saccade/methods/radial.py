@@ -50,7 +50,7 @@ def offsets(tokens: Tokens) -> Tensor:
     return sums[:, 1:] / tokens.area().clamp(min=1).unsqueeze(-1)
 
 
-@register("radial", baseline=True)
+@register("radial", sources={"code": "at"}, baseline=True)
 def radial(
     backbone: Backbone,
     keep: float = 0.7,

@@ -58,7 +58,7 @@ class Blind(Gater):
         return torch.zeros(images, count, device=device).scatter(1, order[:, : round(self.usage * count)], 1.0)
 
 
-@register("random_plus", baseline=True)
+@register("random_plus", sources={"paper": "axes"}, baseline=True)
 def random_plus(
     backbone: Backbone,
     usage: float = 0.7,

@@ -51,7 +51,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"tofu(r={max(1, round(share * backbone.num_patches / backbone.depth))})" for share in (0.5, 0.7, 0.9)]
 
 
-@register("tofu", menu=_menu)
+@register("tofu", sources={"paper": "r merge_from"}, menu=_menu)
 def tofu(
     backbone: Backbone,
     r: int | tuple = 13,

@@ -102,7 +102,11 @@ class Pool(Reducer):
         return torch.zeros_like(like).index_fill(1, place, 1.0)
 
 
-@register("token_pooling", menu=lambda backbone: [f"token_pooling({k})" for k in (0.8, 0.65, 0.5)])
+@register(
+    "token_pooling",
+    sources={"paper": "centre weighted proportional"},
+    menu=lambda backbone: [f"token_pooling({k})" for k in (0.8, 0.65, 0.5)],
+)
 def token_pooling(
     backbone: Backbone,
     keep: float = 0.7,

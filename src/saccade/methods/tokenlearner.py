@@ -136,7 +136,7 @@ class Fuse(Reducer):
 
 
 # No menu: untrained, it destroys what the model knows. `tune` tries the settings that weights were trained for.
-@register("tokenlearner")
+@register("tokenlearner", sources={"code": "version pool"})
 def tokenlearner(
     backbone: Backbone,
     tokens: int = 8,

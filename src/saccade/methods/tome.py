@@ -19,7 +19,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"tome(r={r})" for r in rates]
 
 
-@register("tome", menu=_menu)
+@register("tome", sources={"paper": "r inflection metric proportional"}, menu=_menu)
 def tome(
     backbone: Backbone,
     r: int | tuple = 13,

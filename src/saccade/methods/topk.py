@@ -81,7 +81,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"topk({k})" for k in (0.8, 0.6, 0.5, 0.4)] if _default(backbone) else []
 
 
-@register("topk", menu=_menu)
+@register("topk", sources={"paper": "at asks"}, menu=_menu)
 def topk(
     backbone: Backbone,
     keep: float | tuple[float, ...] = 0.5,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from saccade.core.registry import Entry, registry
+from saccade.core.registry import SOURCES, Entry, registry
+from saccade.errors import UserError, nearest
 from saccade.terminal.results import Result
 from saccade.terminal.text_table import Column, Table
 
@@ -31,9 +32,49 @@ class Methods(Result, list[str]):
         return Table("A setting is built from these, joined by ' | '; a tokenizer comes first", columns, rows)
 
 
-def list_methods() -> Methods:
-    """Methods and tokenizers that a setting may name: a list of names that tells more of each in ``rows``."""
-    return Methods(registry())
+class Knobs(Result, list[str]):
+    """The knobs of one method or tokenizer; ``rows`` tell of each its default, where that is from, and what it is."""
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(entry.knobs)
+        self.entry = entry
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each knob; ``source`` is one of ``registry.SOURCES``."""
+        entry = self.entry
+        return [
+            {"knob": name, "default": repr(knob.default), "source": entry.source(name), "help": entry.help[name]}
+            for name, knob in entry.knobs.items()
+        ]
+
+    def __repr__(self) -> str:
+        return list.__repr__(self)
+
+    def table(self) -> Table:
+        """In the order in which they may be given without names."""
+        rows = [[row["knob"], row["default"], row["source"], row["help"]] for row in self.rows]
+        rows = [[*cells[:3], cells[3].removesuffix(f" [{cells[2]}]")] for cells in rows]
+        columns = [Column("knob"), Column("default", 0), Column("from", 0), Column("what it is", 0, True)]
+        caption = "from: " + "; ".join(f"{name}, {words}" for name, words in SOURCES.items())
+        return Table(f"{self.entry.name}: {self.entry.summary}", columns, rows, caption)
+
+
+def list_methods(name: str | None = None) -> Methods | Knobs:
+    """Methods and tokenizers that a setting may name: a list of names that tells more of each in ``rows``.
+
+    Args:
+        name: one of them, whose knobs are listed instead, each with its default and where that is from.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    known = registry()
+    if name is None:
+        return Methods(known)
+    if name not in known:
+        raise UserError(f"there is no method {name!r}{nearest(name, known)}")
+    return Knobs(known[name])
 
 
 def _described(entry: Entry) -> dict[str, Any]:

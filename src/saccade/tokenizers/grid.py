@@ -171,7 +171,7 @@ def _steps(backbone: Backbone, patch: Size | None, size: Size | None, stride: Si
     return all((s - p) % step == 0 for s, p, step in zip(pixels, sides, steps, strict=True))
 
 
-@register("grid", kind="tokenizer", menu=_menu, range_filter=_steps, baseline=True)
+@register("grid", sources={"paper": "how stride"}, kind="tokenizer", menu=_menu, range_filter=_steps, baseline=True)
 def grid(
     backbone: Backbone,
     patch: Size | None = None,

@@ -176,7 +176,13 @@ def _steps(
     return tokens is None or g.nearest(tokens) == tokens
 
 
-@register("quadtree", kind="tokenizer", menu=_menu, range_filter=_steps)
+@register(
+    "quadtree",
+    sources={"paper": "sizes area_bias size_embedding detail"},
+    kind="tokenizer",
+    menu=_menu,
+    range_filter=_steps,
+)
 def quadtree(
     backbone: Backbone,
     tokens: int | None = None,
