@@ -49,6 +49,17 @@ def test_every_key_changed(count):
             raise AssertionError(name) from error
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["optim.betas", "optim.lr", "run.epochs", "augment.scale", "distill.temperature"])
+def test_a_number_that_is_none_is_refused(name, value):
+    """Alone or in a pair, in every section."""
+    section, key = name.split(".")
+    given = Config().model_dump()[section][key]
+    bad = [given[0], value] if isinstance(given, (list, tuple)) else value
+    with pytest.raises(UserError, match=key):
+        read_config({section: {key: bad}})
+
+
 @pytest.mark.parametrize("count", [40, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", shipped())
 def test_bytes_of_files(tmp_path, name, count):

@@ -36,8 +36,11 @@ class Watched(Plan):
         super().__init__(plan.methods)
         self.seen: list[Seen] = []
 
+    def works_at(self, block: int) -> bool:
+        return True  # every block is looked at …
+
     def is_identity(self, block: int, n: int) -> bool:
-        return False  # every block is looked at
+        return False  # … and into
 
     def reduce(self, block: int, site: str, tokens: Tokens, sparse: bool = True) -> tuple[Tokens, int]:
         after, cost = super().reduce(block, site, tokens, sparse)

@@ -197,6 +197,15 @@ class Plan(nn.Module):
         spent = tuple(READINGS.difference(*reads[i + 1 :]) for i in range(len(reads)))
         return Site(tuple(chosen), n, macs, frozenset().union(*reads), spent, counted)
 
+    def works_at(self, block: int) -> bool:
+        """Whether a method works at a block, or in it."""
+        return block in self.at
+
+    def is_identity(self, block: int, n: int) -> bool:
+        """Whether no method has anything to do inside of a block that n patch tokens enter."""
+        idle = len(self.site(block, "attn", n).reducers) == 0  # compilers do not trace `not` of a tuple
+        return idle and not self.gated(block)
+
     def gated(self, block: int) -> bool:
         """Whether a method decides which parts of a block run."""
         return (block, "gate") in self._works

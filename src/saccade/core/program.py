@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -47,6 +45,10 @@ class Step:
         """Whether a method decides which parts of the block run."""
         return self.plan.gated(self.index)
 
+    def is_identity(self, tokens: Tokens) -> bool:
+        """Whether no method has anything to do inside of the block."""
+        return self.plan.is_identity(self.index, tokens.num_patches)
+
     def between(self, tokens: Tokens) -> Site:
         """What reducers do between attention and MLP."""
         return self.plan.site(self.index, "attn", tokens.num_patches)
@@ -74,13 +76,15 @@ def lower(vit: ViT, plan: Plan, *, whole: bool, masked: bool) -> tuple[Step, ...
     last = depth if whole else depth - 1
     blocks = enumerate(list(vit.blocks)[:depth])
     how = masked, recompute
-    return tuple([Step(plan, i, b, i != last and i not in plan.at, i == last, *how) for i, b in blocks])
+    return tuple([Step(plan, i, b, i != last and not plan.works_at(i), i == last, *how) for i, b in blocks])
 
 
 def runs(steps: Iterable[Step]) -> tuple[tuple[Step, ...], ...]:
     """The steps with neighbours together where no method works; each other one alone."""
     found: list[tuple[Step, ...]] = []
-    for idle, group in groupby(steps, attrgetter("idle")):
-        some = tuple(group)
-        found += [some] if idle else zip(some, strict=True)
+    for step in steps:
+        if step.idle and found and found[-1][-1].idle:
+            found[-1] = (*found[-1], step)
+        else:
+            found.append((step,))
     return tuple(found)

@@ -37,18 +37,18 @@ def executor_for(step: Step, tokens: Tokens, execution: Execution) -> Executor:
     """The way to run a step: a constant where nothing depends on the image."""
     if step.prefix_only and not step.is_gated and PrefixOnly.is_exact(step.block):
         return PrefixOnly(execution)
-    between, gated, shown = step.between(tokens), step.is_gated, step.watched
-    if not gated and not between.reducers and tokens.plain and (shown or execution.is_timms()):
+    shown = step.watched
+    if tokens.plain and (shown or execution.is_timms()) and step.is_identity(tokens):
         return Whole()
-    if tokens.complete and not (gated or shown or step.masked or step.recompute or is_heard(step.block)):
-        return Straight(execution, between.read)
+    if tokens.complete and not (step.is_gated or shown or step.masked or step.recompute or is_heard(step.block)):
+        return Straight(execution, step.between(tokens).read)
     gates, gating = step.gates(tokens)
     if gates is None or step.masked:
         return (Masked if step.masked else Parts)(execution, gates, gating)
     if shown:  # hooks want to see all tokens of all images
         return (Masked if gates.some_rows else Images)(execution, gates, gating)
     if torch.compiler.is_compiling():  # a graph has the same shapes for all images
-        fixed = gates.static and not between.reducers
+        fixed = gates.static and len(step.between(tokens).reducers) == 0
         return (Gathered if fixed else Masked)(execution, gates, gating)
     return _by_share(step, tokens, execution, gates, gating)
 
@@ -65,7 +65,7 @@ def _by_share(step: Step, tokens: Tokens, execution: Execution, gates: Gates, ga
     if not gates.some_rows and branches.all_run and gates.head is None:
         return Parts(execution, None, gating)
     if gates.some_rows and pack:
-        once = gates.whole_rows and not step.between(tokens).reducers
+        once = gates.whole_rows and len(step.between(tokens).reducers) == 0
         return (Gathered if once else Rows)(execution, gates, gating)
     if not skip or (gates.some_rows and branches.all_run):
         return Masked(execution, gates, gating)

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,6 +15,7 @@ from saccade.errors import UserError, nearest
 from saccade.training.augmentation import Augment
 
 MOST_BYTES = 2**20  # of a config
+Decay = Annotated[float, Field(ge=0, lt=1)]
 TASKS = {  # what a run is about -> module:class
     "classify": "saccade.tasks.classification.classification_task:Classify",
     "segment": "saccade.tasks.segmentation.segmentation_task:Segment",
@@ -24,9 +25,9 @@ TASKS = {  # what a run is about -> module:class
 
 
 class Section(BaseModel):
-    """A part of the config: frozen, and nothing that it does not name."""
+    """A part of the config: frozen, nothing that it does not name, and no number that is none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Source(Section):
@@ -171,7 +172,7 @@ class Optim(Section):
     methods: float = Field(1.0, ge=0)  #  of what methods and tokenizers learn
     freeze: float = Field(0.0, ge=0)  #   epochs for which the backbone stands still
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     warmup: float = Field(0.05, ge=0, lt=1)  # share of all steps
     final: float = Field(0.01, ge=0, le=1)  #  of lr, at the end
     clip: float = Field(1.0, ge=0)  #          norm of all gradients; 0: never
