@@ -1,9 +1,11 @@
-"""One image at a time: our settings against timm's own dense forward.
+"""One image at a time: our settings against timm's own dense forward, and against a bare loop of the same operators.
 
     python benchmarks/batch_one.py [--models deit_small_patch16_224 deit_tiny_patch16_224] [--rounds 60] [--dtype fp32]
 
-Every round times timm's forward and each setting once, in turn, in a new order; medians of the ratios round by round,
-with their quartiles. *Asked* is what the methods' reference implementations reach, as the project's list has it.
+Every round times timm's forward, each setting and each bare loop once, in turn, in a new order, between tensors of
+random sizes, so that no way has the luck of its addresses; medians of the ratios round by round, with their quartiles.
+*Asked* is what the methods' reference implementations reach, as the project's list has it. *Kept* is the bare loop's
+time ÷ ours: what settings, traces, hooks and owner maps cost.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from math import ceil
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor
+from torch.nn import functional as F
 
 import saccade
+from saccade.core.timm_types import TimmBlock, ViT
 from saccade.runners.allocator import steady_allocator
 
 ASKED = {  # speed-up over timm's dense forward: ViT-S, ViT-Ti
@@ -43,36 +49,119 @@ def main() -> None:
     torch.manual_seed(0)
     steady_allocator()
     print(f"batch {arguments.batch}, {arguments.dtype}, {arguments.threads} threads, torch {torch.__version__}\n")
-    print("| model | setting | speed-up over timm's forward (quartiles) | asked |\n|---|---|---|---|")
+    print("| model | setting | speed-up over timm's forward (quartiles) | asked | bare loop | kept |")
+    print("|---|---|---|---|---|---|")
     for name in arguments.models:
         vit = timm.create_model(name).eval().to(torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
         model = saccade.AdaptiveViT(vit)
-        ways: dict[str, nn.Module] = {"timm": vit} | {setting: model.at(setting).eval() for setting in ASKED}
+        ways: dict[str, Callable] = {"timm": vit} | {setting: model.at(setting).eval() for setting in ASKED}
+        ways |= {f"bare {setting}": partial(bare, vit, reduce) for setting, reduce in BARE.items()}
         images = torch.randn(arguments.batch, 3, *model.input_size(), dtype=next(vit.parameters()).dtype)
-        for setting, ratios in timed(ways, images, arguments.rounds).items():
-            low, middle, high = statistics.quantiles(ratios, n=4)
+        times = timed(ways, images, arguments.rounds)
+        for setting in ASKED:
+            low, middle, high = statistics.quantiles(ratios(times, "timm", setting), n=4)
             asked = ASKED[setting]["tiny" in name] if arguments.batch == 1 and arguments.dtype == "fp32" else ""
-            print(f"| {name} | {setting} | {middle:.3f} ({low:.3f}–{high:.3f}) | {asked} |")
+            ideal = ["", ""]
+            if setting in BARE:
+                best = [ratios(times, "timm", f"bare {setting}"), ratios(times, f"bare {setting}", setting)]
+                ideal = [f"{statistics.median(found):.3f}" for found in best]
+            print(f"| {name} | {setting} | {middle:.3f} ({low:.3f}–{high:.3f}) | {asked} | {' | '.join(ideal)} |")
 
 
 @torch.inference_mode()
-def timed(ways: dict[str, nn.Module], images: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Time of "timm" ÷ time of each other way, round by round."""
-    runs: dict[str, Callable] = dict(ways)
-    for run in runs.values():
+def timed(ways: dict[str, Callable], images: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way, round by round."""
+    for run in ways.values():
         for _ in range(5):
             run(images)
-    ratios: dict[str, list[float]] = {name: [] for name in runs if name != "timm"}
-    order, times = list(runs), dict[str, float]()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    order = list(ways)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
+            around = [torch.empty(random.randrange(1, 400_000)) for _ in range(3)]
             begin = time.perf_counter()
-            runs[name](images)
-            times[name] = time.perf_counter() - begin
-        for name, found in ratios.items():
-            found.append(times["timm"] / times[name])
-    return ratios
+            ways[name](images)
+            times[name].append(time.perf_counter() - begin)
+            del around
+    return times
+
+
+def ratios(times: dict[str, list[float]], one: str, other: str) -> list[float]:
+    """Time of one way ÷ time of another, round by round."""
+    return [a / b for a, b in zip(times[one], times[other], strict=True)]
+
+
+# A bare loop for DeiT: class token first, no hooks, no settings, no record; what a script for one method would do.
+
+Reduce = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+def bare(vit: ViT, reduce: Reduce, images: Tensor) -> Tensor:
+    """images -> logits; reduce: block, x [B, N, D], queries and keys [B, H, N, d], sizes [B, N-1] -> x and sizes."""
+    x, size = vit._pos_embed(vit.patch_embed(images)), None
+    for i, block in enumerate(list(vit.blocks)[:-1]):
+        attn, shape = block.attn, (x.shape[0], x.shape[1], 3, block.attn.num_heads, block.attn.head_dim)
+        q, k, v = attn.qkv(block.norm1(x)).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias(size))
+        x, size = reduce(i, x + attn.proj(mixed.transpose(1, 2).flatten(2)), q, k, size)
+        x = x + block.mlp(block.norm2(x))
+    return vit.head(vit.norm(last(vit.blocks[-1], x, size))[:, 0])
+
+
+def bias(size: Tensor | None) -> Tensor | None:
+    """Log of the sizes, for the scores of keys."""
+    return None if size is None else F.pad(size.log(), (1, 0))[:, None, None]
+
+
+def last(block: TimmBlock, x: Tensor, size: Tensor | None) -> Tensor:
+    """The last block, for the class token alone."""
+    attn, (images, _, width) = block.attn, x.shape
+    h, (wq, wkv), (bq, bkv) = block.norm1(x), *(p.split([width, 2 * width]) for p in attn.qkv.parameters())
+    q = F.linear(h[:, :1], wq, bq).view(images, attn.num_heads, 1, -1)
+    k, v = F.linear(h, wkv, bkv).view(images, -1, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias(size)).reshape(images, 1, width)
+    x = x[:, :1] + attn.proj(y)
+    return x + block.mlp(block.norm2(x))
+
+
+def nothing(i: int, x: Tensor, q: Tensor, k: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """All tokens stay."""
+    return x, size
+
+
+def merged(r: int, i: int, x: Tensor, q: Tensor, k: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The r most similar pairs, averaged."""
+    key, width = k.mean(1)[:, 1:], x.shape[2]
+    key = key / key.norm(dim=-1, keepdim=True)
+    best, partner = (key[:, ::2] @ key[:, 1::2].mT).max(-1)
+    order = best.argsort(dim=-1, descending=True)
+    some, rest = order[:, :r, None], order[:, r:, None]
+    one = x.new_ones(x.shape[0], x.shape[1] - 1) if size is None else size
+    carried = torch.cat([x[:, 1:] * one.unsqueeze(2), one.unsqueeze(2)], dim=2)
+    a, b = carried[:, ::2], carried[:, 1::2]
+    gone = a.gather(1, some.expand(-1, -1, width + 1))
+    into = partner.gather(1, some.squeeze(2)).unsqueeze(2).expand(-1, -1, width + 1)
+    together = torch.cat([a.gather(1, rest.expand(-1, -1, width + 1)), b.scatter_add(1, into, gone)], dim=1)
+    mean, total = together.split([width, 1], dim=2)
+    return torch.cat([x[:, :1], mean / total], dim=1), total.squeeze(2)
+
+
+def pruned(keep: float, i: int, x: Tensor, q: Tensor, k: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The tokens of the highest class attention, at three blocks."""
+    if i not in (3, 6, 9):
+        return x, size
+    scores = ((q[:, :, :1] * q.shape[-1] ** -0.5) @ k.mT).softmax(-1).mean(1)[:, 0, 1:]
+    order = scores.argsort(dim=-1, descending=True)[:, : ceil(keep * scores.shape[1])]
+    return torch.cat([x[:, :1], x[:, 1:].gather(1, order.unsqueeze(2).expand(-1, -1, x.shape[2]))], dim=1), size
+
+
+BARE: dict[str, Reduce] = {
+    "dense": nothing,
+    "tome(r=13)": partial(merged, 13),
+    "evit(0.7)": partial(pruned, 0.7),
+    "evit(0.5)": partial(pruned, 0.5),
+}
 
 
 if __name__ == "__main__":
