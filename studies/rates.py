@@ -68,7 +68,7 @@ def summary(lines: dict[tuple[str, float], str], tables: dict[str, Sequence[dict
     rows = {(data, row["setting"]): row for data, found in tables.items() for row in found}
     return [
         {"photos": data, "speed": speed, "method": name, "setting": line}
-        | {key: rows[data, line][key] for key in ("top1", "delta", "gmacs")}
+        | {key: rows[data, line][key] for key in ("top1", "delta", "delta_low", "delta_high", "gmacs")}
         for (name, speed), line in lines.items()
         for data in tables
     ]
