@@ -46,9 +46,9 @@ class MergeWindows(Reducer):
         windows = torch.stack(corners, dim=1)  # [W, 4]
         best = uniformity(tokens.patches[:, windows]).argsort(dim=1, descending=True, stable=True)[:, :merged]
         first, src = windows[:, 0], windows[best][:, :, 1:].flatten(1)
-        gone = torch.zeros_like(cells).flatten().scatter(0, first, 1).expand(len(best), -1).scatter(1, src, 1)
+        gone = torch.zeros_like(cells).flatten().scatter(0, first, 1).expand(best.shape[0], -1).scatter(1, src, 1)
         unmerged = gone.argsort(dim=1, stable=True)[:, : cells.numel() - len(first) - src.shape[1]]
-        keep = torch.cat([unmerged, first.expand(len(best), -1)], dim=1)
+        keep = torch.cat([unmerged, first.expand(best.shape[0], -1)], dim=1)
         dst = unmerged.shape[1] + best.repeat_interleave(3, dim=1)
         return Reduction(keep, Merge(src, dst, proportional=self.proportional))
 

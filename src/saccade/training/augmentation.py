@@ -57,7 +57,7 @@ class Augment(BaseModel):
     that share. ``rand_augment`` is timm's text, such as "rand-m9-mstd0.5-inc1".
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     scale: tuple[float, float] = (0.35, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
