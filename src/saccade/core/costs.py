@@ -55,7 +55,7 @@ def _macs(module: nn.Module) -> int:
     while waiting:
         one = waiting.pop()
         macs += one.in_features * one.out_features if isinstance(one, nn.Linear) else 0
-        waiting += filter(None, one._modules.values())
+        waiting += [inside for inside in one._modules.values() if inside is not None]
     return macs
 
 

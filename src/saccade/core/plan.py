@@ -191,7 +191,7 @@ class Plan(nn.Module):
             if left != n or not known:
                 chosen.append(step)
                 cost = step.macs(n)
-                macs, counted = macs + cost, counted + cost * step.counted
+                macs, counted = macs + cost, counted + (cost if step.counted else 0)
                 n, known = left or n, known and left is not None
         reads = [step.read for step in chosen]
         spent = tuple(READINGS.difference(*reads[i + 1 :]) for i in range(len(reads)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -27,7 +27,7 @@ class Attended:
     x: Tensor  #                         [B, Q, D]
     kernel: str  #                       which path ran: "fused", "unfused", with "+bias" where keys count differently …
     #                                    … "varlen", CUDA's for ragged batches; "heads", only those that are on
-    stats: AttentionStats = NO_STATS  #  what was read, of all K keys (prefix too)
+    stats: AttentionStats = field(default_factory=lambda: NO_STATS)  # what was read, of all K keys (prefix too)
 
 
 def attend(
