@@ -55,7 +55,9 @@ def _macs(module: nn.Module) -> int:
     while waiting:
         one = waiting.pop()
         macs += one.in_features * one.out_features if isinstance(one, nn.Linear) else 0
-        waiting += [inside for inside in one._modules.values() if inside is not None]
+        for inside in one._modules.values():
+            if inside is not None:
+                waiting.append(inside)
     return macs
 
 

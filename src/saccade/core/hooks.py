@@ -71,7 +71,9 @@ def untouched(module: nn.Module) -> bool:
         one = waiting.pop()
         if not type(one).__module__.startswith(("torch.nn.modules.", "timm.")) or "forward" in one.__dict__:
             return False
-        waiting += [inside for inside in one._modules.values() if inside is not None]
+        for inside in one._modules.values():
+            if inside is not None:
+                waiting.append(inside)
         if hooked(one):
             return False
     return True
