@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oracles import make_vit
+from saccade.backbones.plan_builder import build
+from saccade.backbones.vit import backbone_of
 from saccade.core.registry import list_methods, registry
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
-from saccade.setting import LONGEST, MOST, MOST_SETTINGS, Call, Setting, expand
+from saccade.setting import LONGEST, MOST, MOST_SETTINGS, Call, Setting, expand, presets
+from saccade.terminal.listing import list_methods as listed
 
 names = st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=8).filter(
     lambda name: name.isidentifier() and not keyword.iskeyword(name) and name != "dense"
@@ -373,3 +376,24 @@ class TestEntry:
             else:
                 with torch.no_grad():
                     assert model(torch.randn(1, 3, 64, 64)).logits.isfinite().all(), text
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_a_published_system_is_a_setting_by_name(name):
+    """It is written out when it is read, is no method's name, and can be built and listed; no weights are fetched."""
+    written = Setting.parse(presets()[name].setting)
+    assert Setting.parse(f"{name}()") == Setting.parse(name) == written and str(written) != "dense"
+    assert Setting.parse(f"{name}() | depth(2)").calls[:-1] == written.calls
+    assert name not in registry()
+    assert list(listed(name)) == [str(call) for call in written.calls]
+    offline = str(written).replace("'feature'", "\"feature(weights='random')\"")
+    build(backbone_of(make_vit("deit", img_size=224)), Setting.parse(offline))
+    with pytest.raises(UserError, match=f"{name}.. takes no knobs"):
+        Setting.parse(f"{name}(0.5)")
+
+
+def test_a_near_miss_of_a_published_system_is_named():
+    with pytest.raises(UserError, match="did you mean 'quadformer'"):
+        AdaptiveViT(make_vit("deit"), "quadformers()")
+    with pytest.raises(UserError, match="did you mean 'quadformer'"):
+        listed("quadforme")

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cache
+from importlib.resources import files
 from itertools import product
 from math import inf, prod
 from typing import Any
@@ -67,9 +70,33 @@ class Setting:
                 raise UserError(f"a range stands for several settings and one is needed here: {text!r}") from None
             raise UserError(f"cannot read the setting {text!r}: write it like 'grid(16) | tome(r=8)'") from None
         try:
-            return cls(tuple(_call(node, text) for node in _parts(tree)))
+            return cls(tuple(call for node in _parts(tree) for call in _written_out(_call(node, text))))
         except RecursionError:
             raise UserError("this setting is nested too deeply: write it like 'grid(16) | tome(r=8)'") from None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published system: the setting that its name stands for, and what it is."""
+
+    setting: str
+    about: str
+
+
+@cache
+def presets() -> dict[str, Preset]:
+    """Published systems by name, from ``presets.toml``."""
+    found = tomllib.loads((files("saccade") / "presets.toml").read_text(encoding="utf-8"))
+    return {name: Preset(**facts) for name, facts in found.items()}
+
+
+def _written_out(call: Call) -> tuple[Call, ...]:
+    """The call, or those that a preset's name stands for."""
+    if (preset := presets().get(call.name)) is None:
+        return (call,)
+    if call.args or call.kwargs:
+        raise UserError(f"{call.name}() takes no knobs: change them in what it stands for, {preset.setting!r}")
+    return Setting.parse(preset.setting).calls
 
 
 def _parts(node: ast.expr) -> list[ast.expr]:

@@ -8,7 +8,7 @@ from saccade.backbones.learned import Learned, require_apart, require_learned, s
 from saccade.core.plan import Backbone, Method, Plan, Tokenizer
 from saccade.core.registry import registry
 from saccade.errors import UserError, nearest
-from saccade.setting import Call, Setting
+from saccade.setting import Call, Setting, presets
 from saccade.tokenizers.grid import grid
 
 __all__ = ["build", "share"]
@@ -31,7 +31,7 @@ def build(
     methods: list[tuple[Call, Method]] = []
     for call in setting.calls:
         if call.name not in known:
-            raise UserError(f"there is no method {call.name!r}{nearest(call.name, known)}")
+            raise UserError(f"there is no method {call.name!r}{nearest(call.name, [*known, *presets()])}")
         entry = known[call.name]
         built = entry(backbone, call.args, dict(call.kwargs))
         (tokenizers if entry.kind == "tokenizer" else methods).append((call, built))

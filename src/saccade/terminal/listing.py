@@ -7,6 +7,7 @@ from typing import Any
 
 from saccade.core.registry import SOURCES, Entry, registry
 from saccade.errors import UserError, nearest
+from saccade.setting import Preset, Setting, presets
 from saccade.terminal.results import Result
 from saccade.terminal.text_table import Column, Table
 
@@ -29,7 +30,9 @@ class Methods(Result, list[str]):
         knobs = (", ".join(knob.removesuffix("=None") for knob in row["knobs"]) for row in order)
         rows = [[row["name"], row["kind"], shown, row["summary"]] for row, shown in zip(order, knobs, strict=True)]
         columns = [Column("name"), Column("kind", rank=9), Column("knobs", prose=True), Column("what it does", 0, True)]
-        return Table("A setting is built from these, joined by ' | '; a tokenizer comes first", columns, rows)
+        systems = "; ".join(f"{name}() is {preset.setting}" for name, preset in presets().items())
+        title = "A setting is built from these, joined by ' | '; a tokenizer comes first"
+        return Table(title, columns, rows, f"Published systems by name: {systems}")
 
 
 class Knobs(Result, list[str]):
@@ -60,11 +63,35 @@ class Knobs(Result, list[str]):
         return Table(f"{self.entry.name}: {self.entry.summary}", columns, rows, caption)
 
 
-def list_methods(name: str | None = None) -> Methods | Knobs:
+class System(Result, list[str]):
+    """The parts of a published system."""
+
+    def __init__(self, name: str, preset: Preset) -> None:
+        self.calls = Setting.parse(preset.setting).calls
+        super().__init__(map(str, self.calls))
+        self.name, self.about = name, preset.about
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each part of the setting, and what it does."""
+        known = registry()
+        return [{"part": str(call), "summary": known[call.name].summary} for call in self.calls]
+
+    def __repr__(self) -> str:
+        return list.__repr__(self)
+
+    def table(self) -> Table:
+        """In the order of the setting."""
+        rows = [[row["part"], row["summary"]] for row in self.rows]
+        return Table(f"{self.name}: {self.about}", [Column("part", prose=True), Column("what it does", 0, True)], rows)
+
+
+def list_methods(name: str | None = None) -> Methods | Knobs | System:
     """Methods and tokenizers that a setting may name: a list of names that tells more of each in ``rows``.
 
     Args:
-        name: one of them, whose knobs are listed instead, each with its default and where that is from.
+        name: one of them, whose knobs are listed instead, each with its default and where that is from; or a published
+            system, whose parts are.
 
     Raises:
         UserError: there is no such method.
@@ -72,8 +99,10 @@ def list_methods(name: str | None = None) -> Methods | Knobs:
     known = registry()
     if name is None:
         return Methods(known)
+    if name in presets():
+        return System(name, presets()[name])
     if name not in known:
-        raise UserError(f"there is no method {name!r}{nearest(name, known)}")
+        raise UserError(f"there is no method {name!r}{nearest(name, [*known, *presets()])}")
     return Knobs(known[name])
 
 
