@@ -17,6 +17,7 @@ import saccade.methods.dynamicvit
 from oracles import make_images, make_tokens, make_vit, relative
 from saccade.core.reduction import Reduction, hide
 from saccade.core.softmax import LARGEST, masked_softmax
+from saccade.core.tokens import Hidden
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.training.config import Distill
@@ -198,7 +199,7 @@ def test_token_distillation_counts_kept_tokens_by_the_cells_they_stand_for():
     owner[0, 1], owner[1, 3] = 0, -1  # one stands for two cells, another is gone
     gate = torch.ones(2, 16)
     gate[1, 5] = 0
-    out = replace(out, tokens=replace(out.tokens, owner=owner, keep_mask=gate))
+    out = replace(out, tokens=replace(out.tokens, owner=owner, hidden=Hidden(gate)))
     target = torch.randn(2, 16, 96)
     normed, errors = vit.norm(out.tokens.patches), []
     for b in range(2):

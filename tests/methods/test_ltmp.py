@@ -28,7 +28,7 @@ from saccade.core.packing import Rows, padded
 from saccade.core.reduction import Merge as Merged
 from saccade.core.reduction import Reduction, hide, reduce
 from saccade.core.softmax import masked_softmax
-from saccade.core.tokens import Tokens
+from saccade.core.tokens import Hidden, Tokens
 from saccade.errors import UserError
 from saccade.execution.attention import attend
 from saccade.execution.mixing import Asked
@@ -249,7 +249,7 @@ def test_hidden_keys_leave_the_gradient_of_the_others_as_it_is():
 
 
 def test_what_is_hidden_and_then_merged_has_a_gradient():
-    tokens = replace(make_tokens(1, 4), keep_mask=torch.tensor([[1.0, 1.0, 0.0, 1.0]], requires_grad=True))
+    tokens = replace(make_tokens(1, 4), hidden=Hidden(torch.tensor([[1.0, 1.0, 0.0, 1.0]], requires_grad=True)))
     merged = reduce(tokens, Reduction(torch.tensor([[0, 1, 2]]), Merged(torch.tensor([[3]]), torch.tensor([[2]]))))
     assert merged.keep_mask.tolist() == [[1, 1, 1]], "one of two parts is there"
     merged.keep_mask.sum().backward()

@@ -44,8 +44,8 @@ class Watched(Plan):
 
     def reduce(self, block: int, site: str, tokens: Tokens, sparse: bool = True) -> tuple[Tokens, int]:
         after, cost = super().reduce(block, site, tokens, sparse)
-        if after.keep_mask is not None:  # a gradient is asked of the answer, not of the policy
-            after = replace(after, keep_mask=after.keep_mask.detach())
+        if after.hidden is not None:  # a gradient is asked of the answer, not of the policy
+            after = replace(after, hidden=replace(after.hidden, keep=after.hidden.keep.detach()))
         before = padded(tokens)
         self.seen.append(Seen(block, site, before, before if after is tokens else padded(after)))
         return after, cost

@@ -18,7 +18,7 @@ from saccade.core.gates import Gates
 from saccade.core.lazy import changed
 from saccade.core.packing import padded
 from saccade.core.reduction import rows
-from saccade.core.tokens import NO_STATS, AttentionStats, Tokens
+from saccade.core.tokens import NO_STATS, AttentionStats, Hidden, Tokens
 
 FILLS = {"size": 1.0, "keep_mask": 1.0, "update_mask": 1.0, "gate_mask": 1.0}  # of what is padded; 0 else
 STATS = tuple(f.name for f in fields(AttentionStats))
@@ -34,7 +34,7 @@ def _with(tokens: Tokens, of_token: dict[str, Tensor | None], **others: Any) -> 
     """Tokens with other values, by the names of ``OF_TOKENS``."""
     stats = {name: of_token[name] for name in STATS}
     known = any(value is not None for value in stats.values())
-    beside = {name: value for name, value in of_token.items() if name not in STATS}
+    beside = {"size": of_token["size"], "hidden": Hidden.of(of_token["keep_mask"], of_token["update_mask"])}
     return changed(tokens, **beside, **others, stats=AttentionStats(**stats) if known else NO_STATS)
 
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from saccade.core.gates import Gates
 from saccade.core.record import BlockCost, BlockTrace, Trace
-from saccade.core.tokens import AttentionStats, Tokens
+from saccade.core.tokens import AttentionStats, Hidden, Tokens
 
 
 @dataclass(frozen=True)
@@ -104,5 +104,5 @@ def _register(kind: type) -> None:
     )
 
 
-for _kind in (Output, Tokens, AttentionStats, Trace, BlockTrace, BlockCost, Gates):
+for _kind in (Output, Tokens, Hidden, AttentionStats, Trace, BlockTrace, BlockCost, Gates):
     _register(_kind)

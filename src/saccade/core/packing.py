@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from saccade.core.constant_cache import constant
 from saccade.core.lazy import changed, lazy, turned
-from saccade.core.tokens import Tokens
+from saccade.core.tokens import Hidden, Tokens
 
 if TYPE_CHECKING:
     from saccade.core.gates import Gates
@@ -134,7 +134,8 @@ def gathered(tokens: Tokens, gates: Gates) -> tuple[Tokens, Tensor]:
         index = index + length * torch.arange(images, device=places.device).unsqueeze(1)
     names = ("size", "valid", "keep_mask", "update_mask")
     own = {name: None if (value := getattr(tokens, name)) is None else value.gather(1, places) for name in names}
-    return changed(tokens, x=F.embedding(index, tokens.x.reshape(-1, width)), **own), index.flatten()
+    hidden = Hidden.of(own.pop("keep_mask"), own.pop("update_mask"))
+    return changed(tokens, x=F.embedding(index, tokens.x.reshape(-1, width)), hidden=hidden, **own), index.flatten()
 
 
 @constant

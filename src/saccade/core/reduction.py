@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.core.constant_cache import constant
 from saccade.core.lazy import changed, unread
 from saccade.core.provenance import Moved, follow
-from saccade.core.tokens import DROPPED, NO_STATS, AttentionStats, Tokens
+from saccade.core.tokens import DROPPED, NO_STATS, AttentionStats, Hidden, Tokens
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,14 @@ def hide(tokens: Tokens, r: Reduction) -> Tokens:
     gate = r.gate
     if r.merge is not None:
         assert r.merge.values is None and r.keep.shape[1] == tokens.num_patches
-        tokens = _move(changed(tokens, keep_mask=None, update_mask=None), Reduction(r.keep, r.merge))
+        tokens = _move(changed(tokens, hidden=None), Reduction(r.keep, r.merge))
         gate = gate.gather(1, r.keep)
         before, update = (None if mask is None else mask.gather(1, r.keep) for mask in (before, update))
     if r.freeze:
         update = None if update is None else update * gate
     elif update is None:
         update = torch.ones_like(gate) if before is None else before
-    return changed(tokens, keep_mask=gate if before is None else before * gate, update_mask=update)
+    return changed(tokens, hidden=Hidden(gate if before is None else before * gate, update))
 
 
 def _noted(tokens: Tokens, r: Reduction | SoftReduction) -> Tokens:
@@ -127,21 +127,19 @@ def _counting(images: int) -> np.ndarray:
 def _move(tokens: Tokens, r: Reduction) -> Tokens:
     first, patches = tokens.x.split_with_sizes([tokens.num_prefix, tokens.num_patches], dim=1)
     x, key, size = _kept_and_merged(tokens, patches, r)
-    parts, of_token = [first, x], {"size": size}
-    if tokens.valid is not None or r.valid is not None:
-        of_token["valid"] = _there(tokens.valid, r)
-    if tokens.keep_mask is not None:
-        of_token["keep_mask"] = _in_any_part(tokens.keep_mask, r)
-    if tokens.update_mask is not None:
-        of_token["update_mask"] = _in_any_part(tokens.update_mask, r)
+    parts, valid, masks = [first, x], _there(tokens.valid, r), tokens.hidden
+    if masks is not None:
+        masks = Hidden.of(_in_any_part(masks.keep, r), _in_any_part(masks.update, r))
     if r.fuse is not None:  # an ordinary token from here on (EViT): it counts once, and is always valid
         parts.append(_weighted(patches, r.fuse).to(x.dtype))
-        of_token = {name: _with_one(values) for name, values in of_token.items()}
+        size, valid = _with_one(size), _with_one(valid)
+        masks = None if masks is None else Hidden.of(_with_one(masks.keep), _with_one(masks.update))
     proportional = tokens.proportional if r.merge is None or r.merge.proportional else False
     stats = tokens.stats if tokens.stats is NO_STATS else _moved_stats(tokens.stats, key, r)
     owner = Moved(unread(tokens), r, patches.shape[1])
     x = torch.cat(parts, dim=1)
-    return changed(tokens, x=x, owner=owner, proportional=proportional, stats=stats, **of_token)
+    of_token = {"size": size, "valid": valid, "hidden": masks, "stats": stats}
+    return changed(tokens, x=x, owner=owner, proportional=proportional, **of_token)
 
 
 def _there(valid: Tensor | None, r: Reduction) -> Tensor | None:
@@ -284,4 +282,4 @@ def _mix(tokens: Tokens, soft: SoftReduction) -> Tokens:
         return changed(soft.onto, x=x, owner=owner, state=tokens.state)
     x = torch.cat([tokens.x[:, : tokens.num_prefix], new], dim=1)
     owner = follow(tokens.owner, soft.weights.argmax(1))  # a cell follows the mixture its token gave most to
-    return changed(tokens, x=x, owner=owner, size=None, valid=None, keep_mask=None, update_mask=None, stats=NO_STATS)
+    return changed(tokens, x=x, owner=owner, size=None, valid=None, hidden=None, stats=NO_STATS)

@@ -43,6 +43,19 @@ class AttentionStats:
 NO_STATS = AttentionStats()
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """Dropping as a mask, differentiable: the tokens stay where they are."""
+
+    keep: Tensor  #                   [B, N]  0/1, straight-through: not dropped
+    update: Tensor | None = None  #   [B, N]  0/1: what blocks go on updating, dropped or not; None: what is kept
+
+    @classmethod
+    def of(cls, keep: Tensor | None, update: Tensor | None = None) -> Hidden | None:
+        """These masks; None where there are none."""
+        return None if keep is None else cls(keep, update)
+
+
 @lazy("owner")
 @dataclass(frozen=True)
 class Tokens:
@@ -56,8 +69,7 @@ class Tokens:
     proportional: bool | Tensor = True  # attention counts a token ``size`` times; False: once (an average still
     #                                 does); [B] where images differ
     valid: Tensor | None = None  #    [B, N] bool  False: padding of a ragged batch; None: all valid
-    keep_mask: Tensor | None = None  # [B, N]  0/1, straight-through: not dropped, where dropping is a mask; None: all
-    update_mask: Tensor | None = None  # [B, N]  0/1: what blocks go on updating, dropped or not; None: what is kept
+    hidden: Hidden | None = None  #   dropped tokens that are still there, where dropping is a mask; None: none are
     stats: AttentionStats = field(default_factory=lambda: NO_STATS)  # of this block's attention, until its MLP
     state: Mapping[str, Any] = field(default_factory=dict)  # what is remembered from block to block, by name: tensors
     #                                 of images, prefix tokens or cells [B, ...], which no reduction moves; or Tokens
@@ -80,7 +92,17 @@ class Tokens:
     @property
     def complete(self) -> bool:
         """Whether all of a rectangle of tokens are there and take part: nothing is masked, padded or packed."""
-        return self.valid is None and self.keep_mask is None and self.stats.gate_mask is None
+        return self.valid is None and self.hidden is None and self.stats.gate_mask is None
+
+    @property
+    def keep_mask(self) -> Tensor | None:
+        """0/1 [B, N], straight-through: patch tokens that are not dropped, where dropping is a mask; None: all."""
+        return None if self.hidden is None else self.hidden.keep
+
+    @property
+    def update_mask(self) -> Tensor | None:
+        """0/1 [B, N]: patch tokens that blocks go on updating, dropped or not; None: those that are kept."""
+        return None if self.hidden is None else self.hidden.update
 
     @property
     def dropped_features(self) -> Tensor | None:
