@@ -79,10 +79,8 @@ class AdaptiveViT(OldNames, TimmNames):
         self.task_head = head
         self.training = vit.training
         if head is not None:
-            if self.vit.num_classes:
-                raise UserError(
-                    f"this ViT still has a classifier of {self.vit.num_classes} classes: vit.reset_classifier(0)"
-                )
+            if count := self.vit.num_classes:
+                raise UserError(f"this ViT still has a classifier of {count} classes: vit.reset_classifier(0)")
             head.check(self)
 
     def rebuild_plan(self, fresh: bool = False) -> None:

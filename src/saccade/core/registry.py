@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -34,9 +34,9 @@ class Entry:
     menu: Callable[[Backbone], list[str]]  # settings that `tune` tries, weakest first
     baseline: bool  # a control that stands beside the others, not a candidate
     range_filter: Callable[..., bool]  # whether a range should stop at these knobs
-    before: Mapping[str, Mapping[Any, Any]]  # by knob: values that folders by step have, and what they are called now
     sources: Mapping[str, str]  # by where defaults are from, the knobs; see ``source``
-    learner: Callable[..., KnobLearner] | None = None  # learns some knobs for a budget, from the others and ``gmacs``
+    before: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)  # see ``also``
+    learner: Callable[..., KnobLearner] | None = None
 
     @property
     def summary(self) -> str:
@@ -108,19 +108,34 @@ def register(
     menu: Callable[[Backbone], list[str]] = lambda backbone: [],
     baseline: bool = False,
     range_filter: Callable[..., bool] = lambda backbone, **knobs: True,
-    before: Mapping[str, Mapping[Any, Any]] = MappingProxyType({}),
     sources: Mapping[str, str] = MappingProxyType({}),
-    learner: Callable[..., KnobLearner] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Put a factory ``build(backbone, **knobs)`` into the registry under the name that settings use.
 
     ``range_filter(backbone, **knobs)`` says whether a range of a knob (``8..40``) should stop at these values, and
-    ``before`` what values of a knob are called now that had other names in folders of before (``learned_by_step``).
     ``sources`` names the knobs whose defaults are another's, as ``{"paper": "keep at", "code": "tau"}``: ``SOURCES``.
     """
 
     def add(build: Callable) -> Callable:
-        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter, before, sources, learner)
+        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter, sources)
+        return build
+
+    return add
+
+
+def also(
+    *, before: Mapping[str, Mapping[Any, Any]] = MappingProxyType({}), learner: Callable[..., KnobLearner] | None = None
+) -> Callable[[Callable], Callable]:
+    """What few factories have to say beside, above their ``register``.
+
+    Args:
+        before: by knob, values that had other names in folders of before, and what they are called now.
+        learner: learns some of the knobs for a budget, from the others and ``gmacs``.
+    """
+
+    def add(build: Callable) -> Callable:
+        entry = next(entry for entry in _REGISTRY.values() if entry.build is build)
+        _REGISTRY[entry.name] = replace(entry, before=before, learner=learner)
         return build
 
     return add

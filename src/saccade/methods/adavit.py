@@ -34,7 +34,7 @@ from saccade.core.gates import Gates, straight_through
 from saccade.core.init import draw, init_module
 from saccade.core.plan import Backbone, Gater, Method
 from saccade.core.record import BlockTrace, Trace
-from saccade.core.registry import register
+from saccade.core.registry import also, register
 from saccade.core.timm_types import TimmBlock
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
@@ -193,11 +193,8 @@ def released_misses(blocks: Sequence[BlockTrace], usage: Mapping[str, float]) ->
 
 
 # No menu: untrained, it keeps what it keeps at random. `tune` tries the settings that weights were trained for.
-@register(
-    "adavit",
-    sources={"paper": "axes noise", "code": "heads tau weight"},
-    before={"form": {"released": "token"}},  # which was the code's way to read patches, and no more
-)
+@also(before={"form": {"released": "token"}})  # which was the code's way to read patches, and no more
+@register("adavit", sources={"paper": "axes noise", "code": "heads tau weight"})
 def adavit(
     backbone: Backbone,
     usage: float | tuple[float, ...] | None = None,

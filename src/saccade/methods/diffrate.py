@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from saccade.core.plan import Backbone, Method, Reducer
 from saccade.core.reduction import Merge, Reduction, rows
-from saccade.core.registry import KnobLearner, register
+from saccade.core.registry import KnobLearner, also, register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import one_of, schedule, whole_parts
@@ -165,7 +165,8 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"diffrate({p}, {m}{knob})" for p, m in ((1, 3), (2, 6), (4, 8), (6, 10))]
 
 
-@register("diffrate", sources={"paper": "metric score"}, menu=_menu, learner=LearnedRates)
+@also(learner=LearnedRates)
+@register("diffrate", sources={"paper": "metric score"}, menu=_menu)
 def diffrate(
     backbone: Backbone,
     prune: int | tuple[int, ...] = 4,
