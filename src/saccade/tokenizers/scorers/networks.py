@@ -42,6 +42,7 @@ class Network:
         cfg: Any = getattr(module, "pretrained_cfg", None) or {}
         self.mean, self.std = cfg.get("mean", IMAGENET[0]), cfg.get("std", IMAGENET[1])
         self._on: dict[torch.device, nn.Module] = {}
+        self.on(torch.device("cpu"))  # now: a graph that is traced cannot copy modules
 
     def on(self, device: torch.device) -> nn.Module:
         """The network on a device, made once for each; one that was cut, in its fastest form."""
