@@ -61,7 +61,7 @@ def plain_block(block: TimmBlock) -> bool:
 def watched(block: TimmBlock) -> bool:
     """Whether a block has to see all tokens of all images side by side, [B, N, D], as timm's hooks and forwards do."""
     attn = block.attn
-    return not (exact(block, Block) and exact(attn, Attention)) or any_hooked((block, attn, attn.attn_drop))
+    return not plain_block(block) or any_hooked((block, attn, attn.attn_drop))
 
 
 def untouched(module: nn.Module) -> bool:
@@ -82,8 +82,7 @@ def untouched(module: nn.Module) -> bool:
 def applied(x: Tensor, *modules: nn.Module) -> Tensor:
     """x through some modules, one after the other.
 
-    An identity, or dropout outside of training, is only called where it is heard: calls of what does nothing take a
-    tenth of a small model's time.
+    An identity, or dropout outside of training, is only called where it is heard: at batch 1 such calls count.
     """
     for m in modules:
         nothing = type(m) is nn.Identity or (type(m) is nn.Dropout and not m.training)
