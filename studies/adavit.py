@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import train_all
+from jobs import PRECISION, autocast, train_all
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -70,7 +70,7 @@ class Study:
 
     def common(self) -> list[str]:
         """What all runs share."""
-        run = ["run.batch=32", "run.threads=1", "run.precision=bf16", "run.save_every=60"]
+        run = ["run.batch=32", "run.threads=1", f"run.precision={PRECISION}", "run.save_every=60"]
         return [f"data.path={self.data}", "data.holdout=0", "data.workers=0", *run]
 
     def train_dense(self) -> None:
@@ -149,7 +149,7 @@ class Study:
         if each and by_count(text):
             view = self.model(run).at(with_threshold(text, None)).eval()
             batches = self._loader(view, self.images["train"], "train").batches(TIMED, places)
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            with torch.inference_mode(), autocast():
                 levels = fixed_levels(view, lambda: [view(batch.images) for batch in batches])
 
         def at(threshold: float) -> str:
@@ -217,7 +217,7 @@ class Study:
             labels = torch.tensor(class_indices(images, view.vit.num_classes))[list(chosen)]
             logits, macs, use = [], [], []
             for batch in self._loader(view, images, split).batches(TIMED, chosen):
-                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                with torch.inference_mode(), autocast():
                     out = view(batch.images)
                     use.append(_usage(view, batch.images) if "usage" in run or run == "head" else torch.zeros(1, 3))
                 logits.append(out.logits.double())

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from imagepiece import between, level, nearest, points, show, verdict
-from jobs import train_all
+from jobs import PRECISION, autocast, train_all
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -88,7 +88,7 @@ def main() -> None:
     runs = {name: annealed(dense, name, 2 * arguments.epochs) for name in GATED}
     runs |= {name: [f"sampling.settings={json.dumps([own[1]])}"] for name, own in settings.items()}
     common = ["data.holdout=0", "data.workers=0", "data.cache_gb=0", "optim.lr=1e-4", "optim.head=1"]
-    common += ["run.batch=32", "run.threads=1", "run.precision=bf16", "run.save_every=45"]
+    common += ["run.batch=32", "run.threads=1", f"run.precision={PRECISION}", "run.save_every=45"]
     common += [f"data.path={arguments.data}", f"model.name={arguments.dense}", f"run.epochs={arguments.epochs}"]
     if not arguments.report:
         train_all({name: ["finetune", *common, *own] for name, own in runs.items()}, arguments.out, 1)
@@ -136,7 +136,7 @@ class Asked:
             self.loader = self.loader or Loader(self.images, Preprocess.of(view.vit), cache_bytes=CACHE_BYTES)
             labels, hits, ran = torch.tensor(class_indices(self.images, view.vit.num_classes)), [], []
             for batch in self.loader.batches(50, self.places):
-                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                with torch.inference_mode(), autocast():
                     out = view(batch.images)
                 hits.append((out.logits.float().argmax(-1) == labels[batch.indices]).double())
                 ran.append(out.trace.macs().double())

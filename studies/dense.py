@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from imagepiece import between, points, show, timed, verdict
-from jobs import train_all
+from jobs import autocast, train_all
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -109,7 +109,7 @@ class Asked:
         key = f"{run}|{setting}|{len(self.places)}"
         if key not in self.seen:
             model: Any = saccade.load(self.out / run / "model", setting)
-            with torch.autocast("cpu", torch.bfloat16):  # as it was trained
+            with autocast():  # as it was trained
                 found = count(model.eval(), self.pixels, self.places, "fit", 8, lambda done: None)
             assert not self.pixels.failures, self.pixels.failures
             self.seen |= {key: torch.stack(found.sums), f"{key}|macs": torch.tensor([found.macs], dtype=torch.float64)}

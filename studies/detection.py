@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jobs import train_all
+from jobs import PRECISION, train_all
 from safetensors.torch import load_file, save_file
 
 import saccade
@@ -48,7 +48,7 @@ def main() -> None:
     out: Path = arguments.out
 
     common = ["detect", f"run.steps={arguments.steps}", "data.holdout=0", "data.workers=0", "run.threads=1"]
-    common += ["run.precision=bf16", "run.save_every=100"]
+    common += [f"run.precision={PRECISION}", "run.save_every=100"]
     sizes = {"random": list(TRAINED), "fixed": [FIXED]}
     runs = {name: [*common, f"sampling.settings={[f'grid({p})' for p in patches]}"] for name, patches in sizes.items()}
     train_all(runs, out, arguments.at_once)

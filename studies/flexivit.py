@@ -18,7 +18,7 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import torch
-from jobs import logits, train_all
+from jobs import PRECISION, logits, train_all
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,7 +38,7 @@ QUICK = [
     "data.workers=0",
     "run.batch=32",
     "run.threads=1",
-    "run.precision=bf16",
+    f"run.precision={PRECISION}",
     "run.save_every=100",
 ]
 

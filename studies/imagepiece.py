@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jobs import train_all
+from jobs import PRECISION, autocast, train_all
 from safetensors.torch import load_file, save_file
 
 import saccade
@@ -102,7 +102,7 @@ def main() -> None:
         "data.workers=0",
         "run.batch=32",
         "run.threads=1",
-        "run.precision=bf16",
+        f"run.precision={PRECISION}",
         "run.save_every=45",
     ]
     source = [f"model.weights={arguments.weights}", "model.size=160", "model.crop_pct=1.0"]
@@ -190,7 +190,7 @@ class Asked:
             view, labels, found = self._model(run).at(setting).eval(), None, []
             labels = torch.tensor(class_indices(self.images, view.vit.num_classes))
             for batch in self._loader(masks).batches(50, places):
-                with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                with torch.inference_mode(), autocast():
                     found.append(view(batch.images).logits.float().argmax(-1) == labels[batch.indices])
             self.seen[key] = torch.cat(found).double()
             assert len(self.seen[key]) == len(places)

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from jobs import logits, train_all
+from jobs import PRECISION, logits, train_all
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,7 +89,7 @@ class Run:
 
     def arguments(self) -> list[str]:
         """Of ``saccade train``."""
-        plain = ["data.holdout=0", "data.workers=0", "run.batch=32", "run.threads=1", "run.precision=bf16"]
+        plain = ["data.holdout=0", "data.workers=0", "run.batch=32", "run.threads=1", f"run.precision={PRECISION}"]
         told = [
             f"sampling.settings={json.dumps(list(self.settings))}",
             f"run.epochs={self.epochs}",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import train_all
+from jobs import autocast, train_all
 from safetensors.torch import load_file, save_file
 
 import saccade
@@ -89,7 +89,7 @@ def main() -> None:
         key = f"{run}|{setting}"
         if key not in seen:
             model: Any = saccade.load(out / run / "model", setting)
-            with torch.autocast("cpu", torch.bfloat16):  # as it was trained
+            with autocast():  # as it was trained
                 found = count(model.eval(), pixels, range(len(pixels)), "fit", 8, lambda done: None)
             assert not pixels.failures, pixels.failures
             seen[key] = torch.stack(found.sums)

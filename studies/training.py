@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import hits, train_all
+from jobs import PRECISION, hits, train_all
 from safetensors.torch import load_file, save_file
 
 import saccade
@@ -60,7 +60,7 @@ def main() -> None:
         "run.batch=32",
         f"run.epochs={arguments.epochs}",
         "run.threads=1",
-        "run.precision=bf16",
+        f"run.precision={PRECISION}",
         "run.save_every=100",
     ]
     listed = f"sampling.settings={list(SETTINGS.values())}"
