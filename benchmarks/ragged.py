@@ -24,10 +24,10 @@ from saccade.core.gates import Gates
 from saccade.core.plan import Gater, Method, Plan, Reducer
 from saccade.core.reduction import Reduction
 from saccade.core.tokens import Tokens
-from saccade.evaluation.speed import DTYPES
 from saccade.execution.attention import attend
 from saccade.methods.common.sampling import keep_where
 from saccade.runners.allocator import steady_allocator
+from saccade.runners.runner import DTYPES
 
 Way = Callable[[Tensor], Tensor]
 WHOLE, MASKED, PADDED, PACKED = (

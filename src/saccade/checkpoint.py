@@ -203,7 +203,7 @@ def open_model(
         raise UserError("give one of --weights and --pretrained (in Python: weights=, pretrained=)")
     if isinstance(source, nn.Module):
         model = _module(source, weights, pretrained, device)
-        return model if deployed or model.runner is None else model.deploy(None)
+        return model if deployed or model.deployed is None else model.deploy(None)
     name = os.fspath(source)
     if not isinstance(name, str):
         raise UserError(f"a model is a timm name, a folder or a module, not {name!r:.60}")

@@ -31,7 +31,9 @@ from saccade.setting import Setting
 from saccade.tokenizers.grid import Grid
 
 if TYPE_CHECKING:
-    from saccade.runners.runner import Deployment, Runner
+    from saccade.runners.deployment import Deployment
+    from saccade.runners.engine import Session
+    from saccade.runners.runner import Runner
 
 __all__ = ["AdaptiveViT", "Output", "build", "share"]
 
@@ -117,24 +119,25 @@ class AdaptiveViT(OldNames, TimmNames):
     def deploy(self, runner: Runner | str | Mapping[str, Any] | None = "bf16") -> AdaptiveViT:
         """A view whose forward, outside of training, runs another way: fp32 images in, fp32 logits out all the same.
 
-        The first forward makes a copy of the weights in the runner's number type, and compiles where it says so. This
+        The first forward makes a copy of the weights in the runner's number type, and starts its engine. This
         model's own weights, ``state_dict`` and ``save`` stay what they are; ``encode`` and ``train()`` do not use it.
         On Linux the process keeps freed memory from then on (``saccade.runners.allocator.steady_allocator``).
 
         Args:
-            runner: ``"bf16"``, ``"bf16 compiled"``, … (``saccade.runners.runner.Runner``); None or "eager": the plain
-            way.
+            runner: ``"bf16"``, ``"bf16 compiled"``, ``"openvino"``, … (``saccade.runners.runner.Runner``); None or
+            "eager": the plain way.
 
         Raises:
             UserError: a runner that does not exist, or a task whose model has no other way to run.
         """
-        from saccade.runners.runner import Deployment, Runner
+        from saccade.runners.deployment import Deployment
+        from saccade.runners.runner import Runner
 
         view = self.at(self.setting)
         view._deployment = None if runner is None else Deployment(Runner.of(runner))
         own = type(self).__name__ if self.task_head is None else self.task_head.noun
-        if not (self.classifies or view.runner is None or view.runner.is_plain):
-            raise UserError(f"a {own} runs as it is: runner {view.runner} is for classifiers")
+        if not (self.classifies or view.deployed is None or view.deployed.is_plain):
+            raise UserError(f"a {own} runs as it is: runner {view.deployed} is for classifiers")
         return view
 
     @property
@@ -142,8 +145,39 @@ class AdaptiveViT(OldNames, TimmNames):
         """Whether a forward gives the logits of the ViT's own classifier: no head, and no subclass' own forward."""
         return self.task_head is None and type(self).forward is AdaptiveViT.forward
 
+    def runner(
+        self,
+        engine: str = "eager",
+        *,
+        dtype: str = "fp32",
+        batch: int | None = None,
+        threads: int | None = None,
+        provenance: bool = False,
+    ) -> Session:
+        """This model under its setting inside an engine: a callable, images [B, C, h, w] -> logits [B, K], fp32 both.
+
+        Any number of threads may call it. Its ``precision``, ``device`` and ``threads`` can be read; ``all(images)``
+        gives every output by its name. It keeps the weights of now.
+
+        Args:
+            engine: "eager", "compile" (torch.compile), "aoti" (AOTInductor), "onnx" (ONNX Runtime), "openvino".
+            dtype: "fp32", "bf16", "fp16", and "int8" weights where the engine has them.
+            batch: images of every call; None: any number.
+            threads: of one call; None: as many as torch has.
+            provenance: outputs "owner" (token of each cell, [B, cells] int32) and "tokens" ([B] int32) too.
+
+        Raises:
+            UserError: an engine that is not installed, with the line that installs it; a number type that this
+            machine does not compute in; an operator that the engine does not have.
+        """
+        from saccade.runners.runner import Runner
+        from saccade.runners.starting import start
+
+        runner = Runner(dtype, engine, batch)
+        return start(self, runner, threads=threads, fixed=batch is not None, provenance=provenance)
+
     @property
-    def runner(self) -> Runner | None:
+    def deployed(self) -> Runner | None:
         """How the forward is run; None: plainly, and nothing else was recorded."""
         return None if self._deployment is None else self._deployment.runner
 
@@ -272,10 +306,11 @@ class AdaptiveViT(OldNames, TimmNames):
         """The setting and the way to run, on the first line of what is printed."""
         said = f"setting={str(self.setting)!r}"
         said += "" if self.execution == AUTO else f", {self.execution}"
-        if (runner := self.runner) is None or runner.is_plain:
+        if (runner := self.deployed) is None or runner.is_plain:
             return said
         size = f" in batches of {runner.batch}" if runner.compiled and runner.batch else ""
         made = f", compiled{size} at the first call" if runner.compiled else ""
+        made = f" by {runner.engine_noun}" if runner.exported else made
         return f"{said}, runs in {runner.dtype}{made} (fp32 in and out; plain: model.deploy(None))"
 
     def _reads_prefix_only(self) -> bool:

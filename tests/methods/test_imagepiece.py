@@ -29,7 +29,7 @@ from saccade.errors import UserError
 from saccade.evaluation import sweep
 from saccade.methods.imagepiece import Interpretation, Retokenize
 from saccade.model import AdaptiveViT
-from saccade.runners.runner import Logits
+from saccade.runners.exported import Answer
 from saccade.setting import Setting
 from saccade.training import train as training
 from saccade.training.config import read_config
@@ -474,10 +474,10 @@ def test_compositions_train_evaluate_draw_and_export(setting, tmp_path):
 @pytest.mark.parametrize("setting", [setting for setting, static in TOGETHER.items() if static])
 def test_compositions_whose_counts_are_static_export(setting):
     model = AdaptiveViT(make_vit("deit", img_size=224, depth=4, embed_dim=48), setting)
-    logits, images = Logits(model).eval(), torch.randn(3, 3, 224, 224)
-    program = torch.export.export(logits, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    answer, images = Answer(model), torch.randn(3, 3, 224, 224)
+    program = torch.export.export(answer, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     with torch.no_grad():
-        assert relative(program.module()(images), logits(images)) <= 1e-5
+        assert relative(program.module()(images)[0], answer(images)[0]) <= 1e-5
 
 
 def test_keep_rate_and_merge_ratio_are_annealed_as_in_evit():

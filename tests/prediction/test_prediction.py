@@ -208,7 +208,7 @@ def test_a_folder_runs_as_it_recommends(place, tmp_path, monkeypatch, runner):
     saccade.load(place / "model").deploy(runner).save(tmp_path / "model")
     monkeypatch.setattr(torch, "compile", lambda module, **options: module)  # what is compiled is another test's
     predictor = saccade.Predictor(tmp_path / "model", batch=2)
-    assert str(predictor.model.runner) == runner
+    assert str(predictor.model.deployed) == runner
     for found, other in zip(predictor(place / "photos"), expected, strict=True):
         assert found.probabilities == pytest.approx([dict(zip(other.indices, other.probabilities, strict=True))[i]
                                                      for i in found.indices], abs=0.02)  # fmt: skip

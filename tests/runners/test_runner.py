@@ -17,7 +17,8 @@ import saccade
 from saccade.checkpoint import CONFIG
 from saccade.errors import UserError
 from saccade.evaluation.speed import time_all, time_together
-from saccade.runners.runner import FP32, Runner, eager
+from saccade.runners.deployment import eager
+from saccade.runners.runner import FP32, Runner
 from small_runs import tiny
 
 BF16 = Runner("bf16")
@@ -87,9 +88,9 @@ def test_a_deployed_model_gives_the_logits_of_its_number_type(model, images, dty
 
 
 def test_load_gives_what_was_recorded_and_says_so(model, images, tmp_path):
-    model.deploy(Runner("bf16", False, 8)).save(tmp_path / "m")
+    model.deploy(Runner("bf16", batch=8)).save(tmp_path / "m")
     loaded = saccade.load(tmp_path / "m")
-    assert loaded.runner == Runner("bf16", False, 8)
+    assert loaded.deployed == Runner("bf16", batch=8)
     assert torch.equal(logits(loaded, images), by_hand(model, images, torch.bfloat16))
     assert "runs in bf16 (fp32 in and out" in repr(loaded).split("(vit)")[0]
     assert "evit(0.5)" in repr(loaded).split("(vit)")[0]
@@ -98,7 +99,7 @@ def test_load_gives_what_was_recorded_and_says_so(model, images, tmp_path):
     assert torch.equal(
         logits(saccade.load(tmp_path / "m", "dense"), images), by_hand(model.at("dense"), images, torch.bfloat16)
     )
-    assert saccade.load(tmp_path / "m", runner="fp16").runner == Runner("fp16")
+    assert saccade.load(tmp_path / "m", runner="fp16").deployed == Runner("fp16")
 
 
 def test_the_weights_in_the_folder_stay_fp32_whatever_runs(model, images, tmp_path):
@@ -113,7 +114,12 @@ def test_the_weights_in_the_folder_stay_fp32_whatever_runs(model, images, tmp_pa
 
 
 BATCHED = {"dtype": "bf16", "compiled": False, "batch": 3}
-OLDER = [("fp32", FP32), ("bf16", BF16), ("bf16 compiled", Runner("bf16", True)), (BATCHED, Runner("bf16", False, 3))]
+OLDER = [
+    ("fp32", FP32),
+    ("bf16", BF16),
+    ("bf16 compiled", Runner("bf16", "compile")),
+    (BATCHED, Runner("bf16", batch=3)),
+]
 WORDS = ["int4", "bf16 fp16", "bf16 compiled twice", "compiled eager", 3, ["bf16"]]
 FIELDS = [
     {"dtype": "bf16", "more": 1},
@@ -132,7 +138,7 @@ def test_older_ways_of_writing_a_runner_are_read(model, tmp_path, written, expec
     assert "runner" not in config["saccade"]
     config["saccade"]["runner"] = written
     (tmp_path / "m" / CONFIG).write_text(json.dumps(config))
-    assert saccade.load(tmp_path / "m").runner == expected
+    assert saccade.load(tmp_path / "m").deployed == expected
 
 
 @pytest.mark.parametrize("written", [*WORDS, *FIELDS])
@@ -155,7 +161,7 @@ def test_what_does_not_classify_runs_as_it_is():
     for model, name in ((other, "Other"), (segmenter(tiny(), ("a", "b"), "linear"), "segmentation model")):
         with pytest.raises(UserError, match=f"a {name} runs as it is"):
             model.deploy("bf16")
-        assert model.deploy("eager").runner == FP32
+        assert model.deploy("eager").deployed == FP32
 
 
 # Views, copies, training
@@ -163,10 +169,10 @@ def test_what_does_not_classify_runs_as_it_is():
 
 def test_views_and_copies_run_the_same_way(model, images):
     deployed = model.deploy("bf16")
-    assert deployed.at("dense").runner == BF16
+    assert deployed.at("dense").deployed == BF16
     assert torch.equal(logits(deployed.at("dense"), images), by_hand(model.at("dense"), images, torch.bfloat16))
     made = copy.deepcopy(deployed)
-    assert made.runner == BF16 and torch.equal(logits(made, images), logits(deployed, images))
+    assert made.deployed == BF16 and torch.equal(logits(made, images), logits(deployed, images))
     with torch.no_grad():
         made.vit.head.bias.add_(1)
     assert torch.equal(logits(deployed, images), by_hand(model, images, torch.bfloat16))
@@ -244,7 +250,7 @@ def test_wrong_images_are_refused_as_ever(model):
 
 
 def test_compiled_batches_are_those_that_were_timed(model, images, compiler):
-    deployed = model.deploy(Runner("bf16", True, 2))
+    deployed = model.deploy(Runner("bf16", "compile", 2))
     assert compiler == []  # nothing before the first call
     out = None
     with torch.inference_mode():
@@ -282,7 +288,7 @@ def test_what_does_not_compile_is_not_timed(model, no_compiler):
     found = time_all(entries, 1, 0.0, least=1)
     assert [row.setting for row in found.rows] == ["dense"]
     assert found.failed["c"].startswith("torch.compile does not work here")
-    with pytest.raises(UserError, match="leave out --compile"):
+    with pytest.raises(UserError, match="leave it out"):
         time_together(entries, 1, 0.0)
 
 
@@ -293,7 +299,7 @@ def test_what_compiles_to_other_logits_is_not_timed(model, monkeypatch):
             self.module = module
 
         def forward(self, images):
-            return self.module(images).flip(-1)
+            return tuple(found.flip(-1) for found in self.module(images))
 
     monkeypatch.setattr(torch, "compile", lambda module, **options: Wrong(module))
     entries = {"dense": model.at("dense").eval(), "c": model.deploy("fp32 compiled").at("dense").eval()}
@@ -321,5 +327,5 @@ def test_the_timed_forward_is_the_deployed_one(model, monkeypatch):
 def test_a_folder_from_before_without_a_runner_is_plain(model, images, tmp_path: Path):
     model.save(tmp_path / "m")
     loaded = saccade.load(tmp_path / "m")
-    assert loaded.runner is None and torch.equal(logits(loaded, images), logits(model, images))
+    assert loaded.deployed is None and torch.equal(logits(loaded, images), logits(model, images))
     assert "runs in" not in repr(loaded).split("(vit)")[0]

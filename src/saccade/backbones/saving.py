@@ -71,8 +71,8 @@ def _config(model: AdaptiveViT, extra: Mapping[str, Any]) -> dict[str, Any]:
     ours: dict[str, Any] = {"format": FORMAT, "setting": str(model.setting), **model.describe()}
     if model.trained:
         ours["settings"] = list(model.trained)
-    if model.runner is not None:
-        ours["runner"] = model.runner.to_dict()
+    if model.deployed is not None:
+        ours["runner"] = model.deployed.to_dict()
     name, cfg = _name(vit), dict(vit.pretrained_cfg)
     kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "tag", "license")
     size = [vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size]

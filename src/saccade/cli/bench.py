@@ -51,7 +51,7 @@ def command(
     from saccade.terminal.progress import Progress
 
     vit = open_model(model, weights, pretrained, device, threads, trained=False)
-    runner = Runner(dtype, compile)
+    runner = Runner(dtype, "compile" if compile else "eager")
     if autotuned:
         vit.execution = Execution.from_cache()
     with Progress(shown=True) as progress:

@@ -177,7 +177,7 @@ class SearchRun:
         """The model as a runner runs it; views of it share what it makes of the weights."""
         if runner not in self._bases:
             batch = self.batch if runner.compiled else None
-            self._bases[runner] = self.plain.deploy(Runner(runner.dtype, runner.compiled, batch))
+            self._bases[runner] = self.plain.deploy(Runner(runner.dtype, runner.engine, batch))
         return self._bases[runner]
 
     def _leave_out(self, failed: dict[str, str]) -> None:
@@ -229,10 +229,8 @@ class SearchRun:
 
     def _ways(self, dense: Option, selected: dict[Option, Predictions], survivors: int, compiled: bool) -> list[Option]:
         """Other ways to run: the dense model in each, and the best of each cost in bf16 where that pays."""
-        half = Runner("bf16")
-        ways = [
-            Option(dense.candidate, way) for way in (half, *((Runner("fp32", True), Runner("bf16", True)) * compiled))
-        ]
+        runners = [Runner("bf16"), *([Runner("fp32", "compile"), Runner("bf16", "compile")] if compiled else [])]
+        ways = [Option(dense.candidate, runner) for runner in runners]
         probe = {o.name: self._base(o.runner).at("dense").eval() for o in (dense, ways[0])}
         timing = time_all(probe, self.batch, 0.0, self.progress, clock=self.allowance.clock, least=3)
         self._leave_out(timing.failed)
@@ -241,7 +239,7 @@ class SearchRun:
         hits = {o: self.evaluator.hits(p).double().mean().item() for o, p in selected.items()}
         best = front({o: (o.candidate.macs, hits[o]) for o in selected if o.candidate.family != "random"}) - {dense}
         ordered = sorted(best, key=lambda o: -hits[o])[: min(HALVED, survivors)]
-        return ways + [Option(o.candidate, half) for o in ordered]
+        return ways + [Option(o.candidate, runners[0]) for o in ordered]
 
     def _by_promise(self, options: list[Option], selected: dict[Option, Predictions]) -> list[Option]:
         """The dense model, its other ways to run, then the best; random baselines last: for where time is short."""

@@ -19,7 +19,8 @@ from saccade.evaluation.failures import described, is_systems
 from saccade.evaluation.memory import peak_memory
 from saccade.model import AdaptiveViT
 from saccade.runners.allocator import steady_allocator
-from saccade.runners.runner import DTYPES, FP32, Runner, compile_failure, eager
+from saccade.runners.deployment import eager, engine_failure
+from saccade.runners.runner import EAGER, FP32, Runner
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result
 from saccade.terminal.text_table import Table
@@ -154,7 +155,7 @@ def time_together(
 ) -> list[Speed]:
     """Interleaved timing of models, each by its own runner, at one batch size; all are compared with the first.
 
-    Raises UserError where torch.compile does not work and a runner asks for it; other errors as they are.
+    Raises UserError where the engine that a runner asks for does not work; other errors as they are.
     """
     return time_all(entries, batch, seconds, progress, strict=True).rows
 
@@ -219,7 +220,7 @@ def time_all(
         order = order[1:] + order[:1]  # no model is always first, or always after the heaviest
         runs += 1
     advance.finish()
-    rows = [_speed(name, entries[name].runner or FP32, batch, times, facts, first) for name in ways]
+    rows = [_speed(name, entries[name].deployed or FP32, batch, times, facts, first) for name in ways]
     return Timing([replace(row, finite=row.setting not in broken) for row in rows], failed)
 
 
@@ -232,20 +233,19 @@ def _answer(out: Any) -> Tensor:
 
 
 def _warm(way: Way, model: AdaptiveViT, images: Tensor) -> Tensor:
-    """Three runs -> logits. Raises UserError where torch.compile does not work here, or computes something else."""
-    compiled = model.runner is not None and model.runner.compiled
+    """Three runs -> logits. Raises UserError where its engine does not work here, or computes something else."""
+    runner = model.deployed or FP32
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # that torch.compile failed is told below
         logits = [way(images) for _ in range(3)][-1]
-        if compiled and (reason := compile_failure(model)):
-            raise UserError(
-                f"torch.compile does not work here (is there a C++ compiler? {reason}); leave out --compile"
-            )
-        if compiled:
-            plain = eager(model)(images.to(DTYPES[model.runner.dtype])).logits.float()  # type: ignore[union-attr]
+        if reason := engine_failure(model):
+            compiler = "is there a C++ compiler? " if runner.engine in ("compile", "aoti") else ""
+            raise UserError(f"{runner.engine_noun} does not work here ({compiler}{reason}); leave it out")
+        if runner.engine != EAGER:
+            plain = eager(model)(images.to(runner.weights_dtype)).logits.float()
             far = (plain - logits).abs().max().item()
             if plain.isfinite().all() and not far <= AGREE * plain.abs().max().item():
-                raise UserError(f"torch.compile gives other logits here, {far:.3g} away from those without it")
+                raise UserError(f"{runner.engine_noun} gives other logits here, {far:.3g} away from PyTorch's")
     return logits
 
 

@@ -67,7 +67,7 @@ def evaluate(
         out: a folder for ``scores.csv``, ``scores.json`` and ``report.html``; called again with it, an interrupted
             call goes on from there.
         corrupt: ``"masks:50"``, ``"gaussian_noise:3"``, … (``saccade.data.corrupt``), the same for all settings.
-        dtype: number type of all that is run, "fp32", "bf16" or "fp16"; None: the model's own (``model.runner``).
+        dtype: number type of all that is run, "fp32", "bf16" or "fp16"; None: the model's own (``model.deployed``).
         progress: where to show it; None: nowhere.
 
     Raises:
@@ -75,7 +75,7 @@ def evaluate(
             logits are not finite or all alike.
     """
     model = open_model(model, weights, pretrained, device)
-    model = model.deploy(Runner(dtype or (model.runner.dtype if model.runner else "fp32")))
+    model = model.deploy(Runner(dtype or (model.deployed.dtype if model.deployed else "fp32")))
     folder = None if out is None else Path(out)
     if folder is not None:
         check_folder(folder)
@@ -160,7 +160,7 @@ def _publish(
     if speed := rows[0].speed:
         facts["timing"] = f"batch {speed.batch}, medians of {speed.runs} interleaved runs, against dense {speed.runner}"
     failures = found.failures
-    facts["number type"] = str(model.runner or FP32)
+    facts["number type"] = str(model.deployed or FP32)
     notes = [f"`{name}` could not be read and counts nowhere: {reason}" for name, reason in list(failures.items())[:10]]
     notes += [f"`{name}` is left out: {reason}" for name, reason in found.left_out.items()]
     table = _table(model, rows, ranged)

@@ -23,6 +23,7 @@ from saccade.data.inputs import Input, inputs
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.prediction.predictions import Classes, Details, Prediction, Predictions
+from saccade.runners.runner import EAGER
 
 BATCH = 8
 READERS = 2  # threads that decode ahead of the model
@@ -69,7 +70,7 @@ class Predictor:
         self.model: AdaptiveViT = (opened if setting is None else opened.at(setting)).eval()
         self.preprocess = Preprocess.of(self.model.vit, self.model.input_size())
         self.classes = Classes.of(self.model.vit)
-        runner = self.model.runner
+        runner = self.model.deployed
         self.batch = batch or (runner and runner.batch) or BATCH
         self.top = top
 
@@ -146,8 +147,8 @@ class Predictor:
         """uint8 [B, 3, h, w] -> of each image the logits [K], and what ran where that is known without more work."""
         out = self.model(self._images(crops))
         logits = out.logits.float().cpu()
-        runner = self.model.runner
-        known = [None] * len(crops) if runner is not None and runner.compiled else self._details(out)
+        runner = self.model.deployed
+        known = [None] * len(crops) if runner is not None and runner.engine != EAGER else self._details(out)
         return [*zip(logits, known, strict=True)]
 
     @torch.inference_mode()

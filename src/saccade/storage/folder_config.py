@@ -100,8 +100,9 @@ class Seal(Strict):
 class Runner(Strict):
     """The way to run the model that was chosen."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     compiled: bool = False
+    engine: Annotated[str, StringConstraints(max_length=50)] | None = None  # in the place of compiled
     batch: Annotated[int, Field(ge=1, le=2**20)] | None = None
 
 

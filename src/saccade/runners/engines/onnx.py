@@ -1,0 +1,112 @@
+"""ONNX Runtime: one ``.onnx`` file."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from saccade.errors import UserError
+from saccade.runners.engine import Session
+from saccade.runners.exported import IMAGES, Exported, quiet
+
+if TYPE_CHECKING:
+    import onnx
+
+FILES = ("model.onnx",)
+PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+EXTRA = "onnx"
+OPSET = 18
+
+
+def dtypes() -> tuple[str, ...]:
+    """ONNX Runtime's processor kernels have no bf16 matrix product; int8: weights, by dynamic quantisation."""
+    return "fp32", "int8"
+
+
+def write(exported: Exported, folder: Path, dtype: str) -> None:
+    """Write ``model.onnx``. Raises UserError for an operator without translation."""
+    import onnx
+
+    model = convert(exported)
+    file = folder / FILES[0]
+    if dtype == "int8":
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        whole = folder / "whole.onnx"
+        onnx.save_model(model, whole)
+        with silent():
+            quantize_dynamic(whole, file, weight_type=QuantType.QInt8)
+        whole.unlink()
+    else:
+        onnx.save_model(model, file)
+
+
+def convert(exported: Exported) -> onnx.ModelProto:
+    """The program in ONNX's operators of opset 18, none of its own; its input is ``images``.
+
+    Raises UserError for an operator without translation.
+    """
+    from saccade.runners.engines.onnx_operators import translations
+
+    example = torch.zeros(exported.batch or 2, *exported.shape)
+    try:
+        # Fused attention on a processor has other strides than its decomposition, which what reads it is traced with.
+        with quiet(), silent(), sdpa_kernel(SDPBackend.MATH):
+            made = torch.onnx.export(
+                exported.program,
+                (example,),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[IMAGES],
+                output_names=list(exported.outputs),
+                custom_translation_table=translations(),
+                verbose=False,
+            )
+    except Exception as error:
+        raise UserError(f"ONNX has no form for this program ({reason(error)})") from error
+    assert made is not None
+    return made.model_proto
+
+
+def open(folder: Path, dtype: str, threads: int) -> Session:
+    """The file in ONNX Runtime, on the processor."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(folder / FILES[0]), options, providers=["CPUExecutionProvider"])
+    names = tuple(output.name for output in session.get_outputs())
+
+    def run(images: Tensor) -> tuple[Tensor, ...]:
+        found = session.run(None, {IMAGES: images.detach().cpu().numpy()})
+        return tuple(torch.from_numpy(value) for value in found)
+
+    return Session(run, names, "onnx", dtype, dtype, "cpu", threads)
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause of a failed export, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """What exporters print and log of their progress goes nowhere."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -1,0 +1,93 @@
+"""A model as one program: what ``torch.export`` makes of a setting, and what every engine is given."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from saccade.errors import UserError
+from saccade.runners.runner import FP32, Runner
+
+if TYPE_CHECKING:
+    from saccade.model import AdaptiveViT
+
+IMAGES = "images"  # the input's name
+LOGITS, EMBEDDING, OWNER, TOKENS = "logits", "embedding", "owner", "tokens"
+
+
+class Answer(nn.Module):
+    """A model that gives tensors alone: logits (features [B, D] of a ViT without classifier) and, where asked for,
+    which token each cell ended in, and how many tokens are left."""
+
+    def __init__(self, model: AdaptiveViT, provenance: bool = False) -> None:
+        super().__init__()
+        self.model = model.deploy(None)
+        self.outputs: tuple[str, ...] = (LOGITS if model.vit.num_classes else EMBEDDING,)
+        self.outputs += (OWNER, TOKENS) if provenance else ()
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images [B, C, h, w], fp32 -> logits [B, K] in fp32; owner [B, cells] int32 and tokens [B] int32."""
+        out = self.model(images.to(next(self.model.parameters()).dtype))
+        found: tuple[Tensor, ...] = (out.logits.float(),)
+        if len(self.outputs) > 1:
+            owner = out.trace.blocks[-1].owner if out.trace.blocks else out.trace.first
+            seen = owner.new_zeros(owner.shape[0], owner.shape[1] + 1).scatter(1, owner + 1, 1)[:, 1:]
+            found += (owner.to(torch.int32), (seen.sum(1) + self.model.backbone.num_prefix).to(torch.int32))
+        return found
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A setting of a model as a program for engines.
+
+    ``program`` takes images [B, C, h, w] in fp32; B is free where ``batch`` is None.
+    """
+
+    program: ExportedProgram
+    outputs: tuple[str, ...]
+    batch: int | None
+    shape: tuple[int, int, int]  # of an image: channels, height, width
+
+    @classmethod
+    def of(
+        cls, model: AdaptiveViT, runner: Runner = FP32, batch: int | None = None, provenance: bool = False
+    ) -> Exported:
+        """Export a model under its setting, with weights in the number type that the runner's engine takes.
+
+        Args:
+            batch: images of a call, for good; None: any number.
+            provenance: also give the owner map and the number of tokens of each image.
+
+        Raises:
+            UserError: a model of another task, or one that torch.export refuses (the reason is its own).
+        """
+        if not model.classifies:
+            raise UserError("only classifiers and encoders are exported: this model has a head for another task")
+        answer = Answer(runner.model(model), provenance)
+        weight = next(answer.model.parameters())
+        shape = (model.backbone.channels, *model.input_size())
+        example = torch.zeros(batch or 2, *shape, device=weight.device)
+        free: dict[str, Any] = {} if batch else {"dynamic_shapes": ({0: Dim("batch")},)}
+        try:
+            with torch.no_grad(), quiet():
+                program = torch.export.export(answer, (example,), **free)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"{model.setting}: torch.export refuses it ({type(error).__name__}: {reason})") from error
+        return cls(program, answer.outputs, batch, shape)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What exporters say of themselves is for their makers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
