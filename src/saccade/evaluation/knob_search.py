@@ -15,7 +15,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from saccade.core.plan import Plan
@@ -26,6 +25,7 @@ from saccade.evaluation.evaluator import Evaluator
 from saccade.model import AdaptiveViT
 from saccade.setting import Setting
 from saccade.storage.files import replacing
+from saccade.storage.weights import READ_ERRORS
 
 RATE = 0.05  # of Adam, for logits
 BUDGET = 100.0  # weight of the squared relative miss of the budget, beside nats
@@ -140,7 +140,7 @@ def _restored(file: Path, learner: KnobLearner, optimizer: torch.optim.Adam, mos
     """Steps that were done, ``most`` at most, whose state is taken up; 0 where there is none that can be read."""
     if not file.is_file():
         return 0
-    with suppress(SafetensorError, KeyError, ValueError, OSError):
+    with suppress(KeyError, *READ_ERRORS):
         tensors = safetensors.torch.load_file(file)
         if int(tensors["step"]) > most:
             return 0

@@ -16,12 +16,12 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import saccade
 from saccade.evaluation.answers import Predictions
 from saccade.storage.files import replacing
+from saccade.storage.weights import READ_ERRORS
 
 if TYPE_CHECKING:
     from saccade.evaluation.evaluator import Evaluator
@@ -88,7 +88,7 @@ def _read(file: Path) -> Predictions | None:
         with safetensors.safe_open(file, "pt") as opened:
             tensors = {f.name: opened.get_tensor(f.name) for f in fields(Predictions)}
             seal = (opened.metadata() or {}).get(SEAL)
-    except (SafetensorError, ValueError, KeyError, OSError):
+    except (KeyError, *READ_ERRORS):
         return None
     return Predictions(**tensors) if seal == _sum(tensors, file) else None
 

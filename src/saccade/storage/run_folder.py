@@ -66,7 +66,7 @@ def taking(out: str | os.PathLike, writes: Mapping[str, Signs], inputs: Iterable
     if (folder / "model").is_dir():
         check_ours(folder / "model")
     with owning(folder) as path:
-        for place in (path, *(path / name for name in BELOW)):
+        for place in (path, *(found for name in BELOW for found in (path / name, *(path / name).glob("*/")))):
             sweep(place, owned=True)
         yield path
 

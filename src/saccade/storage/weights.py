@@ -40,6 +40,7 @@ MISSING = {
 
 
 Shapes = Mapping[str, torch.Size]
+READ_ERRORS = (SafetensorError, ValueError, OSError, RuntimeError)  # the last from torch: the file has just gone
 
 
 def read_weights(file: str | os.PathLike) -> dict[str, Tensor]:
@@ -47,7 +48,7 @@ def read_weights(file: str | os.PathLike) -> dict[str, Tensor]:
     path = _regular(file)
     try:
         state = load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except READ_ERRORS as error:
         raise _unreadable(path, error) from None
     bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
@@ -61,7 +62,7 @@ def read_header(file: str | os.PathLike) -> dict[str, torch.Size]:
     try:
         with safe_open(path, "pt") as opened:
             return {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
+    except READ_ERRORS as error:
         raise _unreadable(path, error) from None
 
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saccade.errors import UserError
 from saccade.storage.files import discard, part_beside, read_at_most, reported, to_disk
-from saccade.storage.weights import digest
+from saccade.storage.weights import READ_ERRORS, digest
 
 TENSORS, FACTS = "state.safetensors", "state.json"
 MOST_FACTS = 64 << 20  # bytes
@@ -100,7 +99,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if seal is not None and _seal(folder / TENSORS, facts) != seal:  # checkpoints of before have none
             raise ValueError(f"{TENSORS} or {FACTS} was changed: the checksum is another")
         return load_file(folder / TENSORS), facts
-    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+    except (KeyError, *READ_ERRORS) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(
             f"checkpoint {str(folder)!r} cannot be read ({line}): remove it to go on from another"

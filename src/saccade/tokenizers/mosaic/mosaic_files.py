@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from saccade.errors import UserError
 from saccade.storage.files import replacing
+from saccade.storage.weights import READ_ERRORS
 from saccade.tokenizers.mosaic.geometry import Geometry, Mosaic
 
 FORMAT = "saccade.mosaic.1"
@@ -55,7 +56,7 @@ def load_mosaic(file: str | os.PathLike) -> tuple[Mosaic, list[str]]:
         mosaic = _checked(patch, levels, level, owner)
         if names and len(names) != len(level):
             raise ValueError(f"{len(names)} names for {len(level)} images")
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (KeyError, TypeError, AttributeError, *READ_ERRORS) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{str(path)!r} is not a mosaic file ({line}); write one with save_mosaic") from None
     return mosaic, names
