@@ -23,6 +23,7 @@ from saccade.core.head import Head
 from saccade.core.hooks import copied
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
+from saccade.runners.artefact import Artefact, is_artefact, open_artefact
 from saccade.setting import Setting
 from saccade.storage.files import shortened
 from saccade.storage.folder_config import CONFIG, FolderConfig, closed, parse, read_bytes
@@ -33,7 +34,7 @@ from saccade.storage.weights import line, load_weights, read_header
 if TYPE_CHECKING:
     from saccade.runners.runner import Runner
 
-__all__ = ["check_name", "create_model", "load", "save"]
+__all__ = ["check_name", "create_model", "load", "load_model", "save"]
 SAVED = "saved"  # the runner that the folder names
 TRIES, PATIENCE = 20, 3  # of a folder that is replaced while it is read, in all and before its writers have to wait
 CLASSIFY = "classify"  # by the ViT's own classifier
@@ -74,8 +75,22 @@ def create_model(
     return model.eval()
 
 
-@torch.inference_mode(False)
 def load(
+    folder: str | os.PathLike, setting: str | None = None, *, runner: Runner | str | Mapping[str, Any] | None = SAVED
+) -> AdaptiveViT | Artefact:
+    """Open a folder: a model's, as ``load_model`` does, or what ``saccade export`` wrote, in its engine.
+
+    Raises UserError for anything amiss, and for a setting or runner where a model was exported for another.
+    """
+    if not is_artefact(Path(folder)):
+        return load_model(folder, setting, runner=runner)
+    if setting is not None or runner not in (SAVED, None):
+        raise UserError(f"{shortened(folder)} is exported under one setting for one engine: open it without another")
+    return open_artefact(folder)
+
+
+@torch.inference_mode(False)
+def load_model(
     folder: str | os.PathLike, setting: str | None = None, *, runner: Runner | str | Mapping[str, Any] | None = SAVED
 ) -> AdaptiveViT:
     """Open a folder written by ``save``, under its own setting or another. Raises UserError for anything amiss.
@@ -210,7 +225,12 @@ def open_model(
     if os.path.isdir(name):
         if weights is not None or pretrained:
             raise UserError(f"{name!r} is a model folder and has its weights: leave out --weights and --pretrained")
-        model = load(name) if deployed else load(name, runner=None)
+        if is_artefact(Path(name)):
+            raise UserError(
+                f"{shortened(name)} is exported, and runs one setting in one engine: saccade.load or saccade predict; "
+                "here give the model that it was made of"
+            )
+        model = load_model(name) if deployed else load_model(name, runner=None)
     elif not name.startswith(ADDRESSES) and (os.sep in name or name.endswith(CONFIG) or isinstance(source, Path)):
         raise UserError(f"there is no model folder {name!r}")
     else:

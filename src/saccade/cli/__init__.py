@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         demo,
         detect,
         eval,
+        export,
         list,
         predict,
         segment,

@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from saccade.data.inputs import Input, inputs
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.prediction.predictions import Classes, Details, Prediction, Predictions
+from saccade.runners.artefact import Artefact, is_artefact, open_artefact
 from saccade.runners.runner import EAGER
 
 BATCH = 8
@@ -35,7 +38,7 @@ class Predictor:
     Calls from several threads at once are fine; nothing is remembered between them.
 
     Args:
-        model: a folder that Saccade wrote (run as it recommends: number type, compilation), a timm name with
+        model: a folder that Saccade wrote (run as it recommends: number type, engine) or exported, a timm name with
             ``weights`` or ``pretrained``, a timm ViT or an AdaptiveViT.
         weights, pretrained, device: as in ``saccade.checkpoint.open_model``.
         setting: instead of the model's own.
@@ -48,7 +51,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: Source,
+        model: Source | Artefact,
         *,
         weights: str | os.PathLike | None = None,
         pretrained: bool = False,
@@ -60,6 +63,15 @@ class Predictor:
         for name, value in (("batch", batch), ("top", top)):
             if value is not None and (type(value) is not int or value < 1):
                 raise UserError(f"{name}={value!r} is not a whole number of 1 or more")
+        self.batch, self.top = batch or BATCH, top
+        if (exported := _artefact(model)) is not None:
+            if setting is not None or weights is not None or pretrained:
+                raise UserError(f"{exported.folder} is exported: leave out setting and weights")
+            self.model: AdaptiveViT | Artefact = exported
+            self.preprocess = Preprocess.from_dict(exported.preprocessing)
+            self.classes = Classes(exported.class_names or (), exported.labels or exported.class_names or ())
+            return
+        assert not isinstance(model, Artefact)
         opened = open_model(model, weights, pretrained, device, deployed=True)
         if (head := opened.task_head) is not None:
             raise UserError(
@@ -67,12 +79,11 @@ class Predictor:
             )
         if opened.backbone.channels != 3:
             raise UserError(f"this model takes {opened.backbone.channels} channels, and predict gives RGB: call it")
-        self.model: AdaptiveViT = (opened if setting is None else opened.at(setting)).eval()
+        self.model = (opened if setting is None else opened.at(setting)).eval()
         self.preprocess = Preprocess.of(self.model.vit, self.model.input_size())
         self.classes = Classes.of(self.model.vit)
         runner = self.model.deployed
         self.batch = batch or (runner and runner.batch) or BATCH
-        self.top = top
 
     def __call__(self, images: Any) -> Predictions:
         """Answers for images, in their order; an image that cannot be used has its ``error``, and nothing else.
@@ -145,6 +156,9 @@ class Predictor:
     @torch.inference_mode()
     def _run(self, crops: Tensor) -> list[tuple[Tensor, Details | None]]:
         """uint8 [B, 3, h, w] -> of each image the logits [K], and what ran where that is known without more work."""
+        if isinstance(self.model, Artefact):
+            logits = self.model.logits(self.preprocess.normalise(crops))
+            return [(row, self._exported_details(row)) for row in logits]
         out = self.model(self._images(crops))
         logits = out.logits.float().cpu()
         runner = self.model.deployed
@@ -154,13 +168,26 @@ class Predictor:
     @torch.inference_mode()
     def _look(self, given: Input) -> Details:
         """What runs for one image, uncompiled."""
+        if isinstance(self.model, Artefact):
+            raise UserError(
+                f"{self.model.folder} is exported and gives logits alone: for embeddings, token maps and MACs "
+                "ask the model that it was made of"
+            )
         return self._details(self.model(self._images(self._crop(given).unsqueeze(0))))[0]
 
+    def _exported_details(self, found: Tensor) -> Details | None:
+        """Of an encoder, whose answer is the embedding; a classifier's artefact gives nothing beside its logits."""
+        if self.classes.names or not isinstance(self.model, Artefact):
+            return None
+        return Details(found.numpy(), np.empty((0, 0), np.int32), round(self.model.config.gmacs * 1e9))
+
     def _images(self, crops: Tensor) -> Tensor:
+        assert isinstance(self.model, AdaptiveViT)
         weight = self.model.vit.patch_embed.proj.weight
         return self.preprocess.normalise(crops).to(weight.device, weight.dtype)
 
     def _details(self, out: Output) -> list[Details]:
+        assert isinstance(self.model, AdaptiveViT)
         vit, tokens, trace = self.model.vit, out.tokens, out.trace
         x = vit.norm(tokens.x.to(vit.patch_embed.proj.weight.dtype))
         embeddings = self.model.pooled_head(x, tokens, pre_logits=True).float().cpu().numpy()
@@ -170,7 +197,7 @@ class Predictor:
 
 
 def predict(
-    model: Source | Predictor,
+    model: Source | Artefact | Predictor,
     images: Any,
     setting: str | None = None,
     *,
@@ -185,6 +212,13 @@ def predict(
         return model(images)
     options: dict[str, Any] = {"weights": weights, "pretrained": pretrained, "setting": setting, "device": device}
     return Predictor(model, **options, batch=batch, top=top)(images)
+
+
+def _artefact(model: Source | Artefact) -> Artefact | None:
+    """What ``saccade export`` wrote, open or as a folder; None: another model."""
+    if isinstance(model, (str, os.PathLike)) and is_artefact(Path(model)):
+        return open_artefact(model)
+    return model if isinstance(model, Artefact) else None
 
 
 def _result(future: Future[Tensor]) -> Tensor | ImageError:

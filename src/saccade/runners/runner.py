@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTISED = "int8"  # weights, by an engine
 EAGER, COMPILE = "eager", "compile"
-ENGINES = (EAGER, COMPILE, "aoti", "onnx", "openvino")
+ENGINES = (EAGER, COMPILE, "torch", "aoti", "onnx", "openvino")
+NOUNS = {
+    COMPILE: "torch.compile",
+    "torch": "torch.export",
+    "aoti": "AOTInductor",
+    "onnx": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 ALIASES = {"compiled": COMPILE}
 
 
@@ -83,7 +90,7 @@ class Runner:
     @property
     def engine_noun(self) -> str:
         """As people call it."""
-        return {COMPILE: "torch.compile", "aoti": "AOTInductor", "onnx": "ONNX Runtime"}.get(self.engine, self.engine)
+        return NOUNS.get(self.engine, self.engine)
 
     @property
     def is_plain(self) -> bool:

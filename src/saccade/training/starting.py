@@ -10,7 +10,7 @@ from torch import nn
 
 from saccade.assets import folder
 from saccade.backbones.vit import class_names_of, resize_of, set_class_names
-from saccade.checkpoint import create_model, load
+from saccade.checkpoint import create_model, load_model
 from saccade.core.timm_types import ViT
 from saccade.data import ImageSet, Labels, head_labels
 from saccade.data.labels import evident, some
@@ -28,7 +28,7 @@ def open_source(source: Source) -> AdaptiveViT:
     if os.path.isdir(source.name):
         if source.weights or source.pretrained or source.args:
             raise UserError(f"{source.name!r} is a model folder: leave out model.weights, model.pretrained, model.args")
-        model = load(source.name, "dense", runner=None).float()
+        model = load_model(source.name, "dense", runner=None).float()
     else:
         model = create_model(source.name, weights=source.weights, pretrained=source.pretrained, **source.args)
     vit = model.vit
@@ -87,7 +87,7 @@ def fit_head(vit: ViT, images: ImageSet) -> Labels:
 def open_teacher(rule: Distill) -> nn.Module:
     """A timm model of any kind, frozen, in evaluation mode."""
     if os.path.isdir(rule.teacher):
-        teacher: nn.Module = load(rule.teacher, "dense", runner=None).float().vit
+        teacher: nn.Module = load_model(rule.teacher, "dense", runner=None).float().vit
     elif rule.teacher.split(".")[0] in timm.list_models():
         if not (rule.teacher_weights or rule.teacher_pretrained):
             raise UserError(f"the teacher {rule.teacher} would have random weights: give distill.teacher_weights")

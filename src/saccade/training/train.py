@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade.backbones.saving import check_savable, save
-from saccade.checkpoint import Source, load
+from saccade.checkpoint import Source, load_model
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.reports import Checked
@@ -233,12 +233,12 @@ def _run(
     best = newest(checkpoints, "best")
     step, found = (steps, []) if best is None else summary.of_best(best, checks.rows)
     if first:
-        model = learner.best.views[0].eval() if best is None else load(best)
+        model = learner.best.views[0].eval() if best is None else load_model(best)
         save(model, folder / "model", **summary.card(step, found))
     fabric.barrier()
     summary.write(metrics.rows, checks.rows, feed.failures, running=False)
     return TrainResult(
-        model=load(folder / "model"),
+        model=load_model(folder / "model"),
         folder=folder,
         step=step,
         metric=task.metric,

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from saccade.runners.engine import Session
 from saccade.runners.engines import onnx as onnx_engine
-from saccade.runners.exported import IMAGES, Exported
+from saccade.runners.exported import EMBEDDING, IMAGES, LOGITS, OWNER, TOKENS, Exported
 
 FILES = ("model.xml", "model.bin")
 PACKAGES = ("openvino", "onnx", "onnxscript")
 EXTRA = "openvino"
 HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
+KNOWN = {LOGITS, EMBEDDING, OWNER, TOKENS}
 NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 
@@ -56,7 +57,7 @@ def open(folder: Path, dtype: str, threads: int) -> Session:
         "INFERENCE_PRECISION_HINT": HINTS[dtype],
     }
     compiled = openvino.Core().compile_model(str(folder / FILES[0]), "CPU", config)
-    names = tuple(output.get_any_name() for output in compiled.outputs)
+    names = tuple(min(output.get_names() & KNOWN, default=output.get_any_name()) for output in compiled.outputs)
     local = threading.local()
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
@@ -64,7 +65,7 @@ def open(folder: Path, dtype: str, threads: int) -> Session:
         if request is None:
             request = local.request = compiled.create_infer_request()
         found = request.infer({IMAGES: images.detach().cpu().contiguous().numpy()}, share_inputs=True)
-        return tuple(torch.from_numpy(found[name].copy()) for name in names)
+        return tuple(torch.from_numpy(found[i].copy()) for i in range(len(names)))
 
     precision = NAMES.get(compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), "fp32")
     return Session(run, names, "openvino", dtype, precision, "cpu", threads)

@@ -1,0 +1,279 @@
+"""``export``: one setting of a model as a folder for an engine, compared with the original on images."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.backbones.plan_builder import with_tokenizer
+from saccade.checkpoint import Source, open_model
+from saccade.core.plan import Reducer
+from saccade.data import ImageSet, Loader, Preprocess, head_labels, open_images
+from saccade.data.scenes import scenes
+from saccade.errors import UserError
+from saccade.evaluation.accuracy import spread
+from saccade.model import AdaptiveViT
+from saccade.prediction.predictions import Classes
+from saccade.runners.artefact import (
+    Artefact,
+    ExportConfig,
+    check_free,
+    compared,
+    folder_made,
+    open_artefact,
+    write_config,
+)
+from saccade.runners.engine import check_dtype, engine_of, versions
+from saccade.runners.exported import IMAGES, Exported
+from saccade.runners.predict_script import script
+from saccade.runners.runner import Runner
+from saccade.setting import Setting
+from saccade.storage.files import write_text
+from saccade.terminal.progress import Progress
+from saccade.terminal.results import Result
+from saccade.terminal.text_table import Column, Table
+
+LEAST = 0.995  # share of images with the same best class; of encoders, mean cosine
+DRAWN = 64  # scenes, where no images are given
+BATCH = 8
+REPORT = "parity.md"
+
+
+@dataclass(frozen=True)
+class ExportRow:
+    """One artefact, and how it agrees with the model that it was made of."""
+
+    setting: str
+    folder: Path
+    runner: str
+    precision: str
+    tokens: str
+    gmacs: float
+    images: int
+    agreement: float | None
+    cosine: float
+    largest: float
+    top1: float | None
+    top1_before: float | None
+
+
+class Exports(Result):
+    """What ``export`` wrote, one row a setting."""
+
+    def __init__(self, rows: Sequence[ExportRow], source: str) -> None:
+        self.rows, self.source = list(rows), source
+
+    def table(self) -> Table:
+        """The parity report."""
+        columns = ["setting", "runner", "agreement", "cosine", "largest difference", "top-1", "GMACs", "tokens"]
+        cells = []
+        for row in self.rows:
+            same = "" if row.agreement is None else f"{row.agreement:.2%}"
+            top1 = "" if row.top1 is None else f"{row.top1:.1%} (PyTorch {row.top1_before:.1%})"
+            of = f"{row.runner}" + ("" if row.precision in row.runner else f", computed in {row.precision}")
+            numbers = [same, f"{row.cosine:.6f}", f"{row.largest:.1e}", top1, f"{row.gmacs:.2f}", row.tokens]
+            cells.append([row.setting, of, *numbers])
+        caption = f"Against PyTorch in fp32 on {self.rows[0].images} images ({self.source})." if self.rows else ""
+        return Table("Parity", [Column(c, prose=False) for c in columns], cells, caption)
+
+    def markdown(self) -> str:
+        """The same for a file beside the artefact."""
+        table = self.table()
+        names = [c if isinstance(c, str) else c.name for c in table.columns]
+        rows = [f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *table.rows)]
+        return "\n".join(["# Parity", "", *rows, "", table.caption, ""])
+
+
+def export(
+    model: Source,
+    out: str | os.PathLike,
+    *,
+    runner: str | Runner = "onnx",
+    settings: Sequence[str] = (),
+    batch: int | None = None,
+    size: int | None = None,
+    data: str | os.PathLike | ImageSet | None = None,
+    limit: int = 300,
+    provenance: bool = False,
+    least: float = LEAST,
+    weights: str | os.PathLike | None = None,
+    pretrained: bool = False,
+    progress: Progress | None = None,
+) -> Exports:
+    """Write a model under a setting as a folder that an engine runs without Saccade, and compare the two on images.
+
+    The folder holds the engine's file, ``config.json`` (setting, sizes, preprocessing, class names, checksums),
+    ``predict.py`` (the engine, NumPy and Pillow) and the parity report. ``saccade.load`` opens it too.
+
+    Args:
+        runner: "onnx", "openvino", "aoti" or "torch", with a number type: "openvino bf16", "onnx int8".
+        settings: the model's own by default; of several, each has a folder in ``out``, called like it.
+        batch: images of every call; None: any number.
+        size: pixels of a side, where the setting does not say.
+        data: images to compare on; None: drawn scenes.
+        provenance: outputs "owner" and "tokens" too.
+        least: the agreement below which nothing is written: of an encoder the cosine. It is recorded.
+
+    Raises:
+        UserError: an engine that is not installed; a setting that it has no operators for; too little agreement.
+    """
+    way = Runner.of(runner)
+    if not way.exported:
+        raise UserError(f"runner {way} is not exported: give onnx, openvino, aoti or torch")
+    way = Runner(way.dtype, way.engine, batch)
+    if not 0 <= least <= 1:
+        raise UserError(f"least={least} is not a share from 0 to 1")
+    engine = engine_of(way.engine)
+    check_dtype(engine, way.engine, way.dtype)
+    whole = open_model(model, weights, pretrained, "cpu").deploy(None).eval()
+    names = [str(_sized(whole, s, size)) for s in (settings or [str(whole.setting)])]
+    views = {name: whole.at(name).eval() for name in dict.fromkeys(names)}
+    folders = {name: Path(out) / _slug(name) if len(views) > 1 else Path(out) for name in views}
+    if len(set(folders.values())) < len(folders):
+        raise UserError(f"two of the settings {list(folders)} would have the same folder: export them one by one")
+    for folder in folders.values():
+        check_free(folder)
+    images = _Images(data, limit)
+    rows = []
+    advance = (progress or Progress()).start("exporting", len(views))
+    for name, view in views.items():
+        advance(0, what=f"exporting {name}")
+        rows.append(_one(view, folders[name], way, images, provenance, least))
+        advance(1)
+    advance.finish()
+    made = Exports(rows, images.source)
+    if len(views) > 1:
+        write_text(Path(out) / REPORT, made.markdown())
+    return made
+
+
+class _Images:
+    """The images that artefacts are compared on, and what their classes are."""
+
+    def __init__(self, data: str | os.PathLike | ImageSet | None, limit: int) -> None:
+        self.set = scenes() if data is None else data if isinstance(data, ImageSet) else open_images(os.fspath(data))
+        self.source = f"{DRAWN} drawn scenes" if data is None else Path(str(self.set.path)).name
+        self.labelled = data is not None and self.set.labels is not None
+        self.places = spread(len(self.set), DRAWN if data is None else limit)
+
+    def batches(self, preprocess: Preprocess) -> Iterator[tuple[Tensor, list[int]]]:
+        """Normalised images and their places; those that cannot be read are left out."""
+        for batch in Loader(self.set, preprocess).batches(BATCH, self.places):
+            yield batch.images, list(batch.indices)
+
+    def labels(self, model: AdaptiveViT) -> Tensor | None:
+        """Classes of all images in the model's head; None: they have none that it knows."""
+        if not (self.labelled and model.vit.num_classes):
+            return None
+        try:
+            return torch.tensor(head_labels(self.set, model.vit).indices)
+        except UserError:
+            return None
+
+
+def _one(view: AdaptiveViT, folder: Path, runner: Runner, images: _Images, provenance: bool, least: float) -> ExportRow:
+    engine = engine_of(runner.engine)
+    exported = Exported.of(view, runner, runner.batch, provenance)
+    preprocess, classes = Preprocess.of(view.vit, view.input_size()), Classes.of(view.vit)
+    with torch.inference_mode():
+        trace, fixed = view(torch.zeros(1, view.backbone.channels, *view.input_size())).trace, _has_fixed_counts(view)
+    facts: dict[str, Any] = {
+        "runner": {"engine": runner.engine, "dtype": runner.dtype, "batch": runner.batch},
+        "architecture": str(view.vit.pretrained_cfg.get("architecture", type(view.vit).__name__)),
+        "setting": str(view.setting),
+        "tokens": "fixed" if fixed else "masked",
+        "gmacs": trace.macs().item() / 1e9,
+        "input": IMAGES,
+        "outputs": list(exported.outputs),
+        "preprocessing": preprocess.to_dict(),
+        "class_names": list(classes.names) or None,
+        "labels": list(classes.words) or None,
+        "versions": versions(engine),
+    }
+    with folder_made(folder) as part:
+        engine.write(exported, part, runner.dtype)
+        write_config(part, {**facts, "precision": runner.dtype})
+        artefact = open_artefact(part, trusted=True)
+        facts["precision"] = artefact.session.precision
+        found = _parity(view, artefact, preprocess, images, least)
+        config = write_config(part, {**facts, "parity": found})
+        row = _row(config, folder)
+        (part / "predict.py").write_text(script(runner.engine, runner.dtype), encoding="utf-8")
+        (part / REPORT).write_text(Exports([row], images.source).markdown(), encoding="utf-8")
+        if not found["met"]:
+            what = f"cosine {row.cosine:.4f}" if row.agreement is None else f"agreement {row.agreement:.2%}"
+            raise UserError(
+                f"{view.setting} by {runner}: {what} with the original on {row.images} images is under "
+                f"{least:.1%}: nothing was written; a lower --least takes it"
+            )
+    return row
+
+
+@torch.inference_mode()
+def _parity(
+    view: AdaptiveViT, artefact: Artefact, preprocess: Preprocess, images: _Images, least: float
+) -> dict[str, Any]:
+    before, after, places = [], [], list[int]()
+    for batch, indices in images.batches(preprocess):
+        before.append(view(batch).logits)
+        after.append(artefact.logits(batch))
+        places += indices
+    if not places:
+        raise UserError(f"none of the images in {images.source} could be read: there is nothing to compare on")
+    a, b, labels = torch.cat(before), torch.cat(after), images.labels(view)
+    facts: dict[str, Any] = compared(a, b)
+    if not view.vit.num_classes:
+        facts["agreement"] = None
+    elif labels is not None:
+        truth = labels[places]
+        facts |= {"top1": _share(b.argmax(-1) == truth), "top1_before": _share(a.argmax(-1) == truth)}
+    same = facts["cosine"] if facts["agreement"] is None else facts["agreement"]
+    finite = bool(b.isfinite().all())
+    return {**facts, "images": len(places), "source": images.source, "least": least, "met": finite and same >= least}
+
+
+def _share(hits: Tensor) -> float:
+    return hits.double().mean().item()
+
+
+def _row(config: ExportConfig, folder: Path) -> ExportRow:
+    parity, runner = config.parity, config.runner
+    assert parity is not None
+    facts = {k: v for k, v in parity.model_dump().items() if k in ExportRow.__dataclass_fields__}
+    own = Runner(runner.dtype, runner.engine, runner.batch)
+    return ExportRow(config.setting, folder, str(own), config.precision, config.tokens, config.gmacs, **facts)
+
+
+def _has_fixed_counts(view: AdaptiveViT) -> bool:
+    """Whether all images have as many tokens in every block, so that the graph has no masks."""
+    n = view.backbone.num_patches
+    steps = [step for method in view.plan.methods for step in method.steps]
+    counted = all(step.count(n) is not None for step in steps if isinstance(step, Reducer))
+    shape = (view.backbone.channels, *view.input_size())
+    out = view(torch.stack([torch.zeros(shape), torch.rand(shape)]))
+    gates = [block.gates for block in out.trace.blocks if block.gates is not None]
+    return counted and out.tokens.valid is None and all(g.static for g in gates)
+
+
+def _sized(model: AdaptiveViT, setting: str, size: int | None) -> Setting:
+    parsed = Setting.parse(setting)
+    if size is None:
+        return parsed
+    if size < 1:
+        raise UserError(f"size={size} is below 1 pixel")
+    patch = model.backbone.patch_size[0]
+    sized = with_tokenizer(parsed, Setting.parse(f"grid({patch}, size={size})").calls[0])
+    if sized == parsed:
+        raise UserError(f"{setting} has a tokenizer of its own: give its size there, and leave out --size")
+    return sized
+
+
+def _slug(setting: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", setting).strip("-.")[:80] or "dense"

@@ -1,0 +1,87 @@
+"""``predict.py`` of an artefact: photos in, classes out, by the engine, NumPy and Pillow alone."""
+
+from __future__ import annotations
+
+_SCRIPT = '''"""Classes of photos: python predict.py PHOTO... (needs {needs}, numpy and pillow)"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+{imports}
+from PIL import Image, ImageOps
+
+HERE = Path(__file__).parent
+CONFIG = json.loads((HERE / "config.json").read_text(encoding="utf-8"))["saccade_export"]
+PREP = CONFIG["preprocessing"]
+{opening}
+
+def pixels(photo: str) -> np.ndarray:
+    """A photo as the model takes it: float32 [1, 3, h, w]."""
+    image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
+    (h, w), mode = PREP["size"], PREP["crop_mode"]
+    tall, wide = (math.floor(side / PREP["crop_pct"]) for side in (h, w))
+    ratio = (min if mode == "border" else max)(wide / image.width, tall / image.height)
+    size = (wide, tall) if mode == "squash" else (round(image.width * ratio), round(image.height * ratio))
+    if mode == "center" and tall == wide:  # torchvision rounds the longer side down
+        size = tuple(int(tall * side / min(image.size)) for side in image.size)
+    image = image.resize(size, Image.Resampling[PREP["interpolation"].upper()])
+    canvas = Image.new("RGB", (w, h), tuple(round(255 * m) for m in PREP["mean"]))
+    spare = (w - image.width, h - image.height)  # what is padded, or below 0 cropped
+    canvas.paste(image, tuple(s // 2 if s > 0 else -int(round(-s / 2)) for s in spare))
+    array = (np.asarray(canvas, np.float32) / 255 - np.float32(PREP["mean"])) / np.float32(PREP["std"])
+    return np.ascontiguousarray(array.transpose(2, 0, 1)[None])
+
+
+def answer(photo: str) -> list:
+    """The five best classes with their probabilities; of an encoder, the embedding."""
+    batch = np.repeat(pixels(photo), CONFIG["runner"].get("batch") or 1, axis=0)
+    logits = np.asarray({running}, np.float64)[0]
+    if CONFIG["outputs"][0] == "embedding":
+        return logits.tolist()
+    odds = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    names = CONFIG.get("labels") or range(len(logits))
+    return [f"{{names[i]}} {{odds[i]:.3f}}" for i in np.argsort(-odds)[:5]]
+
+
+if __name__ == "__main__":
+    for photo in sys.argv[1:]:
+        print(photo, *answer(photo), sep="\\t")
+'''
+_ENGINES = {
+    "onnx": {
+        "needs": "onnxruntime",
+        "imports": "import onnxruntime",
+        "opening": 'SESSION = onnxruntime.InferenceSession(str(HERE / "model.onnx"))\n',
+        "running": 'SESSION.run(None, {"images": batch})[0]',
+    },
+    "openvino": {
+        "needs": "openvino",
+        "imports": "import openvino",
+        "opening": 'HINT = {"INFERENCE_PRECISION_HINT": HINTS}\n'
+        'MODEL = openvino.compile_model(str(HERE / "model.xml"), "CPU", HINT)\n',
+        "running": "MODEL(batch)[0]",
+    },
+    "aoti": {
+        "needs": "torch",
+        "imports": "import torch",
+        "opening": 'MODEL = torch._inductor.aoti_load_package(str(HERE / "model.pt2"))\n',
+        "running": "MODEL(torch.from_numpy(batch))[0].numpy()",
+    },
+    "torch": {
+        "needs": "torch",
+        "imports": "import torch",
+        "opening": 'MODEL = torch.export.load(HERE / "model.pt2").module()\n',
+        "running": "MODEL(torch.from_numpy(batch))[0].detach().numpy()",
+    },
+}
+
+
+def script(engine: str, precision: str) -> str:
+    """The text of ``predict.py`` for an engine; ``precision`` is what it was told to compute in."""
+    parts = {name: text.replace("HINTS", repr(precision)) for name, text in _ENGINES[engine].items()}
+    if engine == "aoti":
+        parts["imports"] = "import torch\nimport torch._inductor"
+    return _SCRIPT.format(**parts)

@@ -1,0 +1,135 @@
+"""An exported program gives, in every engine that is installed, what the model gives in PyTorch."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from oracles import make_images, make_vit, relative
+from registered_settings import settings_of
+from saccade.core.registry import registry
+from saccade.errors import UserError
+from saccade.model import AdaptiveViT
+from saccade.runners import engine as engines
+from saccade.runners.runner import ENGINES, Runner
+
+TOGETHER = "grid(24) | imagepiece(p=0.6, merge=0.2) | evit(0.7, fuse=True, at=2) | tome(r=1)"
+TIES = "algm(0.75, 0.4)"  # sorts what is only 0 or 1: all is ties
+EXPORTED = ("torch", "aoti", "onnx", "openvino")
+
+
+def installed(name: str) -> None:
+    for package in engines.import_module(f"saccade.runners.engines.{name}").PACKAGES:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+
+
+def model_of(setting: str, family: str = "vit") -> AdaptiveViT:
+    return AdaptiveViT(make_vit(family), setting).eval()
+
+
+@torch.no_grad()
+def agrees(model: AdaptiveViT, name: str) -> None:
+    session = model.runner(name, provenance=True)
+    for count in (1, 2, 5):
+        images = make_images(model.vit, count, seed=count)
+        out, found = model(images), session.all(images)
+        assert relative(found["logits"], out.logits) <= 1e-5
+        assert torch.equal(found["owner"], out.trace.blocks[-1].owner.int())
+        left = torch.tensor([len(set(row.tolist()) - {-1}) for row in found["owner"]])
+        assert torch.equal(found["tokens"].long(), left + model.backbone.num_prefix)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("torch", TOGETHER),
+        ("onnx", TOGETHER),
+        ("openvino", TIES),
+        pytest.param("aoti", TOGETHER, marks=pytest.mark.slow),
+    ],
+)
+def test_any_batch_gives_the_same(name, setting):
+    installed(name)
+    agrees(model_of(setting), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+@pytest.mark.parametrize("method", registry())
+def test_every_method_in_every_engine(name, method):
+    installed(name)
+    agrees(model_of(settings_of(method)[2]), name)
+
+
+def test_an_encoder_gives_its_features():
+    model = AdaptiveViT(make_vit("vit", num_classes=0), "evit(0.5)").eval()
+    session, images = model.runner("torch", batch=2), make_images(model.vit, 2)
+    assert session.outputs == ("embedding",)
+    with torch.no_grad():
+        assert relative(session(images), model(images).logits) <= 1e-5
+
+
+def test_many_threads_at_once():
+    installed("onnx")
+    model = model_of("tome(r=2)")
+    session = model.runner("onnx", threads=1)
+    assert (session.precision, session.device, session.threads) == ("fp32", "cpu", 1)
+    batches = [make_images(model.vit, 1 + i % 3, seed=i) for i in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(session, batches))
+    with torch.no_grad():
+        assert max(relative(f, model(b).logits) for f, b in zip(found, batches, strict=True)) <= 1e-5
+
+
+def test_a_deployed_model_runs_in_its_engine_and_a_folder_says_so(tmp_path):
+    import saccade
+
+    model = AdaptiveViT(make_vit("vit"), "evit(0.5)").eval()
+    images = make_images(model.vit, 3)
+    deployed = model.deploy("torch")
+    assert "by torch.export" in repr(deployed).split("(vit)")[0]
+    with torch.no_grad():
+        out = deployed(images)
+        assert relative(out.logits, model(images).logits) <= 1e-5
+        assert torch.equal(out.trace.macs(), model(images).trace.macs())
+    model.vit.pretrained_cfg = {"architecture": "vit_tiny_patch16_224"}
+    assert Runner.of(deployed.deployed.to_dict()) == Runner("fp32", "torch") == deployed.deployed
+    assert saccade.AdaptiveViT is AdaptiveViT
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_what_is_not_installed_is_named_with_its_install_line(name, monkeypatch):
+    module = engines.import_module(f"saccade.runners.engines.{name}")
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    if module.PACKAGES:
+        with pytest.raises(UserError, match=rf"pip install 'saccade\[{name}\]'"):
+            model_of("").runner(name)
+    else:
+        assert engines.missing(module) is None
+
+
+def test_without_its_engine_a_deployed_model_runs_eagerly_and_says_so(monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    model = model_of("evit(0.5)")
+    images = make_images(model.vit, 2)
+    with pytest.warns(RuntimeWarning, match=r"ONNX Runtime does not work here.*pip install"), torch.no_grad():
+        assert torch.equal(model.deploy("onnx")(images).logits, model(images).logits)
+
+
+def test_a_number_type_that_an_engine_does_not_have():
+    installed("onnx")
+    with pytest.raises(UserError, match="onnx does not run in bf16 on this machine: use fp32 or int8"):
+        model_of("").runner("onnx", dtype="bf16")
+    with pytest.raises(UserError, match="dtype 'int8' is not one of"):
+        model_of("").runner("eager", dtype="int8")
+    with pytest.raises(UserError, match="engine 'tensorrt' is not one of"):
+        model_of("").runner("tensorrt")
+
+
+def test_every_engine_is_a_module_with_the_names_of_the_protocol():
+    for name in EXPORTED:
+        module = engines.import_module(f"saccade.runners.engines.{name}")
+        assert {"FILES", "PACKAGES", "EXTRA", "dtypes", "write", "open"} <= vars(module).keys()
+    assert set(EXPORTED) | {"eager", "compile"} == set(ENGINES)
