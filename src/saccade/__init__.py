@@ -25,7 +25,7 @@ _HOME = {
     "save": "backbones.saving",
     "flexify": "conversion.flexify",
     "convert": "conversion.flexify",
-    "export": "prediction.export",
+    "export": "evaluation.export",
     "fit_stem": "conversion.stem_fit",
     "Setting": "setting",
     "Tokens": "core.tokens",

@@ -65,6 +65,15 @@ def test_a_reduction_that_beats_plain_dense_is_used():
     assert any("without reducing tokens: `grid(32)`" in line and "+20.0 points" in line for line in found.lines)
 
 
+def test_the_parts_of_a_gain_are_told_apart():
+    whole = measured("evit(0.5)", GOOD, 3.0, dtype="bf16", engine="openvino")
+    found = verdict(
+        Target("speedup", 1.5), whole, measured("dense", FAIR, 2.0, "dense", dtype="bf16", engine="openvino")
+    )
+    assert found.chosen is whole
+    assert "Of its 3.00×, 2.00× is the runner's (bf16 openvino), 1.50× the setting's." in found.lines
+
+
 @pytest.mark.parametrize("plain", [GOOD, FAIR])
 def test_where_plain_dense_is_as_good_no_reduction_is_needed(plain):
     found = verdict(Target("speedup", 1.5), measured("evit(0.5)", FAIR, 1.6), measured("grid(32)", plain, 1.6, "dense"))

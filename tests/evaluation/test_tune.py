@@ -11,14 +11,18 @@ import torch
 
 import saccade
 from data_helpers import write_folder
+from saccade.data import open_images
 from saccade.errors import UserError
 from saccade.evaluation import candidates as candidates_module
+from saccade.evaluation import search_run
 from saccade.evaluation import speed as speed_module
 from saccade.evaluation.allowance import Allowance, Costs, plan
 from saccade.evaluation.candidates import Candidate
 from saccade.evaluation.evaluator import Evaluator
+from saccade.evaluation.export import export_chosen
 from saccade.evaluation.report import shown, tune
 from saccade.evaluation.speed import time_all
+from saccade.runners.runner import Runner
 from saccade.terminal.progress import Progress
 from slow_cases import cases
 from small_runs import QUICK, files, shorten, tiny
@@ -173,14 +177,38 @@ def test_the_verdict_names_a_line_that_runs_it(model, photos, few, tmp_path, mon
     )
 
 
+COMPILED = ["fp32 compiled", "bf16 compiled"]
+
+
 def test_without_a_compiler_nothing_compiled_is_recommended(model, photos, few, tmp_path, monkeypatch):
     def broken(module, **options):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(torch, "compile", lambda module, **options: broken)
-    found = tune(model, photos, "1x", out=tmp_path / "out", **{**QUICK, "compiled": True})
+    found = tune(model, photos, "1x", out=tmp_path / "out", runner=["bf16", *COMPILED], **QUICK)
     assert {"dense · fp32 compiled", "dense · bf16 compiled"} <= set(found.left_out)
     assert "compiled" not in found.runner and not any("compiled" in row.setting for row in found.rows)
+
+
+def test_an_engine_is_timed_beside_eager_and_what_it_runs_is_exported(model, photos, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_run, "HALVED", 1)
+    found = tune(model, photos, "1x", out=tmp_path / "out", runner=["torch"], **QUICK)
+    assert "dense · fp32 torch" in {row.setting for row in found.rows}
+    assert not any("bf16" in row.setting for row in found.rows)
+    images = open_images(photos)
+    for runner, there in ((Runner("fp32", "torch"), True), (Runner("bf16"), False)):
+        said = export_chosen(found.model, runner, tmp_path / "out", images, range(4))
+        assert (tmp_path / "out" / "export" / "predict.py").is_file() is there is any("Exported:" in x for x in said)
+
+
+def test_an_engine_that_is_not_there_is_refused_before_the_work(model, photos, tmp_path):
+    for runner, said in (
+        (["tensorrt"], "neither a number type .* nor an engine"),
+        ("fp64", "'fp64' is neither"),
+        ("bf16 onnx aoti", "is not"),
+    ):
+        with pytest.raises(UserError, match=said):
+            tune(model, photos, "1x", out=tmp_path / "out", runner=runner, **QUICK)
 
 
 # Time

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 import saccade
 from data_helpers import encode, picture, write_folder
 from saccade.cli import main
+from saccade.data.classes import Classes
 from saccade.errors import UserError
-from saccade.prediction.predictions import Classes
 
 NAMES = ["ant", "n01440764", "cat"]
 

@@ -293,12 +293,12 @@ def test_killed_two_hundred_times(photos, tmp_path):
 
 
 def test_two_processes_equal_one_of_the_same_batch(photos, tmp_path):
-    """Ten steps; the two share each batch, so their mean loss and gradient are those of one process with all of it."""
+    """Five steps; the two share each batch, so their mean loss and gradient are those of one process with all of it."""
     plain = config(
         photos,
         model={"args": {**ARGS, "drop_path_rate": 0.0}},
         augment={"mixup": 0.0, "erase": 0.0},
-        run={"steps": 10, "log_every": 1, "threads": 1},
+        run={"steps": 5, "log_every": 1, "threads": 1},
     )
     saccade.train(plain, out=tmp_path / "one")
     code = f"import saccade; saccade.train({plain!r}, out={str(tmp_path / 'two')!r})"
@@ -314,7 +314,7 @@ def test_two_processes_equal_one_of_the_same_batch(photos, tmp_path):
     done = subprocess.run(launch, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (read_table(tmp_path / name / "metrics.csv") for name in ("one", "two"))
-    assert len(one) == len(two) == 10
+    assert len(one) == len(two) == 5
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4) and a["grad_norm"] == pytest.approx(
             b["grad_norm"], rel=1e-3

@@ -22,6 +22,7 @@ def command(
     from saccade.assets import folder
     from saccade.cli.tune import show
     from saccade.evaluation.report import tune
+    from saccade.runners.engine import installed
     from saccade.terminal.progress import Progress
 
     vit = open_model(model or folder("scenes"), weights)
@@ -37,7 +38,7 @@ def command(
             limit=1000,
             batch=32,
             seconds=10.0,
-            compiled=False,
+            runner=["bf16", *installed()],
             command="saccade demo",
             progress=progress,
         )

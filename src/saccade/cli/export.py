@@ -39,7 +39,7 @@ def command(
     Example: saccade export runs/photos/model --runner onnx --data photos/ --out exported
     """
     from saccade.errors import UserError
-    from saccade.prediction.export import export
+    from saccade.evaluation.export import export
     from saccade.storage.run_folder import check_apart
     from saccade.terminal.progress import Progress
 

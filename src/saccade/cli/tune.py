@@ -54,6 +54,10 @@ def command(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0, help="Of interleaved timing.")] = 30.0,
     compiled: Annotated[bool, typer.Option(help="Also time dense under torch.compile.")] = True,
+    runner: Annotated[
+        list[str],
+        typer.Option(help="auto: bf16, torch.compile and the engines that are installed; or bf16, onnx, openvino, …"),
+    ] = ["auto"],  # noqa: B006  (typer reads it)
     seed: Annotated[int, typer.Option(min=0, help="Of the split into halves.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -91,6 +95,7 @@ def command(
             batch=batch,
             seconds=seconds,
             compiled=compiled,
+            runner="auto" if runner == ["auto"] else runner,
             seed=seed,
             command=shlex.join(["saccade", *sys.argv[1:]]),
             progress=progress,

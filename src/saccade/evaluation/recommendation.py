@@ -10,6 +10,7 @@ from saccade.evaluation.accuracy import ITSELF, paired
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.options import Measured, Search
 from saccade.evaluation.stats import Interval, paired_difference
+from saccade.runners.runner import FP32
 from saccade.terminal.results import counted
 
 
@@ -35,12 +36,23 @@ def conclude(search: Search) -> Recommendation:
         return Recommendation(fastest, lines + _alone(fastest, dense, search), met=False)
     chosen, reason = choose(fit, search)
     lines = [_answer(chosen, fit, dense, search)]
+    lines += _parts(chosen, search)
     lines += _alone(chosen, dense, search)
     lines += [reason] if reason else []
     lines += _rival(chosen, fit, search.evaluator)
     lines += _contradiction(chosen, serious, search)
     lines += _random_baseline(chosen, search)
     return Recommendation(chosen, lines, met=True)
+
+
+def _parts(chosen: Measured, search: Search) -> list[str]:
+    """Which part of a gain is the runner's, and which the setting's."""
+    option = chosen.option
+    same = [m for m in search.measured if m.option.candidate.setting == "dense" and m.option.runner == option.runner]
+    if option.candidate.setting == "dense" or option.runner == FP32 or not same:
+        return []
+    total, own = chosen.speed.speedup, same[0].speed.speedup
+    return [f"Of its {total:.2f}×, {own:.2f}× is the runner's ({option.runner}), {total / own:.2f}× the setting's."]
 
 
 def by_importance(search: Search) -> list[Measured]:

@@ -17,6 +17,7 @@ from saccade.data import ImageSet
 from saccade.evaluation.allowance import Allowance, Clock
 from saccade.evaluation.candidates import Target
 from saccade.evaluation.circumstances import RUN, circumstances, csv_text, model_name, run_name
+from saccade.evaluation.export import export_chosen
 from saccade.evaluation.options import Measured, Search
 from saccade.evaluation.recommendation import Recommendation, conclude
 from saccade.evaluation.tune import search
@@ -153,6 +154,8 @@ def tune(
     batch = found.measured[0].speed.batch
     chosen = model.deploy(replace(option.runner, batch=batch)).at(option.candidate.setting).eval()
     lines = [*recommendation.lines, *(_run_it(folder) if found.evaluator is not None else [])]
+    if found.evaluator is not None:
+        lines += export_chosen(chosen, option.runner, folder, found.evaluator.images, found.report_places)
     if assumed:
         lines.append(f"Assumed, as nothing was asked for: {aim}; batches of {batch} images (--batch).")
     left_out = [f"`{name}` is left out: {reason}" for name, reason in found.failed.items()]

@@ -19,14 +19,14 @@ from saccade.evaluation.recommendation import by_importance
 from saccade.evaluation.speed import ALWAYS, Speed, time_all, time_together
 from saccade.evaluation.successive_halving import front, shuffled_halves, successive_halving
 from saccade.model import AdaptiveViT
-from saccade.runners.runner import FP32, Runner
+from saccade.runners.runner import FP32, QUANTISED, Runner
 from saccade.terminal.progress import Bar, Progress
 from saccade.terminal.results import counted
 
 SURVIVORS = 14  # reductions that are timed and reported
 
 
-HALVED = 8  # of them also in the smaller number type, where that is faster
+HALVED = 8  # of them also in the fastest other way to run
 
 
 PROBE = 16  # images by which the costs are estimated
@@ -69,7 +69,7 @@ class SearchRun:
         speeds = self.time([Option(c) for c in priced.candidates], seconds)
         return Search(self.target, [Measured(o, s) for o, s in speeds.items()], failed=self.failed)
 
-    def run(self, places: Sequence[int], seconds: float, compiled: bool, seed: int) -> Search:
+    def run(self, places: Sequence[int], seconds: float, runners: Sequence[Runner], seed: int) -> Search:
         """All of it, on the images at these places."""
         evaluator, say = self.evaluator, self.progress.say
         costs = self._costs(places)
@@ -82,7 +82,7 @@ class SearchRun:
             images=len(places),
             batch=self.batch,
             survivors=SURVIVORS,
-            runners=HALVED + 1 + 2 * compiled,
+            runners=HALVED + len(runners),
             timing=seconds,
             ratio=ratio,
         )
@@ -99,7 +99,7 @@ class SearchRun:
 
         selected = self._race(sizes.candidates, select, sizes.survivors)
         dense = next(iter(selected))
-        options = [*selected, *self._ways(dense, selected, sizes.survivors, compiled)]
+        options = [*selected, *self._ways(dense, selected, sizes.survivors, runners)]
         speeds = self.time(self._by_promise(options, selected), sizes.timing, self._until(0.8))
         chosen_by = {dense: selected[dense]}
         for option in speeds:
@@ -148,7 +148,8 @@ class SearchRun:
 
     def predict(self, option: Option, indices: Sequence[int]) -> Predictions:
         """Predictions of an option on images, from the cache where they are there."""
-        runner = Runner(option.runner.dtype)  # compiled or not, the number type decides; ``speed`` compares the two
+        runner = option.runner  # compiled or not, the number type decides; ``speed`` compares the two
+        runner = runner if runner.dtype == QUANTISED else Runner(runner.dtype)
         same = option.candidate.setting == "dense" and runner == FP32
         view = self.evaluator.dense if same else self._base(runner).at(option.candidate.setting).eval()
         if self.bar is not None:
@@ -227,19 +228,29 @@ class SearchRun:
         self.evaluator.need(selected[dense], dense.name)
         return {o: paired(p, selected[dense])[0] for o, p in selected.items()}
 
-    def _ways(self, dense: Option, selected: dict[Option, Predictions], survivors: int, compiled: bool) -> list[Option]:
-        """Other ways to run: the dense model in each, and the best of each cost in bf16 where that pays."""
-        runners = [Runner("bf16"), *([Runner("fp32", "compile"), Runner("bf16", "compile")] if compiled else [])]
+    def _ways(
+        self, dense: Option, selected: dict[Option, Predictions], survivors: int, runners: Sequence[Runner]
+    ) -> list[Option]:
+        """Other ways to run: the dense model in each, and the best of each cost in the fastest of them, but for those
+        of ``torch.compile``, where that is faster than fp32 eager and there is time to start it."""
         ways = [Option(dense.candidate, runner) for runner in runners]
-        probe = {o.name: self._base(o.runner).at("dense").eval() for o in (dense, ways[0])}
-        timing = time_all(probe, self.batch, 0.0, self.progress, clock=self.allowance.clock, least=3)
+        quick, clock = [o for o in ways if not o.runner.compiled], self.allowance.clock
+        probe = {o.name: self._base(o.runner).at("dense").eval() for o in (dense, *quick)}
+        begun = clock()
+        timing = time_all(probe, self.batch, 0.0, self.progress, clock=clock, least=3)
+        each = (clock() - begun) / len(probe)
         self._leave_out(timing.failed)
-        if timing.failed or timing.rows[1].speedup <= 1:
+        ways = [o for o in ways if o.name not in timing.failed]
+        speedups = {row.setting: row.speedup for row in timing.rows}
+        fastest = max((o for o in quick if o in ways), key=lambda o: speedups[o.name], default=dense)
+        if fastest is dense or speedups[fastest.name] <= 1:
             return ways
+        room = self._until(0.7) / 2 / max(each, 1e-9) if fastest.runner.exported else math.inf
+        most = int(min(HALVED, survivors, room))
         hits = {o: self.evaluator.hits(p).double().mean().item() for o, p in selected.items()}
         best = front({o: (o.candidate.macs, hits[o]) for o in selected if o.candidate.family != "random"}) - {dense}
-        ordered = sorted(best, key=lambda o: -hits[o])[: min(HALVED, survivors)]
-        return ways + [Option(o.candidate, runners[0]) for o in ordered]
+        ordered = sorted(best, key=lambda o: -hits[o])[:most]
+        return ways + [Option(o.candidate, fastest.runner) for o in ordered]
 
     def _by_promise(self, options: list[Option], selected: dict[Option, Predictions]) -> list[Option]:
         """The dense model, its other ways to run, then the best; random baselines last: for where time is short."""

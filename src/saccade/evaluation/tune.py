@@ -7,6 +7,8 @@ by name.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from saccade.data import ImageSet, open_images
@@ -19,9 +21,13 @@ from saccade.evaluation.options import Search
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.search_run import SearchRun
 from saccade.model import AdaptiveViT
+from saccade.runners.engine import check_dtype, engine_of, installed
+from saccade.runners.runner import COMPILE, FP32, Runner
 from saccade.terminal.progress import Progress
 
 COMPILE_MINUTES = 6.0  # of time without which nothing is compiled: that takes a minute each
+EXPORT_MINUTES = 3.0  # without which nothing is exported
+AUTO = "auto"
 
 
 def search(
@@ -35,6 +41,7 @@ def search(
     batch: int = 8,
     seconds: float = 30.0,
     compiled: bool = True,
+    runner: str | Sequence[str | Runner] = AUTO,
     seed: int = 0,
     allowance: Allowance | None = None,
     progress: Progress | None = None,
@@ -47,7 +54,9 @@ def search(
         limit: at most so many images, spread evenly over the set; half select, half report.
         batch: images at once, for timing.
         seconds: of interleaved timing.
-        compiled: also time the dense model under ``torch.compile``.
+        compiled: also time the dense model under ``torch.compile``; False, with "auto": PyTorch eager alone.
+        runner: ways to run beside fp32 eager: "auto" for bf16, ``torch.compile`` and the engines that are installed, as
+            far as there is time; or their names, like ["bf16", "onnx", "openvino bf16"].
         allowance: the time that all of this may take; None: what it needs.
 
     Raises:
@@ -66,6 +75,20 @@ def search(
         raise UserError(
             f"{len(places)} images in {images.path}: tune needs {LEAST_IMAGES} or more to choose and report"
         )
-    compiled = compiled and not (allowance.limited and allowance.seconds < 60 * COMPILE_MINUTES)
+    runners = _runners(runner, compiled, allowance)
     store = Cache.of(cache, evaluator) if cache else None
-    return SearchRun(model, target, evaluator, batch, store, allowance, progress).run(places, seconds, compiled, seed)
+    return SearchRun(model, target, evaluator, batch, store, allowance, progress).run(places, seconds, runners, seed)
+
+
+def _runners(named: str | Sequence[str | Runner], compiled: bool, allowance: Allowance) -> list[Runner]:
+    """Ways to run beside fp32 eager. Raises UserError for one that is not there."""
+    if named != AUTO:
+        chosen = [Runner.of(name) for name in ([named] if isinstance(named, str) else named)]
+        for runner in chosen:
+            if runner.exported:
+                check_dtype(engine_of(runner.engine), runner.engine, runner.dtype)
+        return [runner for runner in dict.fromkeys(chosen) if runner != FP32]
+    found, minutes = [Runner("bf16")], allowance.seconds / 60 if allowance.limited else math.inf
+    if compiled and minutes >= COMPILE_MINUTES:
+        found += [Runner("fp32", COMPILE), Runner("bf16", COMPILE)]
+    return found + (installed() if compiled and minutes >= EXPORT_MINUTES else [])

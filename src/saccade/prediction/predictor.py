@@ -21,10 +21,11 @@ from torch import Tensor
 from saccade.checkpoint import Source, open_model
 from saccade.core.output import Output
 from saccade.data import ImageError, Preprocess
+from saccade.data.classes import Classes
 from saccade.data.inputs import Input, inputs
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
-from saccade.prediction.predictions import Classes, Details, Prediction, Predictions
+from saccade.prediction.predictions import Details, Prediction, Predictions
 from saccade.runners.artefact import Artefact, is_artefact, open_artefact
 from saccade.runners.runner import EAGER
 

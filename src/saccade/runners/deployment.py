@@ -21,7 +21,7 @@ from saccade.runners.starting import start
 if TYPE_CHECKING:
     from saccade.model import AdaptiveViT
 
-VIEWS = 8  # settings of one model that stay compiled
+VIEWS = 32  # settings of one model that stay compiled, or exported
 
 
 class Deployment:

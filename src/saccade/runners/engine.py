@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.errors import UserError
+from saccade.runners.runner import QUANTISED, Runner
 
 if TYPE_CHECKING:
     from saccade.runners.exported import Exported
@@ -73,6 +74,16 @@ def engine_of(name: str) -> Engine:
     if command := missing(engine):
         raise UserError(f"engine {name!r} is not installed here: {command}")
     return engine
+
+
+def installed() -> list[Runner]:
+    """Engines that are installed here, in every number type but quantised ones; none that has to compile first."""
+    found = []
+    for name in ("onnx", "openvino"):
+        engine: Engine = import_module(f"saccade.runners.engines.{name}")  # type: ignore[assignment]
+        if missing(engine) is None:
+            found += [Runner(dtype, name) for dtype in engine.dtypes() if dtype != QUANTISED]
+    return found
 
 
 def check_dtype(engine: Engine, name: str, dtype: str) -> None:

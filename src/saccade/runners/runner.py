@@ -61,6 +61,9 @@ class Runner:
             engines, dtypes = ([w for w in words if (w in ENGINES) == named] for named in (True, False))
             if len(dtypes) > 1 or len(engines) > 1:
                 raise UserError(f"runner {given[:40]!r} is not like 'bf16', 'bf16 compiled', 'openvino' or 'eager'")
+            if unknown := [w for w in dtypes if w not in (*DTYPES, QUANTISED)]:
+                known = f"a number type ({', '.join(DTYPES)}, {QUANTISED}) nor an engine ({', '.join(ENGINES)})"
+                raise UserError(f"runner {given[:40]!r}: {unknown[0][:40]!r} is neither {known}")
             return cls((dtypes or ["fp32"])[0], (engines or [EAGER])[0])
         if isinstance(given, Mapping) and given.keys() <= {"dtype", "engine", "compiled", "batch"}:
             fields = {**given, "engine": given.get("engine") or (COMPILE if compiled(given) else EAGER)}

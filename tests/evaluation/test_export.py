@@ -16,7 +16,7 @@ from PIL import Image
 import saccade
 from saccade.data import Preprocess
 from saccade.errors import UserError
-from saccade.prediction import export as exporting
+from saccade.evaluation import export as exporting
 from saccade.runners import artefact
 from saccade.runners.artefact import KEY, open_artefact
 

@@ -16,17 +16,18 @@ from saccade.backbones.plan_builder import with_tokenizer
 from saccade.checkpoint import Source, open_model
 from saccade.core.plan import Reducer
 from saccade.data import ImageSet, Loader, Preprocess, head_labels, open_images
+from saccade.data.classes import Classes
 from saccade.data.scenes import scenes
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
 from saccade.model import AdaptiveViT
-from saccade.prediction.predictions import Classes
 from saccade.runners.artefact import (
     Artefact,
     ExportConfig,
     check_free,
     compared,
     folder_made,
+    is_artefact,
     open_artefact,
     write_config,
 )
@@ -35,7 +36,7 @@ from saccade.runners.exported import IMAGES, Exported
 from saccade.runners.predict_script import script
 from saccade.runners.runner import Runner
 from saccade.setting import Setting
-from saccade.storage.files import write_text
+from saccade.storage.files import discard, write_text
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result
 from saccade.terminal.text_table import Column, Table
@@ -44,6 +45,7 @@ LEAST = 0.995  # share of images with the same best class; of encoders, mean cos
 DRAWN = 64  # scenes, where no images are given
 BATCH = 8
 REPORT = "parity.md"
+EXPORT = "export"  # folder of what a search chose, where an engine runs it
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def export(
     size: int | None = None,
     data: str | os.PathLike | ImageSet | None = None,
     limit: int = 300,
+    places: Sequence[int] | None = None,
     provenance: bool = False,
     least: float = LEAST,
     weights: str | os.PathLike | None = None,
@@ -117,7 +120,7 @@ def export(
         settings: the model's own by default; of several, each has a folder in ``out``, called like it.
         batch: images of every call; None: any number.
         size: pixels of a side, where the setting does not say.
-        data: images to compare on; None: drawn scenes.
+        data: images to compare on, at most ``limit``, or those at these ``places``; None: drawn scenes.
         provenance: outputs "owner" and "tokens" too.
         least: the agreement below which nothing is written: of an encoder the cosine. It is recorded.
 
@@ -140,7 +143,7 @@ def export(
         raise UserError(f"two of the settings {list(folders)} would have the same folder: export them one by one")
     for folder in folders.values():
         check_free(folder)
-    images = _Images(data, limit)
+    images = _Images(data, limit, places)
     rows = []
     advance = (progress or Progress()).start("exporting", len(views))
     for name, view in views.items():
@@ -154,14 +157,34 @@ def export(
     return made
 
 
+def export_chosen(
+    model: AdaptiveViT, runner: Runner, folder: Path, images: ImageSet, places: Sequence[int]
+) -> list[str]:
+    """What a search chose for an engine, exported into its folder; what there is of it to say."""
+    place = folder / EXPORT
+    if is_artefact(place):
+        discard(place)  # of an earlier choice
+    if not runner.exported:
+        return []
+    try:
+        (row,) = export(model, place, runner=runner, data=images, places=places).rows
+    except UserError as error:
+        return [f"It is not exported: {error}"]
+    same = f"{row.cosine:.4f} cosine" if row.agreement is None else f"{row.agreement:.2%} agreement"
+    return [
+        f"Exported: `{place.as_posix()}` runs without Saccade (`python predict.py photo.jpg`), {same} with the "
+        f"original on {row.images} images."
+    ]
+
+
 class _Images:
     """The images that artefacts are compared on, and what their classes are."""
 
-    def __init__(self, data: str | os.PathLike | ImageSet | None, limit: int) -> None:
+    def __init__(self, data: str | os.PathLike | ImageSet | None, limit: int, places: Sequence[int] | None) -> None:
         self.set = scenes() if data is None else data if isinstance(data, ImageSet) else open_images(os.fspath(data))
         self.source = f"{DRAWN} drawn scenes" if data is None else Path(str(self.set.path)).name
         self.labelled = data is not None and self.set.labels is not None
-        self.places = spread(len(self.set), DRAWN if data is None else limit)
+        self.places = spread(len(self.set), DRAWN if data is None else limit) if places is None else list(places)
 
     def batches(self, preprocess: Preprocess) -> Iterator[tuple[Tensor, list[int]]]:
         """Normalised images and their places; those that cannot be read are left out."""
