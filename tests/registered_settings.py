@@ -49,6 +49,7 @@ HARD = {
     "depth": ["depth(3, head='own')", "depth(1)"],
     "algm": ["algm(0.5, 0, local_at=3)", "algm(1, 0.5, merge_at=0)"],
     "kth": ["kth(3, at=[0, 2], merge=True)", "kth(100, at=1)"],
+    "cut": ["cut(30, at=[0, 2], site='block')", "cut([40, 12, 1], at=[0, 1, 3])", "cut(10)"],
     "tokenlearner": ["tokenlearner(6, at=1, version='1.0')", "tokenlearner(1, at=3)", "tokenlearner(8, at=2)"],
     "patchmerger": ["patchmerger(1, at=3)", "patchmerger(20, at=0, scale=0.07)", "patchmerger(12, at=1)"],
     "radial": ["radial(0.5, at=0)", "radial(0.02, at=[1, 3], norm='linf')", "radial(0.4, norm='l1')"],

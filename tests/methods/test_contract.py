@@ -27,6 +27,7 @@ from saccade.checkpoint import load
 from saccade.core.plan import Gater, Method, Plan, Reducer
 from saccade.core.reduction import Reduction, SoftReduction, reduce
 from saccade.core.registry import registry
+from saccade.core.slicing import First
 from saccade.execution.loop import encode
 from saccade.model import AdaptiveViT
 from saccade.setting import Setting
@@ -43,6 +44,7 @@ OFF = {
     "depth": ["depth()", "depth(4)"],
     "algm": ["algm(0, 0)"],
     "kth": ["kth(1)", "kth(at=[])"],
+    "cut": ["cut(64)", "cut([64, 100], at=[0, 2], site='block')", "cut(at=[])"],
     "tokenlearner": ["tokenlearner(64)"],
     "patchmerger": ["patchmerger(64)"],
     "radial": ["radial(1)", "radial(at=[])"],
@@ -192,7 +194,7 @@ def test_every_cell_is_owned_once_and_the_prefix_is_untouched(vit, images, reduc
                 total, expected = (sizes(t, only_valid=ragged).sum(1) for t in (after, before))
                 assert torch.allclose(total, expected), "a merge that drops nothing loses nothing"
         else:
-            assert reduction is None or isinstance(reduction, SoftReduction)
+            assert reduction is None or isinstance(reduction, (SoftReduction, First))
     for block in trace.blocks:
         assert block.owner.shape == (len(images), cells)
         assert int(block.owner.min()) >= -1 and int(block.owner.max()) < block.static_counts[1] - tokens.num_prefix

@@ -22,6 +22,7 @@ STRONG = {
     "depth": "depth(2)",
     "diffrate": "diffrate(2, 2)",
     "dpc_knn": "dpc_knn(0.5, at=[0, 1, 2])",
+    "cut": "cut([5, 3], at=[0, 1])",
     "dynamicvit": "dynamicvit(0.5, threshold=0.95, at=[0, 1, 2])",
     "evit": "evit(0.4, fuse=True, at=[0, 1, 2])",
     "grid": "grid(12)",

@@ -18,6 +18,7 @@ from saccade.core.gates import Gates
 from saccade.core.groups import gates_by_group, groups, is_ragged, joined
 from saccade.core.packing import padded
 from saccade.core.reduction import Reduction, SoftReduction, hide, reduce
+from saccade.core.slicing import First
 from saccade.core.tokens import READINGS, Tokens
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Reducer(nn.Module):
         """Multiply-accumulates of deciding (and of mixing, for a soft reduction) among n patch tokens."""
         return 0
 
-    def forward(self, tokens: Tokens) -> Reduction | SoftReduction | None:
+    def forward(self, tokens: Tokens) -> Reduction | SoftReduction | First | None:
         raise NotImplementedError
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from saccade.core.constant_cache import constant
 from saccade.core.lazy import changed, unread
 from saccade.core.provenance import Moved, follow
+from saccade.core.slicing import First
 from saccade.core.tokens import DROPPED, NO_STATS, AttentionStats, Hidden, Tokens
 
 
@@ -64,17 +65,21 @@ class SoftReduction:
     onto: Tokens | None = None  #      … to which a later mixture, of one row for each of them, is added
 
 
-def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | None) -> Tokens:
+def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | First | None) -> Tokens:
     """Carry a reduction out on everything a token has: features, readings, size, validity, owner."""
     if reduction is None:
         return tokens
-    noted = _noted(tokens, reduction)
-    reduced = _mix(noted, reduction) if isinstance(reduction, SoftReduction) else _move(noted, reduction)
+    reduced = reduction.of(tokens) if isinstance(reduction, First) else _carried_out(tokens, reduction)
     if (left := tokens.state.get(DROPPED)) is None:
         return reduced
     newly_dropped = (reduced.owner < 0) & (tokens.owner >= 0)
     left = torch.where(newly_dropped.unsqueeze(-1), tokens.cell_features(), left)
     return changed(reduced, state={**reduced.state, DROPPED: left})
+
+
+def _carried_out(tokens: Tokens, reduction: Reduction | SoftReduction) -> Tokens:
+    noted = _noted(tokens, reduction)
+    return _mix(noted, reduction) if isinstance(reduction, SoftReduction) else _move(noted, reduction)
 
 
 def hide(tokens: Tokens, r: Reduction) -> Tokens:
