@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from saccade.runners.starting import start
 if TYPE_CHECKING:
     from saccade.model import AdaptiveViT
 
-VIEWS = 32  # settings of one model that stay compiled, or exported
+VIEWS = 32  # settings of one model that stay compiled, or exported, though no view of theirs is left
 
 
 class Deployment:
@@ -50,6 +51,7 @@ class Deployment:
         self._watch: Watch | None = None
         self._copy: AdaptiveViT | None = None
         self._views: dict[str, tuple[AdaptiveViT, Way]] = {}
+        self._held: WeakKeyDictionary[AdaptiveViT, tuple[AdaptiveViT, Way]] = WeakKeyDictionary()
 
     def run(self, model: AdaptiveViT, images: Tensor) -> Output:
         """images [B, C, h, w], fp32 -> what the model gives, logits in fp32."""
@@ -70,17 +72,22 @@ class Deployment:
         with self._lock:
             if self._copy is None or self._watch is None or self._watch.changed():
                 self._views.clear()
+                self._held.clear()
                 with torch.inference_mode(False), torch.no_grad():  # what is made here serves other modes too
                     made = self.runner.model(model)
                     self._copy = made if made.vit is model.vit else made.requires_grad_(False).eval()
                 self._watch = Watch(model)
+            held = self._held.get(model)  # of a living view, so that many settings may take turns
+            if held is not None and held[0].setting == model.setting:
+                return held
             if name not in self._views:
                 with torch.inference_mode(False):
                     view = self._copy.at(name)
                 self._views[name] = view, Way(view, self.runner)
                 for oldest in list(self._views)[:-VIEWS]:
                     del self._views[oldest]
-            return self._views[name]
+            found = self._held[model] = self._views[name]
+            return found
 
     def _by_engine(self, way: Way, view: AdaptiveViT, images: Tensor, n: int) -> Tensor | None:
         """Batches of n by the engine, what is left over operator by operator; None where the engine does not work."""
