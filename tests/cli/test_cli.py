@@ -153,6 +153,31 @@ def test_bench(run):
     assert "dense" in out and "1.00×" in out and "bf16" in out
 
 
+def test_bench_in_several_runners_beside_the_ideal(run):
+    arguments = [
+        "bench",
+        "model",
+        "-s",
+        "evit(0.5)",
+        "--batch",
+        2,
+        "--seconds",
+        0,
+        "--runner",
+        "eager",
+        "--runner",
+        "bf16",
+    ]
+    code, out, _ = run(*arguments, "--ideal", "--json")
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [(r["setting"], r["runner"]) for r in rows] == [
+        ("dense", "fp32"), ("evit(0.5)", "fp32"), ("dense", "bf16"), ("evit(0.5)", "bf16"),
+    ]  # fmt: skip
+    assert [r["kept"] is not None for r in rows] == [False, True, False, True]
+    assert rows[1]["ideal"].startswith("cut(")
+
+
 def test_bench_needs_no_weights(run):
     code, out, _ = run("bench", "vit_tiny_patch16_224", "--batch", 1, "--seconds", 0, "--json")
     assert (code, len(json.loads(out)["rows"])) == (0, 1)
@@ -305,6 +330,10 @@ VIT = "vit_tiny_patch16_224"
         ("bench model -s evit(at=7)", "block 7 is not one of 0 … 2"),
         ("bench model --batch 1 0", "batch sizes [1, 0]"),
         ("bench model --dtype int4", "dtype 'int4' is not one of"),
+        ("bench model --runner int4", "'int4' is neither a number type"),
+        ("bench model --runner int8", "dtype 'int8' is not one of fp32"),
+        ("bench model --runner eager --dtype bf16", "--dtype bf16 beside --runner 'eager'"),
+        ("bench model --runner eager --compile", "--compile beside --runner 'eager'"),
         ("bench model --seconds -1", "--seconds"),
         ("bench model --device gpu0", "device 'gpu0' is not usable here"),
         ("bench model --device meta", "device 'meta' is not usable here"),

@@ -17,7 +17,7 @@ from data_helpers import write_folder
 from html_page import Page
 from oracles import make_vit
 from saccade.errors import UserError
-from saccade.evaluation import accuracy, speed, sweep
+from saccade.evaluation import accuracy, interleaved, sweep
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.sweep import evaluate, expanded, trained_for
 from saccade.evaluation.sweep_result import SweepRow
@@ -124,7 +124,7 @@ def test_a_range_is_timed_unless_told_otherwise(model, photos, asked, settings, 
 
 def test_speed_is_measured_beside_dense_at_the_batch_and_size_of_the_setting(model, photos, asked, monkeypatch):
     shapes: dict[str, set[tuple[int, ...]]] = {}
-    timed = speed._timed
+    timed = interleaved._timed
 
     def watched(way, images, clock):
         def seen(images):
@@ -134,7 +134,7 @@ def test_speed_is_measured_beside_dense_at_the_batch_and_size_of_the_setting(mod
 
         return timed(seen, images, clock)
 
-    monkeypatch.setattr(speed, "_timed", watched)
+    monkeypatch.setattr(interleaved, "_timed", watched)
     rows, _ = evaluate(model, photos, "grid(16, size=32..64)", limit=3, batch=5)
     assert shapes == {
         "32": {(5, 3, 32, 32)},

@@ -14,8 +14,7 @@ from data_helpers import write_folder
 from saccade.data import open_images
 from saccade.errors import UserError
 from saccade.evaluation import candidates as candidates_module
-from saccade.evaluation import search_run
-from saccade.evaluation import speed as speed_module
+from saccade.evaluation import interleaved, search_run
 from saccade.evaluation.allowance import Allowance, Costs, plan
 from saccade.evaluation.candidates import Candidate
 from saccade.evaluation.evaluator import Evaluator
@@ -69,14 +68,14 @@ def predicting(patch: pytest.MonkeyPatch, error: BaseException) -> None:
 
 
 def timing(patch: pytest.MonkeyPatch, error: BaseException) -> None:
-    real = speed_module._warm
+    real = interleaved._warm
 
     def warm(way, view, images):
         if "evit" in str(view.setting):
             raise error
         return real(way, view, images)
 
-    patch.setattr(speed_module, "_warm", warm)
+    patch.setattr(interleaved, "_warm", warm)
 
 
 ERRORS = [IndexError("max(): dim 2 is empty\nmore"), RuntimeError("no"), UserError("no")]

@@ -26,7 +26,23 @@ def command(
     model: Model,
     setting: Settings = [],  # noqa: B006  (typer reads it)
     batch: Annotated[list[int], typer.Option(help="Images at once; several: --batch 1 8 32.")] = [1, 8, 32],  # noqa: B006
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for dense too.")] = "fp32",
+    runner: Annotated[
+        list[str],
+        typer.Option(
+            help="Engine and number type: eager, compile, aoti, onnx, openvino, 'openvino bf16'; repeatable, then all "
+            "run interleaved and speed-ups are over dense in the first."
+        ),
+    ] = [],  # noqa: B006
+    ideal: Annotated[
+        bool,
+        typer.Option(
+            "--ideal",
+            help="Time the same token counts by plain slicing too: kept, its time ÷ time, says what deciding costs.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32 (the default), bf16 or fp16, for dense too: a runner's short form.")
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Under torch.compile, dense too.")] = False,
     autotuned: Annotated[bool, typer.Option("--autotuned", help="By the table that `saccade autotune` wrote.")] = False,
     seconds: Annotated[float, typer.Option(min=0, help="Of timed runs for each batch size; at least 7 runs.")] = 10.0,
@@ -40,24 +56,28 @@ def command(
 
     A setting may hold ranges, a..b or a..b..step: one row for each value.
 
-    Example: saccade bench deit_small_patch16_224 -s "evit(0.7)" --batch 1 8 32 --dtype bf16
+    Example: saccade bench deit_small_patch16_224 -s "evit(0.7)" --runner eager --runner "openvino bf16" --ideal
     """
     import torch
 
+    from saccade.errors import UserError
     from saccade.evaluation.speed import bench
     from saccade.evaluation.sweep import expanded
     from saccade.execution.policy import Execution
     from saccade.runners.runner import Runner
     from saccade.terminal.progress import Progress
 
+    if runner and (compile or dtype is not None):
+        short = "--compile" if compile else f"--dtype {dtype}"
+        raise UserError(f"{short} beside --runner {runner[0]!r}: write it into the runner, like --runner 'onnx bf16'")
+    runners = [*map(Runner.of, runner)] or [Runner(dtype or "fp32", "compile" if compile else "eager")]
     vit = open_model(model, weights, pretrained, device, threads, trained=False)
-    runner = Runner(dtype, "compile" if compile else "eager")
     if autotuned:
         vit.execution = Execution.from_cache()
     with Progress(shown=True) as progress:
         asked = [name for text in setting for name in expanded(vit, text)]
         settings = list(dict.fromkeys([str(vit.setting), *asked]))
-        speeds = bench(vit, settings, batch=batch, runner=runner, seconds=seconds, progress=progress)
+        speeds = bench(vit, settings, batch=batch, runner=runners, ideal=ideal, seconds=seconds, progress=progress)
     place = str(next(vit.parameters()).device)
     if json:
         facts = {"device": place, "threads": torch.get_num_threads(), "torch": torch.__version__}

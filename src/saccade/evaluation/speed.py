@@ -5,34 +5,30 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saccade.checkpoint import Source, open_model
 from saccade.errors import UserError
-from saccade.evaluation.failures import described, is_systems
-from saccade.evaluation.memory import peak_memory
+from saccade.evaluation.ideal import decides, ideal_of
+from saccade.evaluation.interleaved import ALWAYS, LEAST_RUNS, Clock, Timed, interleaved
 from saccade.model import AdaptiveViT
-from saccade.runners.allocator import steady_allocator
-from saccade.runners.deployment import eager, engine_failure
-from saccade.runners.runner import EAGER, FP32, Runner
+from saccade.runners.engine import engine_for
+from saccade.runners.runner import FP32, Runner
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result
 from saccade.terminal.text_table import Table
 
-LEAST_RUNS, MOST_RUNS = 7, 500
-FEW_RUNS, ALWAYS, WARMING = 3, 4, 0.5  # where time is short: runs, models, and the share of it for what comes before
-AGREE = 0.1  # of the largest logit: how far compiled logits may be from those of the same number type, not compiled
+__all__ = ["ALWAYS", "LEAST_RUNS", "Speed", "Speeds", "Timing", "bench", "time_all", "time_together"]
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One row of ``bench``: a setting at a batch size, against the first model of the same interleaved run."""
+    """One row of ``bench``: a setting in a runner at a batch size, against others of the same interleaved run."""
 
     setting: str
     runner: str
@@ -41,17 +37,20 @@ class Speed:
     p50_ms: float  #      a batch
     p90_ms: float
     p99_ms: float
-    speedup: float  #     dense's ÷ this one's median time
-    speedup_low: float  # quartiles of dense's ÷ this one's time, run by run: how steady the machine was
+    speedup: float  #     median time of the first model (dense, in the first runner) ÷ this one's
+    speedup_low: float  # quartiles of the same, run by run: how steady the machine was
     speedup_high: float
     mac_ratio: float  #   executed MACs of dense ÷ of this
-    conversion: float  #  speed-up ÷ MAC ratio
+    conversion: float  #  speed-up over dense in the same runner ÷ MAC ratio
     gmacs: float
     tokens: float  #      mean in the MLP of a block
-    memory_mb: float  # peak of live tensors in a forward, without the weights
-    kernels: str  #       attention paths that ran
+    memory_mb: float | None  # peak of live tensors in a forward, without the weights; None: an engine's own
+    kernels: str  #       attention paths that ran; empty: an engine's own
     runs: int
     finite: bool = True  # False: its logits hold NaN or infinity, and what was timed is of no use
+    kept: float | None = None  # median time of its ideal, in the same runner, ÷ this one's; None: not measured
+    ideal: str = ""  #    the ideal, as a setting: the same token counts by slicing
+    no_ideal: str = ""  # why there is none, where one was asked for
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -59,8 +58,8 @@ class Speed:
 
     @property
     def worth_it(self) -> bool:
-        """False where the setting saves MACs and no time."""
-        return self.speedup >= 1.0 or self.mac_ratio <= 1.01
+        """False where the setting saves MACs and no time, against dense in the same runner."""
+        return self.conversion * self.mac_ratio >= 1.0 - 1e-9 or self.mac_ratio <= 1.01
 
     @property
     def verdict(self) -> str:
@@ -68,10 +67,6 @@ class Speed:
         if not self.finite:
             return "NaN or infinity"
         return "" if self.worth_it else "not worth it"
-
-
-Way = Callable[[Tensor], Tensor]  # images -> logits
-Clock = Callable[[], float]  # seconds
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ class Timing:
 
 
 class Speeds(Result, list[Speed]):
-    """What ``bench`` gives: a list of rows, dense first, for each batch size."""
+    """What ``bench`` gives: a list of rows, dense first, for each batch size and runner."""
 
     @property
     def rows(self) -> list[Speed]:
@@ -92,27 +87,40 @@ class Speeds(Result, list[Speed]):
 
     def table(self) -> Table:
         """Columns by importance; what saves MACs and no time is said to be not worth it."""
+        several = len({s.runner for s in self}) > 1
         cells = [
             [
                 s.setting,
+                s.runner if several else "",
                 str(s.batch),
                 f"{s.images_per_s:.1f}",
                 f"{s.speedup:.2f}×",
+                "" if s.kept is None else f"{s.kept:.2f}",
                 f"{s.mac_ratio:.2f}×",
                 f"{s.conversion:.2f}",
                 s.verdict,
                 f"{s.p50_ms:.1f} / {s.p90_ms:.1f} / {s.p99_ms:.1f}",
-                f"{s.memory_mb:.0f}",
+                "" if s.memory_mb is None else f"{s.memory_mb:.0f}",
                 s.kernels,
             ]
             for s in self
         ]
-        columns = ["setting", "batch", "images/s", "speed-up", "MAC ratio", "conversion", "verdict"]
-        runs, runner = (min(s.runs for s in self), self[0].runner) if self else (0, "")
-        caption = f"{runner}, {torch.get_num_threads()} threads; medians of {runs} or more interleaved runs."
-        if broken := list(dict.fromkeys(s.setting for s in self if not s.finite)):
-            caption += f" The logits of {', '.join(broken)} hold NaN or infinity in {runner}: of no use as it is."
-        return Table("Speed", [*columns, "ms p50 / p90 / p99", "MB", "attention"], cells, caption)
+        columns = ["setting", "runner", "batch", "images/s", "speed-up", "kept", "MAC ratio", "conversion", "verdict"]
+        return Table("Speed", [*columns, "ms p50 / p90 / p99", "MB", "attention"], cells, self._caption())
+
+    def _caption(self) -> str:
+        runs, runners = min((s.runs for s in self), default=0), list(dict.fromkeys(s.runner for s in self))
+        said = [f"{', '.join(runners)}, {torch.get_num_threads()} threads; medians of {runs} or more interleaved runs."]
+        if len(runners) > 1:
+            said.append(f"Speed-up: over dense in {runners[0]}; conversion: over dense in the same runner ÷ MAC ratio.")
+        if any(s.ideal for s in self):
+            said.append("Kept: time of the same token counts by slicing ÷ time; the rest is what deciding costs.")
+        said += dict.fromkeys(f"{s.no_ideal}." for s in self if s.no_ideal)
+        for runner in runners:
+            broken = list(dict.fromkeys(s.setting for s in self if s.runner == runner and not s.finite))
+            if broken:
+                said.append(f"The logits of {', '.join(broken)} hold NaN or infinity in {runner}: of no use as it is.")
+        return " ".join(said)
 
 
 def bench(
@@ -123,7 +131,8 @@ def bench(
     pretrained: bool = False,
     device: str | None = None,
     batch: Sequence[int] = (1, 8, 32),
-    runner: Runner = FP32,
+    runner: Runner | str | Sequence[Runner | str] = FP32,
+    ideal: bool = False,
     seconds: float = 10.0,
     progress: Progress | None = None,
 ) -> Speeds:
@@ -134,20 +143,70 @@ def bench(
     Args:
         model: a model, a folder, or a timm name, with or without ``weights`` or ``pretrained``; ``device`` as in
             ``saccade.checkpoint.open_model``.
+        runner: one or several, as in ``"bf16"`` or ``["eager", "openvino bf16"]``, all in the same interleaved run;
+            speed-ups are over dense in the first, and conversion over dense in the same.
+        ideal: also time the *ideal* of each setting whose counts are static, its token counts by slicing
+            (``evaluation/ideal.py``): ``Speed.kept`` is ideal time ÷ time, and ``Speed.no_ideal`` why there is none.
         seconds: of timed runs for each batch size, all settings together; never fewer than 7 runs of each.
         progress: where to show it; None: nowhere.
 
     Raises:
-        UserError: bad setting, batch below 1, unknown dtype.
+        UserError: bad setting, batch below 1, unknown runner, an engine that is not installed (with the line that
+            installs it), that does not compute in this number type here, or has no form for a setting.
     """
     if any(b < 1 for b in batch):
         raise UserError(f"batch sizes {list(batch)}: each must be 1 or more")
+    runners = _runners(runner)
     model = open_model(model, weights, pretrained, device, trained=False)
+    for one in runners:
+        _require(one, next(model.parameters()).device)
     model = FP32.model(model)
-    names = ["dense", *(s for s in map(str, settings) if s not in ("", "dense"))]
-    base = model.deploy(runner)
-    entries = {name: base.at(name).eval() for name in dict.fromkeys(names)}
-    return Speeds([row for size in batch for row in time_together(entries, size, seconds, progress)])
+    names = list(dict.fromkeys(["dense", *(s for s in map(str, settings) if s not in ("", "dense"))]))
+    ideals = {name: _ideal(model.at(name)) if ideal else ("", "") for name in names}
+    timed = dict.fromkeys([*names, *(cut for cut, _ in ideals.values() if cut)])
+    entries: dict[str, AdaptiveViT] = {}
+    key = partial(_key, several=len(runners) > 1)
+    for one in runners:
+        base = model.deploy(one)
+        entries |= {key(name, one): base.at(name).eval() for name in timed}
+    rows = []
+    for size in batch:
+        found, _ = interleaved(entries, size, seconds, progress, strict=True)
+        first = found[key("dense", runners[0])]
+        for one in runners:
+            dense = found[key("dense", one)]
+            for name, (cut, reason) in ideals.items():
+                best = found[key(cut, one)] if cut else None
+                rows.append(_speed(name, size, found[key(name, one)], first, dense, best, ideal=cut, no_ideal=reason))
+    return Speeds(rows)
+
+
+def _runners(given: Runner | str | Sequence[Runner | str]) -> list[Runner]:
+    several = [given] if isinstance(given, (Runner, str)) else given
+    return list(dict.fromkeys(map(Runner.of, several))) or [FP32]
+
+
+def _require(runner: Runner, device: torch.device) -> None:
+    """Raises UserError where a runner's engine is not installed, or does not compute in its number type there."""
+    if not runner.exported:
+        return
+    engine_for(runner)
+    if device.type != "cpu":
+        raise UserError(f"{runner.engine_noun} runs on the processor here, and the model is on {device}: device='cpu'")
+
+
+def _key(setting: str, runner: Runner, several: bool) -> str:
+    return f"{setting} · {runner}" if several else setting
+
+
+def _ideal(model: AdaptiveViT) -> tuple[str, str]:
+    """The ideal of a model's setting, or why there is none; neither where no method works in the blocks."""
+    if not decides(model):
+        return "", ""
+    try:
+        return str(ideal_of(model)), ""
+    except UserError as error:
+        return "", str(error)
 
 
 def time_together(
@@ -179,109 +238,24 @@ def time_all(
         most: seconds that all of this may take; the last models are left out, and fewer runs made, to keep to it.
         strict: the error of any is raised.
     """
-    steady_allocator()
-    advance = (progress or Progress()).start(f"timing, batch {batch}", len(entries) * (least + 1))
-    ways: dict[str, Way] = {}
-    inputs: dict[str, Tensor] = {}
-    times: dict[str, list[float]] = {}
-    facts: dict[str, tuple[float, float, str, float]] = {}
-    broken: set[str] = set()
-    failed: dict[str, str] = {}
-    first, start = next(iter(entries)), clock()
-    for name, model in entries.items():
-        if len(ways) >= ALWAYS and clock() - start > WARMING * most:
-            failed[name] = "not timed, to keep within the time"
-            continue
-        advance(0, what=f"warming up {name}, batch {batch}")
-        size = (batch, model.backbone.channels, *model.input_size())
-        images = torch.randn(size, device=next(model.parameters()).device)
-        try:
-            way = _way(model)
-            if not _warm(way, model, images).isfinite().all():
-                broken.add(name)
-            facts[name] = _facts(eager(model), images)
-        except Exception as error:
-            if strict or name == first or is_systems(error):
-                raise
-            failed[name] = described(error)
-            continue
-        ways[name], inputs[name], times[name] = way, images, []
-        advance(1)
-    order, runs, begun = list(ways), 0, clock()
-
-    def more() -> bool:
-        late = runs >= FEW_RUNS and clock() - start > most
-        return not late and (runs < least or (clock() - begun < seconds and runs < MOST_RUNS))
-
-    while more():
-        for name in order:
-            advance(1 if runs < least else 0, what=f"timing {name}, batch {batch}")
-            times[name].append(_timed(ways[name], inputs[name], clock))
-        order = order[1:] + order[:1]  # no model is always first, or always after the heaviest
-        runs += 1
-    advance.finish()
-    rows = [_speed(name, entries[name].deployed or FP32, batch, times, facts, first) for name in ways]
-    return Timing([replace(row, finite=row.setting not in broken) for row in rows], failed)
+    found, failed = interleaved(entries, batch, seconds, progress, clock=clock, least=least, most=most, strict=strict)
+    first = found[next(iter(entries))]
+    return Timing([_speed(name, batch, own, first, first) for name, own in found.items()], failed)
 
 
-def _way(model: AdaptiveViT) -> Way:
-    return lambda images: _answer(model(images))  # two towers give no logits, but an embedding
-
-
-def _answer(out: Any) -> Tensor:
-    return out.logits if hasattr(out, "logits") else out.embedding
-
-
-def _warm(way: Way, model: AdaptiveViT, images: Tensor) -> Tensor:
-    """Three runs -> logits. Raises UserError where its engine does not work here, or computes something else."""
-    runner = model.deployed or FP32
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # that torch.compile failed is told below
-        logits = [way(images) for _ in range(3)][-1]
-        if reason := engine_failure(model):
-            compiler = "is there a C++ compiler? " if runner.engine in ("compile", "aoti") else ""
-            raise UserError(f"{runner.engine_noun} does not work here ({compiler}{reason}); leave it out")
-        if runner.engine != EAGER:
-            plain = eager(model)(images.to(runner.weights_dtype)).logits.float()
-            far = (plain - logits).abs().max().item()
-            if plain.isfinite().all() and not far <= AGREE * plain.abs().max().item():
-                raise UserError(f"{runner.engine_noun} gives other logits here, {far:.3g} away from PyTorch's")
-    return logits
-
-
-def _timed(way: Way, images: Tensor, clock: Clock) -> float:
-    device = images.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = clock()
-    with torch.inference_mode():
-        way(images)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - start
-
-
-def _facts(model: AdaptiveViT, images: Tensor) -> tuple[float, float, str, float]:
-    """MACs an image, mean tokens, attention paths, and peak memory of one forward."""
-    images = images.to(next(model.parameters()).dtype)
-    with torch.inference_mode():
-        trace = model(images).trace
-        memory = peak_memory(lambda: model(images), images.device)
-    kernels = ", ".join(f"{count}× {name}" for name, count in trace.kernels.items())
-    tokens = trace.tokens()
-    return trace.macs().mean().item(), sum(tokens) / len(tokens), kernels, memory
-
-
-def _speed(name: str, runner: Runner, batch: int, times: dict, facts: dict, dense: str) -> Speed:
-    own, first = (torch.tensor(times[n], dtype=torch.float64) for n in (name, dense))
+def _speed(
+    name: str, batch: int, timed: Timed, first: Timed, dense: Timed, best: Timed | None = None, **more: Any
+) -> Speed:
+    """A row of what was timed, against the first of its run, dense in its runner, and its ideal."""
+    own, base = (torch.tensor(t.seconds, dtype=torch.float64) for t in (timed, first))
     p50, p90, p99 = (own.quantile(q).item() for q in (0.5, 0.9, 0.99))
-    speedup = first.quantile(0.5).item() / p50  # of the medians, so that one with more images/s has a higher speed-up
-    low, high = ((first / own).quantile(q).item() for q in (0.25, 0.75))
-    macs, tokens, kernels, memory = facts[name]
-    ratio = max(facts[dense][0], 1.0) / max(macs, 1.0)
+    speedup = _median(first) / p50  # of the medians, so that one with more images/s has a higher speed-up
+    low, high = ((base / own).quantile(q).item() for q in (0.25, 0.75))
+    facts = timed.facts
+    ratio = max(dense.facts.macs, 1.0) / max(facts.macs, 1.0)
     return Speed(
         setting=name,
-        runner=str(runner),
+        runner=str(timed.runner),
         batch=batch,
         images_per_s=batch / p50,
         p50_ms=p50 * 1e3,
@@ -291,10 +265,17 @@ def _speed(name: str, runner: Runner, batch: int, times: dict, facts: dict, dens
         speedup_low=min(low, speedup),
         speedup_high=max(high, speedup),
         mac_ratio=ratio,
-        conversion=speedup / ratio,
-        gmacs=macs / 1e9,
-        tokens=tokens,
-        memory_mb=memory,
-        kernels=kernels,
+        conversion=_median(dense) / p50 / ratio,
+        gmacs=facts.macs / 1e9,
+        tokens=facts.tokens,
+        memory_mb=facts.memory_mb,
+        kernels=facts.kernels,
         runs=len(own),
+        finite=timed.finite,
+        kept=None if best is None else _median(best) / p50,
+        **more,
     )
+
+
+def _median(timed: Timed) -> float:
+    return torch.tensor(timed.seconds, dtype=torch.float64).quantile(0.5).item()

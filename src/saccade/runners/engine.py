@@ -86,6 +86,16 @@ def installed() -> list[Runner]:
     return found
 
 
+def engine_for(runner: Runner) -> Engine:
+    """The engine of a runner that takes exported programs.
+
+    Raises UserError where it is not installed, with the install line, or does not compute in the runner's number type.
+    """
+    engine = engine_of(runner.engine)
+    check_dtype(engine, runner.engine, runner.dtype)
+    return engine
+
+
 def check_dtype(engine: Engine, name: str, dtype: str) -> None:
     """Raises UserError for a number type that this machine does not compute in, by this engine."""
     if dtype not in (known := engine.dtypes()):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saccade.runners.engine import Session, check_dtype, engine_of
+from saccade.runners.engine import Session, engine_for
 from saccade.runners.exported import Answer, Exported
 from saccade.runners.runner import Runner
 
@@ -33,8 +33,7 @@ def start(
     """
     if not runner.exported:
         return _in_torch(model, runner, provenance)
-    engine = engine_of(runner.engine)
-    check_dtype(engine, runner.engine, runner.dtype)
+    engine = engine_for(runner)
     exported = Exported.of(model, runner, runner.batch if fixed else None, provenance)
     with TemporaryDirectory(prefix="saccade-", ignore_cleanup_errors=True) as folder:
         engine.write(exported, Path(folder), runner.dtype)
