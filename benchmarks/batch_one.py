@@ -2,18 +2,16 @@
 
     python benchmarks/batch_one.py [--models deit_small_patch16_224 deit_tiny_patch16_224] [--rounds 60] [--dtype fp32]
 
-Every round times timm's forward, each setting and each bare loop once, in turn, in a new order, between tensors of
-random sizes, so that no way has the luck of its addresses; medians of the ratios round by round, with their quartiles.
-*Asked* is what the methods' reference implementations reach, as the project's list has it. *Kept* is the bare loop's
-time ÷ ours: what settings, traces, hooks and owner maps cost.
+Every round times timm's forward, each setting, its ideal and each bare loop once, in turn; medians of the ratios round
+by round, with their quartiles. *Asked* is what the methods' reference implementations reach, as the project's list has
+it. *Kept* is the time of the ideal, the same token counts by slicing, ÷ ours: what deciding costs. *Bare ÷ ours* is the
+bare loop's time ÷ ours: what settings, traces, hooks and owner maps cost.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from math import ceil
@@ -25,6 +23,8 @@ from torch.nn import functional as F
 
 import saccade
 from saccade.core.timm_types import TimmBlock, ViT
+from saccade.evaluation.ideal import ideal_of
+from saccade.evaluation.interleaved import in_turn
 from saccade.runners.allocator import steady_allocator
 
 ASKED = {  # speed-up over timm's dense forward: ViT-S, ViT-Ti
@@ -49,23 +49,24 @@ def main() -> None:
     torch.manual_seed(0)
     steady_allocator()
     print(f"batch {arguments.batch}, {arguments.dtype}, {arguments.threads} threads, torch {torch.__version__}\n")
-    print("| model | setting | speed-up over timm's forward (quartiles) | asked | bare loop | kept |")
-    print("|---|---|---|---|---|---|")
+    print("| model | setting | speed-up over timm's (quartiles) | asked | ideal | kept | bare loop | bare ÷ ours |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in arguments.models:
         vit = timm.create_model(name).eval().to(torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
         model = saccade.AdaptiveViT(vit)
         ways: dict[str, Callable] = {"timm": vit} | {setting: model.at(setting).eval() for setting in ASKED}
+        ways |= {f"ideal {setting}": model.at(ideal_of(model.at(setting))).eval() for setting in ASKED}
         ways |= {f"bare {setting}": partial(bare, vit, reduce) for setting, reduce in BARE.items()}
         images = torch.randn(arguments.batch, 3, *model.input_size(), dtype=next(vit.parameters()).dtype)
         times = timed(ways, images, arguments.rounds)
         for setting in ASKED:
             low, middle, high = statistics.quantiles(ratios(times, "timm", setting), n=4)
             asked = ASKED[setting]["tiny" in name] if arguments.batch == 1 and arguments.dtype == "fp32" else ""
-            ideal = ["", ""]
-            if setting in BARE:
-                best = [ratios(times, "timm", f"bare {setting}"), ratios(times, f"bare {setting}", setting)]
-                ideal = [f"{statistics.median(found):.3f}" for found in best]
-            print(f"| {name} | {setting} | {middle:.3f} ({low:.3f}–{high:.3f}) | {asked} | {' | '.join(ideal)} |")
+            cells = [f"{middle:.3f} ({low:.3f}–{high:.3f})", str(asked)]
+            for best in (f"ideal {setting}", f"bare {setting}"):
+                found = [ratios(times, "timm", best), ratios(times, best, setting)] if best in times else []
+                cells += [f"{statistics.median(one):.3f}" for one in found] or ["", ""]
+            print(f"| {name} | {setting} | {' | '.join(cells)} |")
 
 
 @torch.inference_mode()
@@ -74,17 +75,7 @@ def timed(ways: dict[str, Callable], images: Tensor, rounds: int) -> dict[str, l
     for run in ways.values():
         for _ in range(5):
             run(images)
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            around = [torch.empty(random.randrange(1, 400_000)) for _ in range(3)]
-            begin = time.perf_counter()
-            ways[name](images)
-            times[name].append(time.perf_counter() - begin)
-            del around
-    return times
+    return in_turn({name: (run, images) for name, run in ways.items()}, lambda done: done < rounds)
 
 
 def ratios(times: dict[str, list[float]], one: str, other: str) -> list[float]:
