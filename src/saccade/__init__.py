@@ -47,6 +47,7 @@ _HOME = {
     "eval": "tasks.evaluate:evaluate",
     "bench": "evaluation.speed",
     "autotune": "evaluation.stopwatch",
+    "doctor": "evaluation.doctor",
     "calibrate": "evaluation.calibrate",
     "tune": "evaluation.report",
     "analyze": "analysis",

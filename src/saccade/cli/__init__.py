@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         convert,
         demo,
         detect,
+        doctor,
         eval,
         export,
         list,
