@@ -33,7 +33,7 @@ def model_of(setting: str, family: str = "vit") -> AdaptiveViT:
 def agrees(model: AdaptiveViT, name: str) -> None:
     session = model.runner(name, provenance=True)
     for count in (1, 2, 5):
-        images = make_images(model.vit, count, seed=count)
+        images = make_images(model.vit, count, model.input_size(), seed=count)
         out, found = model(images), session.all(images)
         assert relative(found["logits"], out.logits) <= 1e-5
         assert torch.equal(found["owner"], out.trace.blocks[-1].owner.int())
