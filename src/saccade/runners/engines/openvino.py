@@ -39,6 +39,7 @@ def write(exported: Exported, folder: Path, dtype: str) -> None:
     model = openvino.Core().read_model(onnx_engine.convert(exported).SerializeToString())
     for operator in model.get_ops():
         if operator.get_type_name() == "TopK":
+            operator.set_attribute("sort", "value")  # not "none", of which nothing can be stable
             operator.set_attribute("stable", True)  # as ONNX defines it; OpenVINO's reader leaves it out
     if dtype == "int8":
         import nncf
