@@ -307,6 +307,27 @@ def test_what_compiles_to_other_logits_is_not_timed(model, monkeypatch):
     assert list(found.failed) == ["c"] and "gives other logits here" in found.failed["c"]
 
 
+@pytest.mark.parametrize(
+    ("runner", "setting", "share", "same"),
+    [
+        ("fp32 compiled", "evit(0.5)", 0.05, True),
+        ("fp32 compiled", "evit(0.5)", 0.5, False),
+        ("bf16 compiled", "dense", 0.5, False),
+        ("bf16 compiled", "evit(0.5)", 0.5, True),  # rounding decides near ties, as it does in PyTorch
+        ("bf16 compiled", "evit(0.5)", 2.0, False),
+    ],
+)
+def test_logits_may_be_as_far_away_as_rounding_takes_them(model, monkeypatch, runner, setting, share, same):
+    def away(module, **options):
+        return lambda images: tuple(found * (1 + share) for found in module(images))
+
+    monkeypatch.setattr(torch, "compile", away)
+    entries = {"dense": model.at("dense").eval(), "c": model.at(setting).deploy(runner).eval()}
+    found = time_all(entries, 2, 0.0, least=1)
+    assert [*found.failed] == ([] if same else ["c"])
+    assert same or f"{share:.1%} away" in found.failed["c"]
+
+
 def test_the_timed_forward_is_the_deployed_one(model, monkeypatch):
     """Conversion of images and logits is in the time that is promised."""
     seen = []
