@@ -21,6 +21,7 @@ from saccade.evaluation.speed import Speed, Speeds, bench
 from saccade.model import AdaptiveViT
 from saccade.runners import deployment
 from saccade.runners.deployment import Way
+from saccade.runners.exported import has_fixed_counts
 from small_runs import tiny
 
 MADE = ["grid(24) | imagepiece(p=0.6, merge=0.2) | evit(0.7, fuse=True, at=2)", "depth(3) | tome(r=5)"]
@@ -218,6 +219,23 @@ def test_an_engine_is_not_said_to_use_pytorchs_kernels_and_memory():
 
 def row_text(row: Speed) -> str:
     return Speeds([row]).table().render(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "fixed"),
+    [("dense", True), ("evit(0.5) | tome(r=2)", True), ("topk(0.5)", True), ("quadtree(31, size=128)", True)]
+    + [(text, False) for text in ("adavit(0.7)", "adavit(axes=('head',))", "random_plus(0.6)", "ats(0.5)")]
+    + [(text, False) for text in ("quadtree(threshold=7.7)", "quadtree(per_batch=31)", "topk(0.5, at=1) | evit(at=1)")],
+)
+def test_a_graph_that_masks_says_so(vit, text, fixed):
+    assert has_fixed_counts(AdaptiveViT(vit, text)) is fixed
+
+
+def test_rows_say_what_is_masked(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    rows = bench(tiny(), ["adavit(0.7)", "evit(0.5)"], batch=[1], runner=["eager", "compile"], seconds=0)
+    assert [(r.setting, r.runner) for r in rows if r.masked] == [("adavit(0.7)", "fp32 compiled")]
+    assert "more MACs than is said: adavit(0.7) in fp32 compiled." in rows.table().caption
 
 
 def test_without_being_asked_there_is_no_ideal():

@@ -61,6 +61,7 @@ class Tokenizer(nn.Module):
     """Makes tokens of images."""
 
     resize: ResizeSpec | None = None  # how it resizes the weights' kernel or positions; None: it uses them as they are
+    varies: bool = False  # whether images may get different numbers of tokens
 
     def input_size(self, native: tuple[int, int]) -> tuple[int, int]:
         """Pixels (h, w) that images should come in, given those of the weights; others are resized on the way."""

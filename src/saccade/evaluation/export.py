@@ -14,7 +14,6 @@ from torch import Tensor
 
 from saccade.backbones.plan_builder import with_tokenizer
 from saccade.checkpoint import Source, open_model
-from saccade.core.plan import Reducer
 from saccade.data import ImageSet, Loader, Preprocess, head_labels, open_images
 from saccade.data.classes import Classes
 from saccade.data.scenes import scenes
@@ -32,7 +31,7 @@ from saccade.runners.artefact import (
     write_config,
 )
 from saccade.runners.engine import check_dtype, engine_of, versions
-from saccade.runners.exported import IMAGES, Exported
+from saccade.runners.exported import IMAGES, Exported, has_fixed_counts
 from saccade.runners.predict_script import script
 from saccade.runners.runner import Runner
 from saccade.setting import Setting
@@ -206,12 +205,12 @@ def _one(view: AdaptiveViT, folder: Path, runner: Runner, images: _Images, prove
     exported = Exported.of(view, runner, runner.batch, provenance)
     preprocess, classes = Preprocess.of(view.vit, view.input_size()), Classes.of(view.vit)
     with torch.inference_mode():
-        trace, fixed = view(torch.zeros(1, view.backbone.channels, *view.input_size())).trace, _has_fixed_counts(view)
+        trace = view(torch.zeros(1, view.backbone.channels, *view.input_size())).trace
     facts: dict[str, Any] = {
         "runner": {"engine": runner.engine, "dtype": runner.dtype, "batch": runner.batch},
         "architecture": str(view.vit.pretrained_cfg.get("architecture", type(view.vit).__name__)),
         "setting": str(view.setting),
-        "tokens": "fixed" if fixed else "masked",
+        "tokens": "fixed" if has_fixed_counts(view) else "masked",
         "gmacs": trace.macs().item() / 1e9,
         "input": IMAGES,
         "outputs": list(exported.outputs),
@@ -272,17 +271,6 @@ def _row(config: ExportConfig, folder: Path) -> ExportRow:
     facts = {k: v for k, v in parity.model_dump().items() if k in ExportRow.__dataclass_fields__}
     own = Runner(runner.dtype, runner.engine, runner.batch)
     return ExportRow(config.setting, folder, str(own), config.precision, config.tokens, config.gmacs, **facts)
-
-
-def _has_fixed_counts(view: AdaptiveViT) -> bool:
-    """Whether all images have as many tokens in every block, so that the graph has no masks."""
-    n = view.backbone.num_patches
-    steps = [step for method in view.plan.methods for step in method.steps]
-    counted = all(step.count(n) is not None for step in steps if isinstance(step, Reducer))
-    shape = (view.backbone.channels, *view.input_size())
-    out = view(torch.stack([torch.zeros(shape), torch.rand(shape)]))
-    gates = [block.gates for block in out.trace.blocks if block.gates is not None]
-    return counted and out.tokens.valid is None and all(g.static for g in gates)
 
 
 def _sized(model: AdaptiveViT, setting: str, size: int | None) -> Setting:

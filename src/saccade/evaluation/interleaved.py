@@ -20,6 +20,7 @@ from saccade.evaluation.memory import peak_memory
 from saccade.model import AdaptiveViT
 from saccade.runners.allocator import steady_allocator
 from saccade.runners.deployment import eager, engine_failure
+from saccade.runners.exported import has_fixed_counts
 from saccade.runners.runner import EAGER, FP32, Runner
 from saccade.terminal.progress import Progress
 
@@ -38,10 +39,11 @@ Clock = Callable[[], float]  # seconds
 class Facts:
     """What one forward does, as far as PyTorch runs it."""
 
-    macs: float  #   an image
+    macs: float  #   an image, as PyTorch skips
     tokens: float  # mean in the MLP of a block
     kernels: str  #  attention paths; empty: an engine's own
     memory_mb: float | None  # peak of live tensors, without the weights; None: an engine's own
+    masked: bool  #  in the runner's graph, which computes what PyTorch skips
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,12 @@ def _timed(way: Way, images: Tensor, clock: Clock) -> float:
 
 
 def _facts(model: AdaptiveViT, images: Tensor) -> Facts:
-    exported, model = (model.deployed or FP32).exported, eager(model)
+    runner, model = model.deployed or FP32, eager(model)
     images = images.to(next(model.parameters()).dtype)
     with torch.inference_mode():
         trace = model(images).trace
-        memory = None if exported else peak_memory(lambda: model(images), images.device)
-    kernels = "" if exported else ", ".join(f"{count}× {name}" for name, count in trace.kernels.items())
+        memory = None if runner.exported else peak_memory(lambda: model(images), images.device)
+    kernels = "" if runner.exported else ", ".join(f"{count}× {name}" for name, count in trace.kernels.items())
     tokens = trace.tokens()
-    return Facts(trace.macs().mean().item(), sum(tokens) / len(tokens), kernels, memory)
+    masked = runner.engine != EAGER and not has_fixed_counts(model)
+    return Facts(trace.macs().mean().item(), sum(tokens) / len(tokens), kernels, memory, masked)

@@ -51,6 +51,7 @@ class Speed:
     kept: float | None = None  # median time of its ideal, in the same runner, ÷ this one's; None: not measured
     ideal: str = ""  #    the ideal, as a setting: the same token counts by slicing
     no_ideal: str = ""  # why there is none, where one was asked for
+    masked: bool = False  # its graph computes what the setting leaves out, so its MACs are more than what is said
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -116,6 +117,8 @@ class Speeds(Result, list[Speed]):
         if any(s.ideal for s in self):
             said.append("Kept: time of the same token counts by slicing ÷ time; the rest is what deciding costs.")
         said += dict.fromkeys(f"{s.no_ideal}." for s in self if s.no_ideal)
+        if masked := dict.fromkeys(f"{s.setting} in {s.runner}" for s in self if s.masked):
+            said.append(f"Masked, not skipped, so with more MACs than is said: {', '.join(masked)}.")
         for runner in runners:
             broken = list(dict.fromkeys(s.setting for s in self if s.runner == runner and not s.finite))
             if broken:
@@ -272,6 +275,7 @@ def _speed(
         kernels=facts.kernels,
         runs=len(own),
         finite=timed.finite,
+        masked=facts.masked,
         kept=None if best is None else _median(best) / p50,
         **more,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from saccade.core.plan import Gater, Reducer
 from saccade.errors import UserError
 from saccade.runners.runner import FP32, Runner
 
@@ -83,6 +84,25 @@ class Exported:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"{model.setting}: torch.export refuses it ({type(error).__name__}: {reason})") from error
         return cls(program, answer.outputs, batch, shape)
+
+
+def has_fixed_counts(model: AdaptiveViT) -> bool:
+    """Whether a graph of a model skips what its setting leaves out, by shapes that all images share.
+
+    Else the graph masks it: the answers are the same, and all of it is computed.
+    """
+    steps = [step for method in model.plan.methods for step in method.steps]
+    counts = [step.count(model.backbone.num_patches) for step in steps if isinstance(step, Reducer)]
+    if model.tokenizer.varies or None in counts:
+        return False
+    if not any(isinstance(step, Gater) for step in steps):
+        return True
+    weight = next(model.parameters())
+    image = torch.zeros(1, model.backbone.channels, *model.input_size(), dtype=weight.dtype, device=weight.device)
+    with torch.inference_mode():
+        _, trace = model.forward_tokens(image, sparse=False)
+    gated = [block for block in trace.blocks if block.gates is not None]
+    return all(b.gates.static and b.static_counts[0] == b.static_counts[1] for b in gated if b.gates is not None)
 
 
 @contextmanager

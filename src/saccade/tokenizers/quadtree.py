@@ -53,6 +53,7 @@ class Quadtree(Tokenizer):
         super().__init__()
         self.budget, self.sizes, self.size, self.scorer = budget, sizes, size, scorer
         self.resample, self.positions, self.area_bias = resample, positions, area_bias
+        self.varies = budget.tokens is None
         self.fine = grid(backbone, sizes[0])
         self.resize = self.fine.resize
         self.size_embedding: nn.Parameter | None = None
