@@ -90,8 +90,8 @@ def test_eval_measures_a_folder_as_its_task_does(
 ) -> None:
     needed(task)
     expected = MEASURES[task](str(place / task), data_of(place, task), ["grid(16)"], limit=4, batch=3)
-    loads, load = [], checkpoint.load
-    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
+    loads, load = [], checkpoint.load_model
+    monkeypatch.setattr(checkpoint, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
     options = ["-s", "grid(16)", "--limit", 4, "--batch", 3]
     code, out, err = command(capsys, "eval", place / task, data_of(place, task), *options, "--json")
     assert code == 0, err

@@ -27,6 +27,9 @@ def command(
     provenance: Annotated[
         bool, typer.Option("--provenance", help="Outputs 'owner', the token of each cell, and 'tokens' too.")
     ] = False,
+    pixels: Annotated[
+        bool, typer.Option("--pixels", help="Take photos of any size, uint8 NHWC: preprocessing is in the graph.")
+    ] = False,
     least: Annotated[
         float, typer.Option(min=0, max=1, help="Agreement with the original below which nothing is written.")
     ] = 0.995,
@@ -57,6 +60,7 @@ def command(
             data=data,
             limit=limit,
             provenance=provenance,
+            pixels=pixels,
             least=least,
             progress=progress,
         )

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saccade.backbones.plan_builder import with_tokenizer
 from saccade.checkpoint import Source, open_model
-from saccade.data import ImageSet, Loader, Preprocess, head_labels, open_images
+from saccade.data import ImageSet, Preprocess
 from saccade.data.classes import Classes
-from saccade.data.scenes import scenes
 from saccade.errors import UserError
-from saccade.evaluation.accuracy import spread
+from saccade.evaluation.parity import Samples, parity
 from saccade.model import AdaptiveViT
 from saccade.runners.artefact import (
-    Artefact,
     ExportConfig,
     check_free,
-    compared,
     folder_made,
     is_artefact,
     open_artefact,
@@ -32,6 +28,7 @@ from saccade.runners.artefact import (
 )
 from saccade.runners.engine import check_dtype, engine_of, versions
 from saccade.runners.exported import IMAGES, Exported, has_fixed_counts
+from saccade.runners.input_stage import InputStage
 from saccade.runners.predict_script import script
 from saccade.runners.runner import Runner
 from saccade.setting import Setting
@@ -41,8 +38,6 @@ from saccade.terminal.results import Result
 from saccade.terminal.text_table import Column, Table
 
 LEAST = 0.995  # share of images with the same best class; of encoders, mean cosine
-DRAWN = 64  # scenes, where no images are given
-BATCH = 8
 REPORT = "parity.md"
 EXPORT = "export"  # folder of what a search chose, where an engine runs it
 
@@ -104,6 +99,7 @@ def export(
     limit: int = 300,
     places: Sequence[int] | None = None,
     provenance: bool = False,
+    pixels: bool = False,
     least: float = LEAST,
     weights: str | os.PathLike | None = None,
     pretrained: bool = False,
@@ -121,6 +117,7 @@ def export(
         size: pixels of a side, where the setting does not say.
         data: images to compare on, at most ``limit``, or those at these ``places``; None: drawn scenes.
         provenance: outputs "owner" and "tokens" too.
+        pixels: take photos of any size, uint8 [B, H, W, 3], and resize, crop and normalise them in the graph.
         least: the agreement below which nothing is written: of an encoder the cosine. It is recorded.
 
     Raises:
@@ -142,12 +139,12 @@ def export(
         raise UserError(f"two of the settings {list(folders)} would have the same folder: export them one by one")
     for folder in folders.values():
         check_free(folder)
-    images = _Images(data, limit, places)
+    images = Samples(data, limit, places)
     rows = []
     advance = (progress or Progress()).start("exporting", len(views))
     for name, view in views.items():
         advance(0, what=f"exporting {name}")
-        rows.append(_one(view, folders[name], way, images, provenance, least))
+        rows.append(_one(view, folders[name], way, images, provenance, pixels, least))
         advance(1)
     advance.finish()
     made = Exports(rows, images.source)
@@ -176,34 +173,13 @@ def export_chosen(
     ]
 
 
-class _Images:
-    """The images that artefacts are compared on, and what their classes are."""
-
-    def __init__(self, data: str | os.PathLike | ImageSet | None, limit: int, places: Sequence[int] | None) -> None:
-        self.set = scenes() if data is None else data if isinstance(data, ImageSet) else open_images(os.fspath(data))
-        self.source = f"{DRAWN} drawn scenes" if data is None else Path(str(self.set.path)).name
-        self.labelled = data is not None and self.set.labels is not None
-        self.places = spread(len(self.set), DRAWN if data is None else limit) if places is None else list(places)
-
-    def batches(self, preprocess: Preprocess) -> Iterator[tuple[Tensor, list[int]]]:
-        """Normalised images and their places; those that cannot be read are left out."""
-        for batch in Loader(self.set, preprocess).batches(BATCH, self.places):
-            yield batch.images, list(batch.indices)
-
-    def labels(self, model: AdaptiveViT) -> Tensor | None:
-        """Classes of all images in the model's head; None: they have none that it knows."""
-        if not (self.labelled and model.vit.num_classes):
-            return None
-        try:
-            return torch.tensor(head_labels(self.set, model.vit).indices)
-        except UserError:
-            return None
-
-
-def _one(view: AdaptiveViT, folder: Path, runner: Runner, images: _Images, provenance: bool, least: float) -> ExportRow:
+def _one(
+    view: AdaptiveViT, folder: Path, runner: Runner, images: Samples, provenance: bool, pixels: bool, least: float
+) -> ExportRow:
     engine = engine_of(runner.engine)
-    exported = Exported.of(view, runner, runner.batch, provenance)
     preprocess, classes = Preprocess.of(view.vit, view.input_size()), Classes.of(view.vit)
+    stage = InputStage(preprocess.to_dict()) if pixels else None
+    exported = Exported.of(view, runner, runner.batch, provenance, stage)
     with torch.inference_mode():
         trace = view(torch.zeros(1, view.backbone.channels, *view.input_size())).trace
     facts: dict[str, Any] = {
@@ -213,6 +189,7 @@ def _one(view: AdaptiveViT, folder: Path, runner: Runner, images: _Images, prove
         "tokens": "fixed" if has_fixed_counts(view) else "masked",
         "gmacs": trace.macs().item() / 1e9,
         "input": IMAGES,
+        "pixels": pixels,
         "outputs": list(exported.outputs),
         "preprocessing": preprocess.to_dict(),
         "class_names": list(classes.names) or None,
@@ -224,7 +201,7 @@ def _one(view: AdaptiveViT, folder: Path, runner: Runner, images: _Images, prove
         write_config(part, {**facts, "precision": runner.dtype})
         artefact = open_artefact(part, trusted=True)
         facts["precision"] = artefact.session.precision
-        found = _parity(view, artefact, preprocess, images, least)
+        found = parity(view, artefact, preprocess, images, least)
         config = write_config(part, {**facts, "parity": found})
         row = _row(config, folder)
         (part / "predict.py").write_text(script(runner.engine, runner.dtype), encoding="utf-8")
@@ -236,33 +213,6 @@ def _one(view: AdaptiveViT, folder: Path, runner: Runner, images: _Images, prove
                 f"{least:.1%}: nothing was written; a lower --least takes it"
             )
     return row
-
-
-@torch.inference_mode()
-def _parity(
-    view: AdaptiveViT, artefact: Artefact, preprocess: Preprocess, images: _Images, least: float
-) -> dict[str, Any]:
-    before, after, places = [], [], list[int]()
-    for batch, indices in images.batches(preprocess):
-        before.append(view(batch).logits)
-        after.append(artefact.logits(batch))
-        places += indices
-    if not places:
-        raise UserError(f"none of the images in {images.source} could be read: there is nothing to compare on")
-    a, b, labels = torch.cat(before), torch.cat(after), images.labels(view)
-    facts: dict[str, Any] = compared(a, b)
-    if not view.vit.num_classes:
-        facts["agreement"] = None
-    elif labels is not None:
-        truth = labels[places]
-        facts |= {"top1": _share(b.argmax(-1) == truth), "top1_before": _share(a.argmax(-1) == truth)}
-    same = facts["cosine"] if facts["agreement"] is None else facts["agreement"]
-    finite = bool(b.isfinite().all())
-    return {**facts, "images": len(places), "source": images.source, "least": least, "met": finite and same >= least}
-
-
-def _share(hits: Tensor) -> float:
-    return hits.double().mean().item()
 
 
 def _row(config: ExportConfig, folder: Path) -> ExportRow:

@@ -68,6 +68,8 @@ class Predictor:
         if (exported := _artefact(model)) is not None:
             if setting is not None or weights is not None or pretrained:
                 raise UserError(f"{exported.folder} is exported: leave out setting and weights")
+            if exported.config.pixels:
+                raise UserError(f"{exported.folder} takes photos as they are: run its predict.py, or call it")
             self.model: AdaptiveViT | Artefact = exported
             self.preprocess = Preprocess.from_dict(exported.preprocessing)
             self.classes = Classes(exported.class_names or (), exported.labels or exported.class_names or ())

@@ -69,6 +69,7 @@ class ExportConfig(Strict):
     tokens: Literal["fixed", "masked"]  # counts that the graph holds, or masks over all tokens: same answers, same cost
     gmacs: FiniteFloat  # of one image, as the setting costs where what is left out is skipped
     input: Text
+    pixels: bool = False  # uint8 [B, H, W, 3] of any size, prepared in the graph; else float [B, 3, h, w], normalised
     outputs: Annotated[list[Text], Field(min_length=1, max_length=3)]
     preprocessing: Resizing
     class_names: Annotated[list[Text], Field(max_length=2**24)] | None = None  # folders
@@ -98,11 +99,14 @@ class Artefact:
         self.deployed = Runner(config.runner.dtype, config.runner.engine, config.runner.batch)
 
     def __call__(self, images: Tensor) -> Answered:
-        """A batch of the wrong size raises UserError."""
+        """A batch of the wrong size or type raises UserError."""
         shape, (h, w), batch = tuple(images.shape), self.input_size(), self.config.runner.batch
-        if shape[1:] != (3, h, w) or not images.is_floating_point() or (batch and shape[0] != batch):
-            raise UserError(f"images of shape {shape}: this artefact takes float [{batch or 'B'}, 3, {h}, {w}]")
-        found = self.session.all(images.float())
+        pixels = images.dtype == torch.uint8 and images.ndim == 4 and shape[3] == 3 and min(shape[1:3]) > 1
+        fits = pixels if self.config.pixels else shape[1:] == (3, h, w) and images.is_floating_point()
+        if not fits or (batch and shape[0] != batch):
+            form = "uint8 [{}, H, W, 3]" if self.config.pixels else f"float [{{}}, 3, {h}, {w}]"
+            raise UserError(f"images of shape {shape}: this artefact takes {form.format(batch or 'B')}")
+        found = self.session.all(images if self.config.pixels else images.float())
         first = found[self.config.outputs[0]]
         return Answered(first, found.get("owner"), found.get("tokens"))
 

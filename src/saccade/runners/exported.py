@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from saccade.core.plan import Gater, Reducer
 from saccade.errors import UserError
+from saccade.runners.input_stage import InputStage
 from saccade.runners.runner import FP32, Runner
 
 if TYPE_CHECKING:
@@ -27,15 +28,16 @@ class Answer(nn.Module):
     """A model that gives tensors alone: logits (features [B, D] of a ViT without classifier) and, where asked for,
     which token each cell ended in, and how many tokens are left."""
 
-    def __init__(self, model: AdaptiveViT, provenance: bool = False) -> None:
+    def __init__(self, model: AdaptiveViT, provenance: bool = False, stage: nn.Module | None = None) -> None:
         super().__init__()
-        self.model = model.deploy(None)
+        self.model, self.stage = model.deploy(None), stage
         self.outputs: tuple[str, ...] = (LOGITS if model.vit.num_classes else EMBEDDING,)
         self.outputs += (OWNER, TOKENS) if provenance else ()
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images [B, C, h, w], fp32 -> logits [B, K] in fp32; owner [B, cells] int32 and tokens [B] int32."""
+        """images [B, C, h, w], or what the stage takes -> logits [B, K] fp32; owner [B, cells], tokens [B] int32."""
+        images = images if self.stage is None else self.stage(images)
         out = self.model(images.to(next(self.model.parameters()).dtype))
         found: tuple[Tensor, ...] = (out.logits.float(),)
         if len(self.outputs) > 1:
@@ -49,41 +51,49 @@ class Answer(nn.Module):
 class Exported:
     """A setting of a model as a program for engines.
 
-    ``program`` takes images [B, C, h, w] in fp32; B is free where ``batch`` is None.
+    ``program`` takes images like ``example``: [B, C, h, w] in fp32, or uint8 [B, H, W, 3] with H and W free; B is free
+    where ``batch`` is None.
     """
 
     program: ExportedProgram
     outputs: tuple[str, ...]
     batch: int | None
-    shape: tuple[int, int, int]  # of an image: channels, height, width
+    example: Tensor
 
     @classmethod
     def of(
-        cls, model: AdaptiveViT, runner: Runner = FP32, batch: int | None = None, provenance: bool = False
+        cls,
+        model: AdaptiveViT,
+        runner: Runner = FP32,
+        batch: int | None = None,
+        provenance: bool = False,
+        stage: InputStage | None = None,
     ) -> Exported:
         """Export a model under its setting, with weights in the number type that the runner's engine takes.
 
         Args:
             batch: images of a call, for good; None: any number.
             provenance: also give the owner map and the number of tokens of each image.
+            stage: takes photos of any size instead of a model's input.
 
         Raises:
             UserError: a model of another task, or one that torch.export refuses (the reason is its own).
         """
         if not model.classifies:
             raise UserError("only classifiers and encoders are exported: this model has a head for another task")
-        answer = Answer(runner.model(model), provenance)
-        weight = next(answer.model.parameters())
-        shape = (model.backbone.channels, *model.input_size())
-        example = torch.zeros(batch or 2, *shape, device=weight.device)
-        free: dict[str, Any] = {} if batch else {"dynamic_shapes": ({0: Dim("batch")},)}
+        answer = Answer(runner.model(model), provenance, stage)
+        weight, free = next(answer.model.parameters()), {} if batch else {0: Dim("batch")}
+        example = torch.zeros(batch or 2, model.backbone.channels, *model.input_size(), device=weight.device)
+        if stage is not None:
+            example = torch.zeros(batch or 2, 240, 320, 3, dtype=torch.uint8, device=weight.device)
+            free |= {1: Dim("height", min=2), 2: Dim("width", min=2)}
         try:
             with torch.no_grad(), quiet():
-                program = torch.export.export(answer, (example,), **free)
+                program = torch.export.export(answer, (example,), dynamic_shapes=(free,))
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"{model.setting}: torch.export refuses it ({type(error).__name__}: {reason})") from error
-        return cls(program, answer.outputs, batch, shape)
+        return cls(program, answer.outputs, batch, example)
 
 
 def has_fixed_counts(model: AdaptiveViT) -> bool:

@@ -19,8 +19,10 @@ PREP = CONFIG["preprocessing"]
 {opening}
 
 def pixels(photo: str) -> np.ndarray:
-    """A photo as the model takes it: float32 [1, 3, h, w]."""
+    """A photo as the model takes it: float32 [1, 3, h, w], or uint8 [1, H, W, 3]."""
     image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
+    if CONFIG["pixels"]:  # the graph does the rest
+        return np.asarray(image)[None]
     (h, w), mode = PREP["size"], PREP["crop_mode"]
     tall, wide = (math.floor(side / PREP["crop_pct"]) for side in (h, w))
     ratio = (min if mode == "border" else max)(wide / image.width, tall / image.height)
@@ -50,6 +52,7 @@ if __name__ == "__main__":
     for photo in sys.argv[1:]:
         print(photo, *answer(photo), sep="\\t")
 '''
+HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}  # OpenVINO's words
 _ENGINES = {
     "onnx": {
         "needs": "onnxruntime",
@@ -81,7 +84,7 @@ _ENGINES = {
 
 def script(engine: str, precision: str) -> str:
     """The text of ``predict.py`` for an engine; ``precision`` is what it was told to compute in."""
-    parts = {name: text.replace("HINTS", repr(precision)) for name, text in _ENGINES[engine].items()}
+    parts = {name: text.replace("HINTS", repr(HINTS[precision])) for name, text in _ENGINES[engine].items()}
     if engine == "aoti":
         parts["imports"] = "import torch\nimport torch._inductor"
     return _SCRIPT.format(**parts)

@@ -56,13 +56,12 @@ def convert(exported: Exported) -> onnx.ModelProto:
     """
     from saccade.runners.engines.onnx_operators import translations
 
-    example = torch.zeros(exported.batch or 2, *exported.shape)
     try:
         # Fused attention on a processor has other strides than its decomposition, which what reads it is traced with.
         with quiet(), silent(), sdpa_kernel(SDPBackend.MATH):
             made = torch.onnx.export(
                 exported.program,
-                (example,),
+                (exported.example,),
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[IMAGES],

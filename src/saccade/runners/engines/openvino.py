@@ -12,11 +12,11 @@ from torch import Tensor
 from saccade.runners.engine import Session
 from saccade.runners.engines import onnx as onnx_engine
 from saccade.runners.exported import EMBEDDING, IMAGES, LOGITS, OWNER, TOKENS, Exported
+from saccade.runners.predict_script import HINTS
 
 FILES = ("model.xml", "model.bin")
 PACKAGES = ("openvino", "onnx", "onnxscript")
 EXTRA = "openvino"
-HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}
 KNOWN = {LOGITS, EMBEDDING, OWNER, TOKENS}
 NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 

@@ -16,7 +16,7 @@ from PIL import Image
 import saccade
 from saccade.data import Preprocess
 from saccade.errors import UserError
-from saccade.evaluation import export as exporting
+from saccade.evaluation import parity
 from saccade.runners import artefact
 from saccade.runners.artefact import KEY, open_artefact
 
@@ -99,6 +99,27 @@ def test_the_script_prepares_photos_as_saccade_does(exported, photo, tmp_path, m
         assert far.abs().max() <= 1 / 255 / 0.224 + 1e-6
 
 
+@pytest.mark.parametrize("engine", ["torch", "onnx", pytest.param("openvino", marks=pytest.mark.slow)])
+def test_photos_of_any_size_go_in_as_they_are(model, tmp_path, photo, engine):
+    if engine != "torch":
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+        pytest.importorskip({"onnx": "onnxruntime"}.get(engine, engine), reason=f"{engine} is not installed")
+    saccade.export(model, tmp_path / "m", runner=engine, pixels=True, least=0.9)
+    opened, prepare = open_artefact(tmp_path / "m", trusted=True), Preprocess.of(model.vit, model.input_size())
+    for size in ((363, 270), (90, 121)):
+        image = Image.open(photo).convert("RGB").resize(size)
+        found = opened(torch.from_numpy(np.array(image)).unsqueeze(0)).logits
+        with torch.no_grad():
+            expected = model(prepare(image).unsqueeze(0)).logits
+        assert torch.allclose(found, expected, atol=2e-2 * expected.abs().max().item())
+    with pytest.raises(UserError, match=r"takes uint8 \[B, H, W, 3\]"):
+        opened(torch.zeros(1, 3, 64, 64))
+    answer = runpy.run_path(str(tmp_path / "m" / "predict.py"))["answer"](photo)
+    assert answer[0].split(" ")[0] == saccade.Predictor(model)(photo)[0].label
+    with pytest.raises(UserError, match="takes photos as they are"):
+        saccade.Predictor(opened)
+
+
 def test_a_fixed_batch_takes_any_number_of_photos(model, tmp_path, photo):
     saccade.export(model, tmp_path / "m", runner="torch", batch=2)
     opened = open_artefact(tmp_path / "m", trusted=True)
@@ -111,7 +132,7 @@ def test_a_fixed_batch_takes_any_number_of_photos(model, tmp_path, photo):
 
 
 def test_too_little_agreement_leaves_nothing(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "compared", lambda a, b: {"agreement": 0.9, "cosine": 1.0, "largest": 0.1})
+    monkeypatch.setattr(parity, "compared", lambda a, b: {"agreement": 0.9, "cosine": 1.0, "largest": 0.1})
     with pytest.raises(UserError, match=r"agreement 90.00% with the original on 64 images is under 99.5%"):
         saccade.export(model, tmp_path / "m", runner="torch")
     assert list(tmp_path.iterdir()) == []
