@@ -111,16 +111,3 @@ def test_training_compiles_and_has_the_same_gradients():
     module(images).square().sum().backward()
     for (name, a), b in zip(module.named_parameters(), twin.parameters(), strict=True):
         assert relative(b.grad, a.grad) <= 1e-4, name
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("setting", ["", "tome(r=3)", "evit(0.6, fuse=True)"])
-def test_onnx_runtime(setting, tmp_path):
-    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
-    module = Logits("vit", setting)
-    images = make_images(module.model.vit, 2)
-    torch.onnx.export(module, (images,), tmp_path / "m.onnx", dynamo=True)
-    session = runtime.InferenceSession(tmp_path / "m.onnx")
-    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
-    assert relative(torch.from_numpy(found), module(images)) <= 1e-4
