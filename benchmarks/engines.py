@@ -75,7 +75,8 @@ def page(known: dict[str, dict[str, str]], facts: str) -> str:
                     reasons.append(text[4:])
                 text = f"– ({reasons.index(text[4:]) + 1})"
             cells.append(text)
-        lines.append(f"| `{setting}` | ".replace("|`", "`") + " | ".join(cells) + " |")
+        name = setting.replace("|", "\\|")
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     lines += ["", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))]
     return "\n".join(lines).rstrip() + "\n"
 
