@@ -187,6 +187,19 @@ def test_what_is_there_is_not_replaced_unless_it_is_an_export(model, exported, t
     with pytest.raises(UserError, match="is there and is not an exported model"):
         saccade.export(model, tmp_path, runner="torch")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    beside = changed(exported, tmp_path / "n")
+    (beside / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds .notes\.txt. beside an exported model"):
+        saccade.export(model, beside, runner="torch")
+    assert (beside / "notes.txt").read_text() == "mine"
+
+
+def test_an_encoder_is_exported_too(tmp_path, photo):
+    encoder = saccade.create_model("vit_tiny_patch16_224", "evit(0.5)", img_size=64, depth=2, num_classes=0)
+    (row,) = saccade.export(encoder, tmp_path / "m", runner="torch").rows
+    opened = open_artefact(tmp_path / "m", trusted=True)
+    assert row.agreement is None and row.cosine > 0.999 and opened.config.outputs == ["embedding"]
+    assert saccade.Predictor(opened)(photo)[0].embedding.shape == (192,)
 
 
 def test_what_cannot_be_exported_is_said_first(model, tmp_path):

@@ -158,11 +158,12 @@ def export_chosen(
 ) -> list[str]:
     """What a search chose for an engine, exported into its folder; what there is of it to say."""
     place = folder / EXPORT
-    if is_artefact(place):
-        discard(place)  # of an earlier choice
-    if not runner.exported:
-        return []
     try:
+        check_free(place)
+        if is_artefact(place):
+            discard(place)  # of an earlier choice
+        if not runner.exported:
+            return []
         (row,) = export(model, place, runner=runner, data=images, places=places).rows
     except UserError as error:
         return [f"It is not exported: {error}"]

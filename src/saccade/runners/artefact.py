@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ FORMAT = 1
 CODE = ("aoti", "torch")  # engines whose files are run, or unpacked, as code
 ELSEWHERE = re.compile(rb"\x0a(\x08|\x88[\x80]*\x00)location")  # of a tensor of an ONNX file, in another file
 PREPROCESS = {"size", "interpolation", "crop_pct", "crop_mode", "mean", "std"}
+OURS = {CONFIG, "predict.py", "parity.md", "model.onnx", "model.xml", "model.bin", "model.pt2"}
 Count = Annotated[int, Field(ge=1, le=65536)]
 
 
@@ -49,7 +50,7 @@ class Parity(Strict):
 
     images: int = Field(ge=0)
     source: Text  # which images
-    agreement: FiniteFloat | None  # share with the same best class; None: an encoder
+    agreement: FiniteFloat | None = None  # share with the same best class; None: an encoder
     cosine: FiniteFloat  # mean, of logits or features
     largest: FiniteFloat  # difference of any logit or feature, over the largest one
     top1: FiniteFloat | None = None  # of the artefact, where images have labels
@@ -66,7 +67,7 @@ class ExportConfig(Strict):
     precision: Text  # that the engine computed in where it was exported
     architecture: Text
     setting: Text
-    tokens: Literal["fixed", "masked"]  # counts that the graph holds, or masks over all tokens: same answers, same cost
+    tokens: Literal["fixed", "masked"]  # counts that the graph holds, or masks over all tokens, at the cost of all
     gmacs: FiniteFloat  # of one image, as the setting costs where what is left out is skipped
     input: Text
     pixels: bool = False  # uint8 [B, H, W, 3] of any size, prepared in the graph; else float [B, 3, h, w], normalised
@@ -225,8 +226,11 @@ def check_free(target: str | os.PathLike) -> None:
     """Raises UserError where an artefact cannot be written: something else is there."""
     check_folder(target)
     place = Path(target)
-    if place.is_dir() and any(place.iterdir()) and not is_artefact(place):
+    found = sorted(entry.name for entry in place.iterdir()) if place.is_dir() else []
+    if found and not is_artefact(place):
         raise UserError(f"{shortened(target)} is there and is not an exported model: give another --out")
+    if foreign := [name for name in found if name not in OURS]:
+        raise UserError(f"{shortened(target)} holds {foreign[0][:80]!r} beside an exported model: give another --out")
 
 
 def write_config(folder: Path, facts: Mapping[str, Any]) -> ExportConfig:
@@ -237,9 +241,6 @@ def write_config(folder: Path, facts: Mapping[str, Any]) -> ExportConfig:
     text = json.dumps({KEY: config.model_dump(mode="json", exclude_none=True)}, indent=2)
     (folder / CONFIG).write_text(text, encoding="utf-8")
     return config
-
-
-Answers = Callable[[Tensor], Tensor]
 
 
 def compared(before: Tensor, after: Tensor) -> dict[str, float]:

@@ -29,7 +29,7 @@ class Deployment:
     """The weights of one model as a runner needs them: a copy of them, made by the first forward.
 
     It is made again when the weights have changed, as far as torch counts that; after edits through ``.data``, and
-    where a module was exchanged, ask ``model.deploy(model.runner)`` for a new one. The process's allocator is made
+    where a module was exchanged, ask ``model.deploy(model.deployed)`` for a new one. The process's allocator is made
     steady, as it was when the runner's speed was measured.
     """
 
