@@ -118,31 +118,30 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         index = index + length * torch.arange(images, device=index.device).unsqueeze(1)
     elif images != 1:
-        index = index + length * _counting(images, index.device)
+        index = index + length * _counting(images, 1, index.device)
     # copies whole rows; a gather by element takes five times as long
     return torch.embedding(x.reshape(-1, width), index)
 
 
 @constant
-def _counting(images: int) -> np.ndarray:
-    """0, 1, … [images, 1]."""
-    return np.arange(images)[:, None]
+def _counting(rows: int, columns: int) -> np.ndarray:
+    """0, 1, … [rows, columns]."""
+    return np.arange(rows * columns).reshape(rows, columns)
 
 
 def _move(tokens: Tokens, r: Reduction) -> Tokens:
-    first, patches = tokens.x.split_with_sizes([tokens.num_prefix, tokens.num_patches], dim=1)
-    x, key, size = _kept_and_merged(tokens, patches, r)
-    parts, valid, masks = [first, x], _there(tokens.valid, r), tokens.hidden
+    x, key, size = _kept_and_merged(tokens, r)
+    parts, valid, masks = [x], _there(tokens.valid, r), tokens.hidden
     if masks is not None:
         masks = Hidden.of(_in_any_part(masks.keep, r), _in_any_part(masks.update, r))
     if r.fuse is not None:  # an ordinary token from here on (EViT): it counts once, and is always valid
-        parts.append(_weighted(patches, r.fuse).to(x.dtype))
+        parts.append(_weighted(tokens.patches, r.fuse).to(x.dtype))
         size, valid = _with_one(size), _with_one(valid)
         masks = None if masks is None else Hidden.of(_with_one(masks.keep), _with_one(masks.update))
     proportional = tokens.proportional if r.merge is None or r.merge.proportional else False
     stats = tokens.stats if tokens.stats is NO_STATS else _moved_stats(tokens.stats, key, r)
-    owner = Moved(unread(tokens), r, patches.shape[1])
-    x = torch.cat(parts, dim=1)
+    owner = Moved(unread(tokens), r, tokens.num_patches)
+    x = torch.cat(parts, dim=1) if len(parts) > 1 else x
     of_token = {"size": size, "valid": valid, "hidden": masks, "stats": stats}
     return changed(tokens, x=x, owner=owner, proportional=proportional, **of_token)
 
@@ -167,18 +166,27 @@ def _moved_stats(stats: AttentionStats, key: Tensor | None, r: Reduction) -> Att
     return AttentionStats(key, value_norm=value, gate_mask=gate_mask, **masses)
 
 
-def _kept_and_merged(tokens: Tokens, patches: Tensor, r: Reduction) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Features, keys and sizes of the tokens that stay."""
-    size, key = tokens.size, tokens.stats.key
+def _kept_and_merged(tokens: Tokens, r: Reduction) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Features of the prefix and of the tokens that stay, [B, P+M, D]; keys and sizes of the latter."""
+    size, key, prefix = tokens.size, tokens.stats.key, tokens.num_prefix
     if r.merge is None:
         kept = None if key is None else rows(key, r.keep)
-        return rows(patches, r.keep), kept, None if size is None else size.gather(1, r.keep)
+        return rows(tokens.x, _behind(prefix, r.keep)), kept, None if size is None else size.gather(1, r.keep)
+    first, patches = tokens.x.split_with_sizes([prefix, tokens.num_patches], dim=1)
     if r.merge.weight is not None or r.merge.gate is not None or r.merge.size_share is not None:
         x, key, size = _pulled(tokens, patches, r.keep, r.merge)
     else:
         x, total = means(patches, size, r.keep, r.merge)
         key, size = None if key is None else means(key, size, r.keep, r.merge)[0], total
-    return x if r.merge.values is None else r.merge.values.to(x.dtype), key, size
+    x = x if r.merge.values is None else r.merge.values.to(x.dtype)
+    return torch.cat([first, x], dim=1) if prefix else x, key, size
+
+
+def _behind(prefix: int, keep: Tensor) -> Tensor:
+    """Places of prefix tokens and of the patch tokens ``keep`` [B, M] in the whole sequence, [B, P+M]."""
+    if prefix == 0:
+        return keep
+    return torch.cat([_counting(1, prefix, keep.device).expand(keep.shape[0], -1), keep + prefix], dim=1)
 
 
 def means(x: Tensor, size: Tensor | None, keep: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from saccade.methods.common.matching import (
     floor_share,
     leave,
     products,
-    scramble,
+    scrambled,
     units,
 )
 
@@ -94,7 +94,7 @@ class Retokenize(Reducer):
         if self.reading.split != "random":
             return bottom
         # the same ranks for every image: a batch equals its images one by one
-        return bottom[:, scramble(torch.arange(bottom.shape[1], device=bottom.device), 0).argsort(stable=True)]
+        return bottom[:, scrambled(bottom.shape[1], 0, bottom.device).argsort(stable=True)]
 
     def _sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Both sides of what the bottom tokens have [B, K, ...]; A has one more where K is odd."""

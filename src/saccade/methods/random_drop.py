@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-
 from saccade.core.plan import Backbone, Method, Reducer
 from saccade.core.reduction import Reduction
 from saccade.core.registry import register
@@ -13,7 +11,7 @@ from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import blocks, fraction
 from saccade.methods.common.budget import fit
-from saccade.methods.common.matching import ceil_share, scramble
+from saccade.methods.common.matching import ceil_share, scrambled
 
 
 class KeepRandom(Reducer):
@@ -28,7 +26,7 @@ class KeepRandom(Reducer):
 
     def forward(self, tokens: Tokens) -> Reduction:
         n = tokens.num_patches
-        noise = scramble(torch.arange(n, device=tokens.x.device), self.seed)
+        noise = scrambled(n, self.seed, tokens.x.device)
         keep = noise.argsort(stable=True)[: self.count(n)].sort().values
         return Reduction(keep.expand(tokens.x.shape[0], -1))
 

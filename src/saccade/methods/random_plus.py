@@ -18,7 +18,7 @@ from saccade.core.plan import Backbone, Gater, Method
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, fraction, one_of, whole
-from saccade.methods.common.matching import scramble
+from saccade.methods.common.matching import scramble, scrambled
 
 AXES = ("patch", "head", "block")
 
@@ -53,7 +53,7 @@ class Blind(Gater):
             return (torch.rand(images, count, device=device) < self.usage).float()
         own = tokens.state.get(FINGERPRINT)
         own = torch.zeros(images, dtype=torch.int64, device=device) if own is None else own
-        places = scramble(own, self.seed + 1000 * stream).unsqueeze(1) ^ scramble(torch.arange(count, device=device), 0)
+        places = scramble(own, self.seed + 1000 * stream).unsqueeze(1) ^ scrambled(count, 0, device)
         order = scramble(places, 0).argsort(dim=1, stable=True)
         return torch.zeros(images, count, device=device).scatter(1, order[:, : round(self.usage * count)], 1.0)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.core.constant_cache import constant
 from saccade.core.plan import Backbone, Reducer
-from saccade.core.reduction import Fuse, Merge, Reduction
+from saccade.core.reduction import Fuse, Merge, Reduction, rows
 from saccade.core.softmax import masked_softmax
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
@@ -45,6 +45,12 @@ def scramble(x: Tensor, seed: int) -> Tensor:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
     return x ^ (x >> 16)
+
+
+@constant
+def scrambled(n: int, seed: int) -> Tensor:
+    """``scramble`` of 0 … n - 1: a constant of a graph, as not every engine has numbers of 64 bits."""
+    return scramble(torch.arange(n), seed)
 
 
 class KeepAttended(Reducer):
@@ -102,14 +108,18 @@ class BipartiteMerge(Reducer):
         first_a, first_b = alternating(prefix)
         valid = None if tokens.valid is None else (tokens.valid[:, first_a::2], tokens.valid[:, first_b::2])
         similar = products(feature[:, first_a::2], feature[:, first_b::2], valid)
-        best, partner = similar.max(dim=-1)
-        order, r = best.argsort(dim=1, descending=True, stable=True), n - self.count(n)
-        places = 2 * order + first_a if first_a else 2 * order
+        order, r = similar.amax(-1).argsort(dim=1, descending=True, stable=True), n - self.count(n)
+        places = torch.add(_number(first_a, order.device), order, alpha=2)
         merged, unmerged = places.split_with_sizes([r, order.shape[1] - r], dim=1)
-        into = partner.gather(1, order[:, :r])
+        into = rows(similar, order[:, :r]).argmax(-1)  # asked of those alone that merge
         every_b = _every_second(first_b, n, merged.device).expand(merged.shape[0], -1)
         keep = torch.cat([unmerged.sort(dim=1).values, every_b], dim=1)
         return Reduction(keep, Merge(merged, into + unmerged.shape[1], proportional=self.proportional))
+
+
+@constant
+def _number(value: int) -> np.ndarray:
+    return np.array(value)
 
 
 @constant
@@ -160,10 +170,9 @@ def best_proposals(similar: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         ranks within A of those that merge [B, r] and of those that do not [B, |A| - r], and the ranks within B that
         the former merge into [B, r].
     """
-    best, partner = similar.max(dim=-1)  # [B, |A|]
-    order = best.argsort(dim=1, descending=True, stable=True)
+    order = similar.amax(-1).argsort(dim=1, descending=True, stable=True)
     merged, others = order.split_with_sizes([r, order.shape[1] - r], dim=1)
-    return merged, others, partner.gather(1, merged)
+    return merged, others, rows(similar, merged).argmax(-1)
 
 
 def best_edges(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

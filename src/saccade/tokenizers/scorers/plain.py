@@ -8,7 +8,7 @@ from torch import Tensor
 from saccade.core.plan import Backbone
 from saccade.errors import UserError
 from saccade.methods.common.arguments import whole
-from saccade.methods.common.matching import scramble
+from saccade.methods.common.matching import scrambled
 from saccade.tokenizers.scorers.base import Scene, Scorer, current, pooled, register_scorer
 
 
@@ -23,7 +23,7 @@ class Random(Scorer):
         g, images = scene.geometry, scene.images
         found = []
         for level in g.splittable:
-            noise = scramble(torch.arange(g.nodes(level), device=images.device), self.seed + (g.patch << level))
+            noise = scrambled(g.nodes(level), self.seed + (g.patch << level), images.device)
             found.append((noise.float() / 2**32).view(1, *g.grid(level)).expand(images.shape[0], -1, -1))
         return found
 
