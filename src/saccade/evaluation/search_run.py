@@ -177,8 +177,7 @@ class SearchRun:
     def _base(self, runner: Runner) -> AdaptiveViT:
         """The model as a runner runs it; views of it share what it makes of the weights."""
         if runner not in self._bases:
-            batch = self.batch if runner.compiled else None
-            self._bases[runner] = self.plain.deploy(Runner(runner.dtype, runner.engine, batch))
+            self._bases[runner] = self.plain.deploy(replace(runner, batch=self.batch))
         return self._bases[runner]
 
     def _leave_out(self, failed: dict[str, str]) -> None:

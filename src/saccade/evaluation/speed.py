@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -167,13 +167,13 @@ def bench(
     names = list(dict.fromkeys(["dense", *(s for s in map(str, settings) if s not in ("", "dense"))]))
     ideals = {name: _ideal(model.at(name)) if ideal else ("", "") for name in names}
     timed = dict.fromkeys([*names, *(cut for cut, _ in ideals.values() if cut)])
-    entries: dict[str, AdaptiveViT] = {}
     key = partial(_key, several=len(runners) > 1)
-    for one in runners:
-        base = model.deploy(one)
-        entries |= {key(name, one): base.at(name).eval() for name in timed}
     rows = []
     for size in batch:
+        entries: dict[str, AdaptiveViT] = {}
+        for one in runners:
+            base = model.deploy(replace(one, batch=size))
+            entries |= {key(name, one): base.at(name).eval() for name in timed}
         found, _ = interleaved(entries, size, seconds, progress, strict=True)
         first = found[key("dense", runners[0])]
         for one in runners:

@@ -104,18 +104,23 @@ class Deployment:
 
 
 class Way:
-    """images [B, C, h, w] -> logits by an engine, which starts at the first call: once, whatever threads call."""
+    """images [B, C, h, w] -> logits by an engine, which starts at the first call: once, whatever threads call.
+
+    Where the first batch is the runner's, it starts with a program for just that size, which is exported in a fraction
+    of the time; the first batch of another size starts one for any.
+    """
 
     def __init__(self, view: AdaptiveViT, runner: Runner) -> None:
-        self._start = partial(start, view, runner)
-        self._session: Session | None = None
+        self._start, self._batch = partial(start, view, runner), runner.batch
+        self._sessions: dict[bool, Session] = {}  # for the runner's batch alone, for any
         self._lock = threading.Lock()
 
     def __call__(self, images: Tensor) -> Tensor:
+        fixed = len(images) == self._batch
         with self._lock:
-            if self._session is None:
-                self._session = self._start()
-        return self._session(images)
+            found = (self._sessions.get(True) if fixed else None) or self._sessions.get(False)
+            session = found or self._sessions.setdefault(fixed, self._start(fixed=fixed))
+        return session(images)
 
 
 def eager(model: AdaptiveViT) -> AdaptiveViT:

@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saccade.errors import UserError
 from saccade.runners.engine import Session
-from saccade.runners.exported import IMAGES, Exported, quiet
+from saccade.runners.exported import IMAGES, Exported, quiet, reason
+from saccade.runners.lowering import lower
 
 if TYPE_CHECKING:
     import onnx
@@ -24,6 +25,7 @@ FILES = ("model.onnx",)
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 EXTRA = "onnx"
 OPSET = 18
+LACKING = (torch.ops.aten.searchsorted.Tensor,)
 
 
 def dtypes() -> tuple[str, ...]:
@@ -56,6 +58,7 @@ def convert(exported: Exported) -> onnx.ModelProto:
     """
     from saccade.runners.engines.onnx_operators import translations
 
+    lower(exported.program, LACKING)
     try:
         # Fused attention on a processor has other strides than its decomposition, which what reads it is traced with.
         with quiet(), silent(), sdpa_kernel(SDPBackend.MATH):
@@ -90,13 +93,6 @@ def open(folder: Path, dtype: str, threads: int) -> Session:
         return tuple(torch.from_numpy(value) for value in found)
 
     return Session(run, names, "onnx", dtype, dtype, "cpu", threads)
-
-
-def reason(error: BaseException) -> str:
-    """The innermost cause of a failed export, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 @contextmanager

@@ -24,22 +24,8 @@ def translations() -> dict[Callable, Callable]:
         """Indices."""
         return sort_stable(x, dim=dim, descending=descending)[1]
 
-    def searchsorted(
-        sorted_sequence: Any,
-        x: Any,
-        out_int32: bool = False,
-        right: bool = False,
-        side: str | None = None,
-        sorter: Any = None,
-    ) -> Any:
-        """How many of each row's sorted values are below (``right``: or equal to) each of its values."""
-        row, value = op.Unsqueeze(sorted_sequence, [-2]), op.Unsqueeze(x, [-1])
-        below = op.LessOrEqual(row, value) if right or side == "right" else op.Less(row, value)
-        return op.ReduceSum(op.Cast(below, to=7), [-1], keepdims=0)
-
     aten = torch.ops.aten
     return {
         aten.sort.stable: sort_stable,
         aten.argsort.stable: argsort_stable,
-        aten.searchsorted.Tensor: searchsorted,
     }

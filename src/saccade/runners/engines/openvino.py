@@ -1,23 +1,30 @@
-"""OpenVINO on the processor: ``model.xml`` and ``model.bin``, made from the ONNX form."""
+"""OpenVINO on the processor: ``model.xml`` and ``model.bin``."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from saccade.errors import UserError
 from saccade.runners.engine import Session
-from saccade.runners.engines import onnx as onnx_engine
-from saccade.runners.exported import EMBEDDING, IMAGES, LOGITS, OWNER, TOKENS, Exported
+from saccade.runners.exported import EMBEDDING, IMAGES, LOGITS, OWNER, TOKENS, Exported, quiet, reason
+from saccade.runners.lowering import RULES, lower, numbers
 from saccade.runners.predict_script import HINTS
 
+if TYPE_CHECKING:
+    import openvino
+
+LARGEST = 2**31  # of whole numbers, whatever their type says
 FILES = ("model.xml", "model.bin")
-PACKAGES = ("openvino", "onnx", "onnxscript")
+PACKAGES = ("openvino",)
 EXTRA = "openvino"
 KNOWN = {LOGITS, EMBEDDING, OWNER, TOKENS}
+FIXED = 2  # sizes of batch that a program is compiled for, each with memory of its own, beside one for any size
 NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 
@@ -36,11 +43,22 @@ def write(exported: Exported, folder: Path, dtype: str) -> None:
     """Write ``model.xml`` and ``model.bin``. Raises UserError for an operator without translation."""
     import openvino
 
-    model = openvino.Core().read_model(onnx_engine.convert(exported).SerializeToString())
+    if any(isinstance(value, int) and LARGEST < abs(value) < 2**63 - 1 for value in numbers(exported.program)):
+        raise UserError("OpenVINO computes whole numbers in 32 bits, and this setting draws by larger ones: use onnx")
+    lower(exported.program, tuple(RULES))
+    try:
+        # One kind of attention for all that is traced in a process: torch remembers strides, from one to another.
+        with quiet(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model = openvino.convert_model(exported.program)
+    except Exception as error:
+        raise UserError(f"OpenVINO has no form for this program ({reason(error)})") from error
+    model.inputs[0].set_names({IMAGES})
+    for output, name in zip(model.outputs, exported.outputs, strict=True):
+        output.set_names({name})
     for operator in model.get_ops():
         if operator.get_type_name() == "TopK":
             operator.set_attribute("sort", "value")  # not "none", of which nothing can be stable
-            operator.set_attribute("stable", True)  # as ONNX defines it; OpenVINO's reader leaves it out
+            operator.set_attribute("stable", True)  # as torch was asked; OpenVINO's reader leaves it out
     if dtype == "int8":
         import nncf
 
@@ -49,7 +67,7 @@ def write(exported: Exported, folder: Path, dtype: str) -> None:
 
 
 def open(folder: Path, dtype: str, threads: int) -> Session:
-    """The files in OpenVINO's processor plugin; each thread that calls has a request of its own."""
+    """The files in OpenVINO's processor plugin; each thread that calls has requests of its own."""
     import openvino
 
     config = {
@@ -57,16 +75,46 @@ def open(folder: Path, dtype: str, threads: int) -> Session:
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": HINTS[dtype],
     }
-    compiled = openvino.Core().compile_model(str(folder / FILES[0]), "CPU", config)
-    names = tuple(min(output.get_names() & KNOWN, default=output.get_any_name()) for output in compiled.outputs)
-    local = threading.local()
+    compiled = Compiled(openvino.Core().read_model(str(folder / FILES[0])), config)
+    first, local = compiled.of(1), threading.local()
+    names = tuple(min(output.get_names() & KNOWN, default=output.get_any_name()) for output in first.outputs)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
-        request: Any = getattr(local, "request", None)
-        if request is None:
-            request = local.request = compiled.create_infer_request()
+        program, requests = compiled.of(len(images)), vars(local).setdefault("requests", {})
+        request = requests.get(id(program)) or requests.setdefault(id(program), program.create_infer_request())
         found = request.infer({IMAGES: images.detach().cpu().contiguous().numpy()}, share_inputs=True)
         return tuple(torch.from_numpy(found[i].copy()) for i in range(len(names)))
 
-    precision = NAMES.get(compiled.get_property("INFERENCE_PRECISION_HINT").to_string(), "fp32")
+    precision = NAMES.get(first.get_property("INFERENCE_PRECISION_HINT").to_string(), "fp32")
     return Session(run, names, "openvino", dtype, precision, "cpu", threads)
+
+
+class Compiled:
+    """A program compiled for the batches that come: one image and the first other size each by itself, then any size.
+
+    Where a program is for any size, OpenVINO finds the shapes of all its operators anew in each run. At batch 1 of a
+    small model that is a quarter of the time of a setting that merges, whose operators are many and small.
+    """
+
+    def __init__(self, program: openvino.Model, config: dict) -> None:
+        self._program, self._config = program, config
+        batch, *image = program.input(0).partial_shape
+        self._sized = batch.is_dynamic and all(side.is_static for side in image)
+        self._made: dict[int | None, openvino.CompiledModel] = {}
+        self._lock = threading.Lock()
+
+    def of(self, batch: int) -> openvino.CompiledModel:
+        """What runs batches of that size; compiled by the first call, which takes a second or more."""
+        with self._lock:
+            key = batch if self._sized and (batch in self._made or len(self._made) < FIXED) else None
+            if key not in self._made:
+                self._made[key] = self._compile(key)
+            return self._made[key]
+
+    def _compile(self, batch: int | None) -> openvino.CompiledModel:
+        import openvino
+
+        program = self._program.clone()
+        if batch is not None:
+            program.reshape([batch, *(side.get_length() for side in list(program.input(0).partial_shape)[1:])])
+        return openvino.Core().compile_model(program, "CPU", self._config)
