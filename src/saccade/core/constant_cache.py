@@ -42,6 +42,8 @@ def constant(build: Build) -> Callable[..., Tensor]:
     @torch.compiler.assume_constant_result
     def named(*key: object) -> str:
         name = f"{build.__name__}_{sha256(repr((family, key)).encode()).hexdigest()[:16]}"
+        if hasattr(_NAMED, name):  # another function would make the graphs invalid that know this one
+            return name
 
         def read() -> Tensor:
             return _kept(f"{family} of a graph", parameter, key)

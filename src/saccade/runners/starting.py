@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -10,11 +14,14 @@ import torch
 from torch import Tensor
 
 from saccade.runners.engine import Session, engine_for
-from saccade.runners.exported import Answer, Exported
+from saccade.runners.exported import Answer, Exported, has_fixed_counts
 from saccade.runners.runner import Runner
 
 if TYPE_CHECKING:
     from saccade.model import AdaptiveViT
+
+GRAPHS = 8  # that ``torch.compile`` makes of one model
+_NUMBERS = count()  # of functions that are compiled
 
 
 def start(
@@ -40,10 +47,41 @@ def start(
         return engine.open(Path(folder), runner.dtype, threads or torch.get_num_threads())
 
 
+class Compiled:
+    """A model by ``torch.compile``: one graph for each size of batch, whole where the setting's counts are static.
+
+    Sizes beyond the first few run operator by operator, and a RuntimeWarning says so. Torch itself falls back for what
+    it meets as the ninth variant of one function, be it another model, and only logs it: here each has its own.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer, self.whole = answer, has_fixed_counts(answer.model)
+        self._graphs: dict[torch.Size, Callable] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images [B, C, h, w] -> the answer's outputs."""
+        with self._lock:
+            known = len(self._graphs)
+            if images.shape not in self._graphs:
+                self._graphs[images.shape] = self._compiled() if known < GRAPHS else self.answer
+        if known >= GRAPHS and self._graphs[images.shape] is self.answer:
+            warnings.warn(f"torch.compile has made {GRAPHS} graphs of {self.answer.model.setting}, so batches of "
+                          f"{len(images)} run operator by operator, and slower: give batch=", RuntimeWarning, 3)  # fmt: skip
+        return self._graphs[images.shape](images)
+
+    def _compiled(self) -> Callable:
+        def forward(images: Tensor) -> tuple[Tensor, ...]:
+            return self.answer(images)
+
+        forward.__code__ = forward.__code__.replace(co_name=f"forward_{next(_NUMBERS)}")
+        return torch.compile(forward, dynamic=False, fullgraph=self.whole)
+
+
 def _in_torch(model: AdaptiveViT, runner: Runner, provenance: bool) -> Session:
     answer = Answer(runner.model(model), provenance)
     device = next(answer.parameters()).device
-    way = torch.compile(answer, dynamic=False) if runner.compiled else answer
+    way = Compiled(answer) if runner.compiled else answer
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         return way(images.to(device))
