@@ -131,7 +131,7 @@ def test_damaged_files_of_a_run(run, tmp_path, each):
             shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(500, marks=pytest.mark.slow)])
 def test_facts_of_a_checkpoint_changed(run, tmp_path, count):
     """JSON that is whole and wrong."""
     out, config, expected = run
@@ -176,7 +176,7 @@ def test_tables_of_a_run(run, tmp_path, name, what):
 # What eval keeps
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [5, pytest.param(400, marks=pytest.mark.slow)])
 def test_damaged_cache_of_eval(tmp_path, count):
     """A damaged entry is measured again: the numbers are those of a call without a cache."""
     files = {f"{c}/{i}.png": encode(picture(20, 20, seed=i + 50 * (c == "b"))) for c in "ab" for i in range(6)}
