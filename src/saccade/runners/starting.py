@@ -66,8 +66,9 @@ class Compiled:
             if images.shape not in self._graphs:
                 self._graphs[images.shape] = self._compiled() if known < GRAPHS else self.answer
         if known >= GRAPHS and self._graphs[images.shape] is self.answer:
-            warnings.warn(f"torch.compile has made {GRAPHS} graphs of {self.answer.model.setting}, so batches of "
-                          f"{len(images)} run operator by operator, and slower: give batch=", RuntimeWarning, 3)  # fmt: skip
+            made = f"torch.compile has made {GRAPHS} graphs of {self.answer.model.setting}"
+            how = f"so batches of {len(images)} run operator by operator, and slower: give batch="
+            warnings.warn(f"{made}, {how}", RuntimeWarning, stacklevel=3)
         return self._graphs[images.shape](images)
 
     def _compiled(self) -> Callable:
