@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -27,18 +26,14 @@ from saccade.errors import UserError
 from saccade.execution.loop import encode
 from saccade.execution.policy import AUTO, Execution
 from saccade.renamed.model_names import OldNames
+from saccade.runners.deployable import Deployable
 from saccade.setting import Setting
 from saccade.tokenizers.grid import Grid
-
-if TYPE_CHECKING:
-    from saccade.runners.deployment import Deployment
-    from saccade.runners.engine import Session
-    from saccade.runners.runner import Runner
 
 __all__ = ["AdaptiveViT", "Output", "build", "share"]
 
 
-class AdaptiveViT(OldNames, TimmNames):
+class AdaptiveViT(OldNames, TimmNames, Deployable):
     """A timm ``VisionTransformer`` run under a setting, up to its own classifier or to a head for another task.
 
     ``vit`` is the timm module itself: its state dict is timm's. All that a setting learns lives beside it.
@@ -76,7 +71,6 @@ class AdaptiveViT(OldNames, TimmNames):
         self.trained = trained
         self.learned: dict[str, Tensor] = Learned() if learned is None else learned
         self.vit: ViT = cast(ViT, vit)
-        self._deployment: Deployment | None = None  # another way to run than this module's own
         self.rebuild_plan(fresh)
         self.task_head = head
         self.training = vit.training
@@ -116,70 +110,10 @@ class AdaptiveViT(OldNames, TimmNames):
         head.to(self.vit.patch_embed.proj.weight).train(self.training)
         return AdaptiveViT(self.vit, self.setting, self.trained, self.learned, self.execution, head)
 
-    def deploy(self, runner: Runner | str | Mapping[str, Any] | None = "bf16") -> AdaptiveViT:
-        """A view whose forward, outside of training, runs another way: fp32 images in, fp32 logits out all the same.
-
-        The first forward makes a copy of the weights in the runner's number type, and starts its engine. This
-        model's own weights, ``state_dict`` and ``save`` stay what they are; ``encode`` and ``train()`` do not use it.
-        On Linux the process keeps freed memory from then on (``saccade.runners.allocator.steady_allocator``).
-
-        Args:
-            runner: ``"bf16"``, ``"bf16 compiled"``, ``"openvino"``, … (``saccade.runners.runner.Runner``); None or
-            "eager": the plain way.
-
-        Raises:
-            UserError: a runner that does not exist, or a task whose model has no other way to run.
-        """
-        from saccade.runners.deployment import Deployment
-        from saccade.runners.runner import Runner
-
-        view = self.at(self.setting)
-        view._deployment = None if runner is None else Deployment(Runner.of(runner))
-        own = type(self).__name__ if self.task_head is None else self.task_head.noun
-        if not (self.classifies or view.deployed is None or view.deployed.is_plain):
-            raise UserError(f"a {own} runs as it is: runner {view.deployed} is for classifiers")
-        return view
-
     @property
     def classifies(self) -> bool:
         """Whether a forward gives the logits of the ViT's own classifier: no head, and no subclass' own forward."""
         return self.task_head is None and type(self).forward is AdaptiveViT.forward
-
-    def runner(
-        self,
-        engine: str = "eager",
-        *,
-        dtype: str = "fp32",
-        batch: int | None = None,
-        threads: int | None = None,
-        provenance: bool = False,
-    ) -> Session:
-        """This model under its setting inside an engine: a callable, images [B, C, h, w] -> logits [B, K], fp32 both.
-
-        Any number of threads may call it. Its ``precision``, ``device`` and ``threads`` can be read; ``all(images)``
-        gives every output by its name. It keeps the weights of now.
-
-        Args:
-            engine: "eager", "compile" (torch.compile), "aoti" (AOTInductor), "onnx" (ONNX Runtime), "openvino".
-            dtype: "fp32", "bf16", "fp16", and "int8" weights where the engine has them.
-            batch: images of every call; None: any number.
-            threads: of one call; None: as many as torch has.
-            provenance: outputs "owner" (token of each cell, [B, cells] int32) and "tokens" ([B] int32) too.
-
-        Raises:
-            UserError: an engine that is not installed, with the line that installs it; a number type that this
-            machine does not compute in; an operator that the engine does not have.
-        """
-        from saccade.runners.runner import Runner
-        from saccade.runners.starting import start
-
-        runner = Runner(dtype, engine, batch)
-        return start(self, runner, threads=threads, fixed=batch is not None, provenance=provenance)
-
-    @property
-    def deployed(self) -> Runner | None:
-        """How the forward is run; None: plainly, and nothing else was recorded."""
-        return None if self._deployment is None else self._deployment.runner
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -306,12 +240,7 @@ class AdaptiveViT(OldNames, TimmNames):
         """The setting and the way to run, on the first line of what is printed."""
         said = f"setting={str(self.setting)!r}"
         said += "" if self.execution == AUTO else f", {self.execution}"
-        if (runner := self.deployed) is None or runner.is_plain:
-            return said
-        size = f" in batches of {runner.batch}" if runner.compiled and runner.batch else ""
-        made = f", compiled{size} at the first call" if runner.compiled else ""
-        made = f" by {runner.engine_noun}" if runner.exported else made
-        return f"{said}, runs in {runner.dtype}{made} (fp32 in and out; plain: model.deploy(None))"
+        return said if self.deployed is None or self.deployed.is_plain else f"{said}, {self.deployed.described()}"
 
     def _reads_prefix_only(self) -> bool:
         """Whether only the prefix is read of the last block's output, by hooks and a user's own forward too."""

@@ -72,7 +72,8 @@ class Predictor:
                 raise UserError(f"{exported.folder} takes photos as they are: run its predict.py, or call it")
             self.model: AdaptiveViT | Artefact = exported
             self.preprocess = Preprocess.from_dict(exported.preprocessing)
-            self.classes = Classes(exported.class_names or (), exported.labels or exported.class_names or ())
+            names = tuple(exported.class_names or ())
+            self.classes = Classes(names, tuple(exported.labels or names))
             return
         assert not isinstance(model, Artefact)
         opened = open_model(model, weights, pretrained, device, deployed=True)

@@ -100,6 +100,13 @@ class Runner:
         """fp32, operator by operator: the weights as they are."""
         return self == Runner(batch=self.batch)
 
+    def described(self) -> str:
+        """As a printed model says it."""
+        size = f" in batches of {self.batch}" if self.batch else ""
+        made = f", compiled{size} at the first call" if self.compiled else ""
+        made = f" by {self.engine_noun}" if self.exported else made
+        return f"runs in {self.dtype}{made} (fp32 in and out; plain: model.deploy(None))"
+
     @property
     def weights_dtype(self) -> torch.dtype:
         """The number type of PyTorch's weights; some engines take fp32, and make of it what they compute in."""
