@@ -42,7 +42,7 @@ HARD = {
         "token_pooling(0.5, at=[0, 3], centre='mean')",
         "token_pooling(0.3, at=1, weighted=False, proportional=True)",
     ],
-    "dpc_knn": ["dpc_knn(0.3, at=3, neighbours=1, proportional=True)", "dpc_knn(0.5, at=[0, 2], learned=True)"],
+    "dpc_knn": ["dpc_knn(0.3, at=3, neighbours=1, proportional=True, weighted=True)", "dpc_knn(0.5, at=[0, 2], learned=True)"],
     "tofu": ["tofu(r=[0, 20, 8, 4], merge_from=2)", "tofu(r=1000, merge_from=0)"],
     "pitome": ["pitome(0.5)", "pitome(0.8, metric='x', proportional=True)"],
     "mctf": ["mctf(r=9)", "mctf(r=1000, info=1, size=1)"],
@@ -65,7 +65,7 @@ HARD = {
         "adavit(share=0.5, threshold=0.97, heads='partial')",
         "adavit(axes=('patch', 'head'), at=[0, 2], form='released', threshold=0.5)",
     ],
-    "ats": ["ats(0.5, at=[0, 3])", "ats(0.1, at=1, score='received')"],
+    "ats": ["ats(0.5, at=[0, 3])", "ats(0.1, at=1, score='received', levels='code')"],
     "avit": ["avit(gamma=1, beta=-2)", "avit(at=[2, 3], gamma=0.5, beta=0.5)", "avit(gamma=1, beta=-0.5)"],
     "ltmp": [
         "ltmp(0.5, at=[0, 1], start=0.9, merge=None)",
