@@ -42,7 +42,10 @@ HARD = {
         "token_pooling(0.5, at=[0, 3], centre='mean')",
         "token_pooling(0.3, at=1, weighted=False, proportional=True)",
     ],
-    "dpc_knn": ["dpc_knn(0.3, at=3, neighbours=1, proportional=True, weighted=True)", "dpc_knn(0.5, at=[0, 2], learned=True)"],
+    "dpc_knn": [
+        "dpc_knn(0.3, at=3, neighbours=1, proportional=True, weighted=True)",
+        "dpc_knn(0.5, at=[0, 2], learned=True)",
+    ],
     "tofu": ["tofu(r=[0, 20, 8, 4], merge_from=2)", "tofu(r=1000, merge_from=0)"],
     "pitome": ["pitome(0.5)", "pitome(0.8, metric='x', proportional=True)"],
     "mctf": ["mctf(r=9)", "mctf(r=1000, info=1, size=1)"],

@@ -9,14 +9,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 from torch import nn
 
+from saccade.backbones.addresses import is_address
 from saccade.backbones.learned_by_step import as_now, methods_by_step
 from saccade.backbones.plan_builder import build as build_setting
 from saccade.backbones.plan_builder import with_tokenizer
-from saccade.backbones.pretrained import open_pretrained
+from saccade.backbones.pretrained import open_vit
 from saccade.backbones.rebuilding import check_name, fill_all, rebuild_vit, restore_class_names, restore_flexible
 from saccade.backbones.saving import LEARNED, save
 from saccade.core.head import Head
@@ -29,7 +29,7 @@ from saccade.storage.files import shortened
 from saccade.storage.folder_config import CONFIG, FolderConfig, closed, parse, read_bytes
 from saccade.storage.locks import owning
 from saccade.storage.model_folder import WAIT, WeightsFile, seen, weights_file
-from saccade.storage.weights import line, load_weights, read_header
+from saccade.storage.weights import load_weights, read_header
 
 if TYPE_CHECKING:
     from saccade.runners.runner import Runner
@@ -52,23 +52,17 @@ def create_model(
     """A timm ViT under a setting, in evaluation mode.
 
     Args:
-        name: timm's model name.
+        name: timm's model name, or an address as timm has them: ``"hf-hub:owner/name"``, ``"local-dir:folder"``.
         setting: for example ``"tome(r=13)"``; empty: the unreduced model.
-        pretrained: timm's own weights, from the Hugging Face hub; a FlexiViT's with the kernel of its training, under
-            timm's patch size, ``grid(16)``, where the setting names no tokenizer.
+        pretrained: timm's own weights, from the Hugging Face hub, or those at the address; a FlexiViT's with the
+            kernel of its training, under timm's patch size, ``grid(16)``, where the setting names no tokenizer.
         weights: a safetensors file with timm's keys instead.
         kwargs: of ``timm.create_model`` (num_classes, img_size, …).
 
     Raises:
         UserError: unknown name, unsupported model, missing or wrong weights.
     """
-    check_name(name)
-    try:
-        vit, first = open_pretrained(name, **kwargs) if pretrained else (timm.create_model(name, **kwargs), None)
-    except Exception as error:
-        if not pretrained:
-            raise UserError(f"timm cannot create {name!r}: {line(error)}") from None
-        raise UserError(f"cannot fetch timm's weights of {name!r} ({line(error)}); give a file by weights=") from None
+    vit, first = open_vit(name, pretrained, **kwargs)
     model = AdaptiveViT(vit, with_tokenizer(Setting.parse(setting), first))
     if weights is not None:
         load_weights(vit, weights)
@@ -188,9 +182,6 @@ def _harmless(model: AdaptiveViT, setting: str, path: Path) -> bool:
 Source = str | os.PathLike | nn.Module  # a timm name, a model folder, a timm ViT, an AdaptiveViT
 
 
-ADDRESSES = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's, for which ``check_name`` says what to do
-
-
 def open_model(
     source: Source,
     weights: str | os.PathLike | None = None,
@@ -231,10 +222,11 @@ def open_model(
                 "here give the model that it was made of"
             )
         model = load_model(name) if deployed else load_model(name, runner=None)
-    elif not name.startswith(ADDRESSES) and (os.sep in name or name.endswith(CONFIG) or isinstance(source, Path)):
+    elif not is_address(name) and (os.sep in name or name.endswith(CONFIG) or isinstance(source, Path)):
         raise UserError(f"there is no model folder {name!r}")
     else:
-        check_name(name)
+        if not is_address(name):
+            check_name(name)
         if trained and not (weights or pretrained):
             raise UserError(
                 f"{name} would have random weights: give --weights FILE or --pretrained "

@@ -38,21 +38,21 @@ def test_a_file_that_is_none_is_refused_at_once(reader, odd):
     assert "x.toml" in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["hf-hub:MahmoodLab/UNI2-h", "hf_hub:timm/vit_tiny", "local-dir:/nowhere/model"])
-def test_an_address_is_told_what_to_do(name, tmp_path, monkeypatch, capsys):
+def test_an_address_where_nothing_is(tmp_path, monkeypatch, capsys):
+    name = "local-dir:/nowhere/model"
     monkeypatch.chdir(tmp_path)
-    for verb in (saccade.create_model, lambda n: saccade.bench(n, batch=[1], seconds=0), saccade.Predictor):
-        with pytest.raises(UserError, match="is an address and not a name: download it"):
-            verb(name)
+    for verb in (saccade.create_model, saccade.bench, saccade.Predictor):
+        with pytest.raises(UserError, match=r"/nowhere/model' has no config.json"):
+            verb(name, pretrained=True)
     for command in (
-        ["bench", name],
-        ["convert", name, "--patch", "8", "--out", "z"],
-        ["view", name, "x.png", "--out", "y.png"],
+        ["bench", name, "--pretrained"],
+        ["convert", name, "--pretrained", "--patch", "8", "--out", "z"],
+        ["view", name, "x.png", "--pretrained", "--out", "y.png"],
     ):
         with pytest.raises(SystemExit) as stop:
             main(command)
         said = capsys.readouterr().err.strip()
-        assert stop.value.code == 2 and said.count("\n") == 0 and "is an address" in said, said
+        assert stop.value.code == 2 and said.count("\n") == 0 and "has no config.json" in said, said
 
 
 @pytest.mark.parametrize("network", ["vit_giant_patch14_224", "vit_large_patch16_224", "convnext_xlarge"])

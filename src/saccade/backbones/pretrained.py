@@ -11,14 +11,34 @@ from timm.models import adapt_input_conv, load_pretrained
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
+from saccade.backbones.addresses import is_address, open_address
 from saccade.backbones.freeze import rebuilt
+from saccade.backbones.rebuilding import check_name
 from saccade.backbones.vit import set_resize
 from saccade.core.timm_types import ViT
+from saccade.errors import UserError
 from saccade.setting import Call
+from saccade.storage.weights import line
 from saccade.tokenizers.resize.resampling import PRESETS
 
 FLEXIBLE = "flexivit"  # how timm calls Google's; all were trained with one resize
 KERNEL, TABLE = "patch_embed.proj.weight", "pos_embed"
+
+
+def open_vit(name: str, pretrained: bool, **kwargs: Any) -> tuple[ViT, Call | None]:
+    """timm's ViT of a name or an address, and the tokenizer that its weights ask for (None: its own).
+
+    Raises UserError: an unknown name, arguments that timm refuses, weights that are not to be had.
+    """
+    if is_address(name):
+        return open_address(name, pretrained, **kwargs), None
+    check_name(name)
+    try:
+        return open_pretrained(name, **kwargs) if pretrained else (cast(ViT, timm.create_model(name, **kwargs)), None)
+    except Exception as error:
+        if not pretrained:
+            raise UserError(f"timm cannot create {name!r}: {line(error)}") from None
+        raise UserError(f"cannot fetch timm's weights of {name!r} ({line(error)}); give a file by weights=") from None
 
 
 def open_pretrained(name: str, **kwargs: Any) -> tuple[ViT, Call | None]:

@@ -28,10 +28,7 @@ if TYPE_CHECKING:
 def check_name(name: str) -> None:
     """Raises UserError unless timm has a model of this name."""
     if ":" in name:  # "hf-hub:owner/name", "local-dir:folder"
-        raise UserError(
-            f"{name!r} is an address and not a name: download it, then give the architecture that its config.json "
-            "names, with weights='model.safetensors' and that config's model_args"
-        )
+        raise UserError(f"{name!r} is an address and not the name of an architecture")
     if name.split(".")[0] not in timm.list_models():
         raise UserError(f"timm {timm.__version__} has no model {name!r}{_close(name)}")
 

@@ -46,6 +46,11 @@ FEW = 4  # tokens that are tried
 
 def build(name: str, args: Mapping[str, Any]) -> ViT:
     """timm's model of a name, of arguments as ``arguments`` gives them. Raises whatever timm does."""
+    return cast(ViT, timm.create_model(name, **with_layers(args)))
+
+
+def with_layers(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments as timm takes them: kinds of layers for their names."""
     given, eps = dict(args), args.get("norm_eps")
     given.pop("norm_eps", None)
     for knob, known in (("act_layer", ACTS), ("norm_layer", NORMS), ("mlp_layer", MLPS), ("embed_norm_layer", NORMS)):
@@ -53,7 +58,7 @@ def build(name: str, args: Mapping[str, Any]) -> ViT:
             given[knob] = known[given[knob]]
     if "norm_layer" in given and eps is not None:
         given["norm_layer"] = partial(given["norm_layer"], eps=eps)
-    return cast(ViT, timm.create_model(name, **given))
+    return given
 
 
 def arguments(vit: ViT, name: str) -> dict[str, Any]:

@@ -140,6 +140,18 @@ class FolderConfig(Strict):
         return self
 
 
+class HubConfig(Strict):
+    """``config.json`` as timm writes it for its hub, as far as it says what the model is."""
+
+    model_config = ConfigDict(extra="ignore")
+    architecture: Text
+    args: ModelArgs = Field(ModelArgs(), alias="model_args")
+    num_classes: Annotated[int, Field(ge=0, le=2**24)] | None = None
+    pretrained_cfg: Preprocessing = Preprocessing()
+    label_names: Annotated[list[Text], Field(max_length=2**24)] | None = None
+    label_descriptions: dict[Text, Text] | None = None
+
+
 def parse(data: bytes, path: Path) -> FolderConfig:
     """The config in a file's bytes. Raises UserError for anything that is none of ours."""
     try:

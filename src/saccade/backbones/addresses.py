@@ -1,0 +1,106 @@
+"""Models that are kept where timm keeps its own: ``hf-hub:owner/name`` on the hub, ``local-dir:folder`` on a disk.
+
+There timm writes a ``config.json``, which names the architecture and what it was made with, and ``model.safetensors``.
+Nothing else is asked for, and weights in other formats, which may run code, are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+from pydantic import ValidationError
+
+from saccade.backbones.rebuilding import check_name
+from saccade.backbones.vit import set_class_names
+from saccade.core.timm_types import ViT
+from saccade.errors import UserError
+from saccade.storage.architecture import with_layers
+from saccade.storage.files import read_at_most, shortened
+from saccade.storage.folder_config import CONFIG, MOST_BYTES, HubConfig
+from saccade.storage.weights import line, load_weights
+
+WEIGHTS = "model.safetensors"
+LOCAL, HUB = "local-dir:", ("hf-hub:", "hf_hub:")
+Fetch = Callable[[str], Path]  # the name of a file -> where it lies
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is one of timm's addresses."""
+    return name.startswith((LOCAL, *HUB))
+
+
+def open_address(address: str, pretrained: bool, **kwargs: Any) -> ViT:
+    """The timm ViT of an address, with its weights where they are asked for.
+
+    Args:
+        address: "hf-hub:owner/name", with "@revision" where it is not the newest; or "local-dir:folder".
+        kwargs: of ``timm.create_model``, in the place of what the config says.
+
+    Raises:
+        UserError: nothing is there, or no network; a config that is none of timm's, or an architecture that timm has
+            not; weights that are in another format, or do not fit.
+    """
+    fetch = _local(address) if address.startswith(LOCAL) else _hub(address)
+    config = _config(address, fetch(CONFIG))
+    check_name(config.architecture)
+    told = {} if config.num_classes is None else {"num_classes": config.num_classes}
+    args = {**told, **with_layers(config.args.model_dump(exclude_unset=True)), **kwargs}
+    try:
+        vit = cast(ViT, timm.create_model(config.architecture, **args))
+    except Exception as error:
+        raise UserError(f"timm cannot create {address!r}: {line(error)}") from None
+    known = config.pretrained_cfg.model_dump(exclude_unset=True, exclude_none=True)
+    vit.pretrained_cfg = {**vit.pretrained_cfg, **known}
+    if config.label_names is not None and len({*config.label_names}) == vit.num_classes:
+        set_class_names(vit, config.label_names, config.label_descriptions)
+    if pretrained:
+        load_weights(vit, fetch(WEIGHTS))
+    return vit
+
+
+def _config(address: str, file: Path) -> HubConfig:
+    try:
+        return HubConfig.model_validate_json(read_at_most(file, MOST_BYTES))
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_context=False)[0]
+        place = ".".join(map(str, wrong["loc"]))[:100]
+        raise UserError(
+            f"{CONFIG} of {address!r} is none that can be used here ({place}: {wrong['msg'][:150]})"
+        ) from None
+
+
+def _local(address: str) -> Fetch:
+    folder = Path(address.removeprefix(LOCAL))
+
+    def fetch(name: str) -> Path:
+        if not (folder / name).is_file():
+            raise UserError(f"{shortened(folder)} has no {name}, which timm's save_for_hf writes")
+        return folder / name
+
+    return fetch
+
+
+def _hub(address: str) -> Fetch:
+    place, _, revision = address.partition(":")[2].partition("@")
+
+    def fetch(name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(place, name, revision=revision or None))
+        except LocalEntryNotFoundError:
+            why = "it is not on this machine, and the hub cannot be reached"
+        except EntryNotFoundError:
+            why = "it is not there"
+            why += "; weights in other formats may run code and are refused" if name == WEIGHTS else ""
+        except HFValidationError as error:
+            why = line(error)
+        except Exception as error:
+            why = f"{type(error).__name__}: {line(error)}"
+        raise UserError(f"cannot fetch {name} of {place[:100]!r} from the hub: {why}")
+
+    return fetch
