@@ -65,6 +65,19 @@ def test_every_method_in_every_engine(name, method):
     agrees(model_of(settings_of(method)[2]), name)
 
 
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_weights_of_eight_bits(name, capfd):
+    installed(name)
+    if name == "openvino":
+        pytest.importorskip("nncf", reason="NNCF is not installed", exc_type=ImportError)
+    model = model_of("evit(0.5)")
+    images = make_images(model.vit, 3)
+    session = model.runner(name, dtype="int8")
+    with torch.no_grad():
+        assert 0 < relative(session(images), model(images).logits) <= 0.1
+    assert session.dtype == "int8" and not capfd.readouterr().out
+
+
 def test_batches_beyond_those_that_a_program_is_compiled_for():
     installed("openvino")
     from saccade.runners.engines import openvino

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saccade.errors import UserError
 from saccade.runners.engine import Session
-from saccade.runners.exported import IMAGES, Exported, quiet, reason
+from saccade.runners.exported import IMAGES, Exported, quiet, reason, silent
 from saccade.runners.lowering import lower
 
 if TYPE_CHECKING:
@@ -93,15 +89,3 @@ def open(folder: Path, dtype: str, threads: int) -> Session:
         return tuple(torch.from_numpy(value) for value in found)
 
     return Session(run, names, "onnx", dtype, dtype, "cpu", threads)
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """What exporters print and log of their progress goes nowhere."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        try:
-            yield
-        finally:
-            logging.disable(before)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saccade.errors import UserError
 from saccade.runners.engine import Session
-from saccade.runners.exported import EMBEDDING, IMAGES, LOGITS, OWNER, TOKENS, Exported, quiet, reason
+from saccade.runners.exported import EMBEDDING, IMAGES, LOGITS, OWNER, TOKENS, Exported, quiet, reason, silent
 from saccade.runners.lowering import RULES, lower, numbers
 from saccade.runners.predict_script import HINTS
 
@@ -60,9 +60,14 @@ def write(exported: Exported, folder: Path, dtype: str) -> None:
             operator.set_attribute("sort", "value")  # not "none", of which nothing can be stable
             operator.set_attribute("stable", True)  # as torch was asked; OpenVINO's reader leaves it out
     if dtype == "int8":
-        import nncf
-
-        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        try:
+            import nncf
+        except ImportError as error:
+            raise UserError(
+                f"int8 needs NNCF, and {error.name or 'nncf'} is missing: pip install nncf tabulate"
+            ) from None
+        with silent():
+            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     openvino.save_model(model, folder / FILES[0], compress_to_fp16=False)
 
 
