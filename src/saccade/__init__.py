@@ -40,6 +40,7 @@ _HOME = {
     "Tokenizer": "core.plan",
     "Head": "core.head",
     "register": "core.registry",
+    "load_plugin": "core.plugins",
     "register_scorer": "tokenizers.scorers",
     "save_mosaic": "tokenizers.mosaic.mosaic_files",
     "load_mosaic": "tokenizers.mosaic.mosaic_files",

@@ -17,7 +17,7 @@ from saccade.backbones.learned_by_step import as_now, methods_by_step
 from saccade.backbones.plan_builder import build as build_setting
 from saccade.backbones.plan_builder import with_tokenizer
 from saccade.backbones.pretrained import open_vit
-from saccade.backbones.rebuilding import check_name, fill_all, rebuild_vit, restore_class_names, restore_flexible
+from saccade.backbones.rebuilding import check_name, fill_all, rebuild_vit, require_plugins, restore_facts
 from saccade.backbones.saving import LEARNED, save
 from saccade.core.head import Head
 from saccade.core.hooks import copied
@@ -135,11 +135,12 @@ def _filled(
     file, task = weights.file, config.saccade.task
     header = read_header(file)
     vit = rebuild_vit(config, header, str(file))
-    restore_flexible(vit, config.saccade, path)
-    restore_class_names(vit, config)
+    restore_facts(vit, config, path)
     head = None if task == CLASSIFY else _head(task).rebuild(vit, dict(ours))
     before = methods_by_step(name.removeprefix(LEARNED) for name in header if name.startswith(LEARNED))
     own, trained = as_now(config.saccade.setting, before), tuple(as_now(s, before) for s in config.saccade.settings)
+    if setting is None:
+        require_plugins(config.saccade, own, path)
     with closed("" if setting is not None else str(path)):
         model = AdaptiveViT(vit, own if setting is None else setting, trained, head=head).eval()
     with closed(str(path)):

@@ -13,9 +13,12 @@ from saccade.backbones.learned import require_learned
 from saccade.backbones.learned_by_step import by_block
 from saccade.backbones.saving import LEARNED, folder_state
 from saccade.backbones.vit import backbone_of, set_class_names, set_resize
+from saccade.core.registry import registry
 from saccade.core.timm_types import ViT
 from saccade.errors import UserError, nearest
+from saccade.setting import Setting
 from saccade.storage.architecture import build
+from saccade.storage.files import shortened
 from saccade.storage.folder_config import CONFIG, FolderConfig, Ours
 from saccade.storage.skeletons import without_values
 from saccade.storage.weights import check, check_tensors, line, number_type, read_weights, shapes
@@ -49,6 +52,23 @@ def rebuild_vit(config: FolderConfig, header: Mapping[str, torch.Size], file: st
     told = config.pretrained_cfg.model_dump(exclude_unset=True, exclude_none=True)
     vit.pretrained_cfg = {**vit.pretrained_cfg, **told}
     return vit.eval()
+
+
+def restore_facts(vit: ViT, config: FolderConfig, path: Path) -> None:
+    """What a folder says of a ViT beside its weights: how it was resized in training, its classes. Raises UserError."""
+    restore_flexible(vit, config.saccade, path)
+    restore_class_names(vit, config)
+
+
+def require_plugins(ours: Ours, setting: str, path: Path) -> None:
+    """Raises UserError where a folder's setting names what only a plugin has; a folder never loads one itself."""
+    known = registry()
+    for call in Setting.parse(setting).calls:
+        if call.name in ours.plugins and call.name not in known:
+            raise UserError(
+                f"{shortened(path)}: its setting names {call.name!r}, which {ours.plugins[call.name]!r} brings: load "
+                "that before, by --plugin FILE or saccade.load_plugin(file), or install it"
+            )
 
 
 def restore_class_names(vit: ViT, config: FolderConfig) -> None:

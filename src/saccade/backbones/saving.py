@@ -11,7 +11,9 @@ from torch import Tensor
 
 from saccade.backbones.vit import class_names_of, resize_of
 from saccade.core.head import PREFIX
+from saccade.core.registry import registry
 from saccade.errors import UserError
+from saccade.setting import Setting
 from saccade.storage.architecture import arguments, table_size
 from saccade.storage.files import check_folder
 from saccade.storage.folder_config import FORMAT
@@ -73,6 +75,8 @@ def _config(model: AdaptiveViT, extra: Mapping[str, Any]) -> dict[str, Any]:
         ours["settings"] = list(model.trained)
     if model.deployed is not None:
         ours["runner"] = model.deployed.to_dict()
+    if brought := _plugins(model):
+        ours["plugins"] = brought
     name, cfg = _name(vit), dict(vit.pretrained_cfg)
     kept = ("interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "tag", "license")
     size = [vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size]
@@ -84,6 +88,13 @@ def _config(model: AdaptiveViT, extra: Mapping[str, Any]) -> dict[str, Any]:
         "pretrained_cfg": {"input_size": size, **{k: cfg[k] for k in kept if cfg.get(k) is not None}},
         "saccade": {**ours, **_flexible(vit), **extra},
     }
+
+
+def _plugins(model: AdaptiveViT) -> dict[str, str]:
+    """Methods that the model's settings name and plugins bring, and what brings them."""
+    known, settings = registry(), (model.setting, *map(Setting.parse, model.trained))
+    used = (known[call.name] for setting in settings for call in setting.calls if call.name in known)
+    return {entry.name: entry.origin for entry in used if entry.origin}
 
 
 def _class_names(vit: ViT) -> dict[str, Any]:

@@ -35,6 +35,12 @@ def common(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
     ] = False,
+    plugin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="A Python file with methods of one's own (docs/add-a-method.md); also after the verb."
+        ),
+    ] = None,
 ) -> None:
     """Adaptive compute for Vision Transformers: measure which setting is worth it, and deploy it.
 
@@ -65,11 +71,16 @@ def main(arguments: list[str] | None = None) -> None:
         zeroshot,
     )
 
-    given = sys.argv[1:] if arguments is None else arguments
+    given, plugins = without_plugins(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without these characters gets others, no traceback
             stream.reconfigure(errors="replace")
     try:
+        if plugins:
+            from saccade.core.plugins import load_plugin
+
+            for file in plugins:
+                load_plugin(file)
         code = app(spread_values(given or ["--help"]), prog_name="saccade", standalone_mode=False)
         sys.stdout.flush()  # what cannot be written is said here
     except UserError as error:
@@ -104,6 +115,19 @@ def _give_up_output() -> None:
     except OSError:
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def without_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments but for ``--plugin FILE``, wherever it stands, and the files."""
+    rest, files = [], []
+    given = iter(arguments)
+    for argument in given:
+        name, _, value = argument.partition("=")
+        if name == "--plugin":
+            files.append(value or next(given, ""))
+        else:
+            rest.append(argument)
+    return rest, files
 
 
 def spread_values(arguments: list[str]) -> list[str]:

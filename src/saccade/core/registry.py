@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from saccade.core.plan import Backbone, Method
+from saccade.core.plugins import load_installed, origin_of
 from saccade.errors import UserError, nearest
 
 
@@ -37,6 +38,7 @@ class Entry:
     sources: Mapping[str, str]  # by where defaults are from, the knobs; see ``source``
     before: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)  # see ``also``
     learner: Callable[..., KnobLearner] | None = None
+    origin: str = ""  # what brings it: the plugin's file or package; "": this package
 
     @property
     def summary(self) -> str:
@@ -114,10 +116,15 @@ def register(
 
     ``range_filter(backbone, **knobs)`` says whether a range of a knob (``8..40``) should stop at these values, and
     ``sources`` names the knobs whose defaults are another's, as ``{"paper": "keep at", "code": "tau"}``: ``SOURCES``.
+
+    Raises UserError for a name that a method from elsewhere has already.
     """
 
     def add(build: Callable) -> Callable:
-        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter, sources)
+        origin = origin_of(build)
+        if name in _REGISTRY and (other := _REGISTRY[name].origin) != origin:
+            raise UserError(f"{origin or 'saccade'} registers {name!r}, which {other or 'saccade'} has: rename it")
+        _REGISTRY[name] = Entry(name, kind, build, menu, baseline, range_filter, sources, origin=origin)
         return build
 
     return add
@@ -152,6 +159,7 @@ def _look() -> None:
     for package in ("saccade.tokenizers", "saccade.methods"):
         for module in iter_modules(import_module(package).__path__, package + "."):
             import_module(module.name)
+    load_installed()
 
 
 def list_methods() -> list[str]:

@@ -113,6 +113,7 @@ class Ours(Strict):
     format: Literal[1]
     setting: Text
     settings: Annotated[list[Text], Field(max_length=1000)] = []
+    plugins: dict[Text, Text] = {}  # methods that the settings name and this package has not, and what brings them
     task: Text = "classify"
     weights: Seal | None = None  # folders of before have none
     resize: Any = None  # see ResizeSpec.from_dict
