@@ -67,7 +67,7 @@ def counts_are_as_announced(model: AdaptiveViT, images: Tensor) -> None:
     sites = {"block": 0, "attn": 1}
     _, trace = model.forward_tokens(images)
     prefix = model.backbone.num_prefix
-    left = None if trace.first is None else int(trace.first.max()) + 1
+    left: int | None = int(trace.first.max()) + 1
     for at, block in enumerate(trace.blocks):
         for site in sites:
             for method in model.plan.methods:
