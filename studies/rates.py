@@ -2,7 +2,8 @@
 
 Claim     DiffRate (arXiv 2305.17997, Table 1): with counts learned for each block it loses less than merging or pruning
           alone, without training the model (DeiT-S at 2.3 GMACs: 78.8 %, ToMe 78.0 %).
-Method    A pretrained model. `saccade calibrate` learns diffrate's lists for each budget from photos without labels;
+Method    A pretrained model. `saccade calibrate` learns diffrate's lists for each budget from photos without labels, by
+          moves on the real thing and by gradients as published;
           every rival gets its strength by arithmetic for the same budget. Top-1 on other photos, and paired differences
           to the dense model, 95 % intervals over images; the learned lists of one seed.
 Command   python studies/rates.py vit_tiny_patch16_224 vit_tiny_patch16_224.safetensors --learn nette160.zip
@@ -28,7 +29,7 @@ from saccade.storage.files import write_json
 
 SPEEDS = (1.5, 2.0)  # times fewer MACs
 RIVALS = ("diffrate", "tome", "tofu", "mctf", "pitome", "evit", "random")
-LEARNED = "diffrate, learned"
+LEARNED = {"by moves": "diffrate, by moves", "by gradients": "diffrate, by gradients"}
 
 
 def main() -> None:
@@ -37,7 +38,8 @@ def main() -> None:
     parser.add_argument("weights")
     parser.add_argument("--learn", required=True, help="photos with a split train")
     parser.add_argument("--test", nargs="+", required=True, help="photos with labels")
-    parser.add_argument("--steps", type=int, default=100, help="of learning, 16 photos each")
+    parser.add_argument("--moves", type=int, default=150, help="of learning, 96 photos each")
+    parser.add_argument("--steps", type=int, default=100, help="of learning by gradients, 16 photos each")
     parser.add_argument("--limit", type=int, default=400, help="photos to learn from")
     parser.add_argument("--out", type=Path, default=Path("runs/rates"))
     given = parser.parse_args()
@@ -46,8 +48,10 @@ def main() -> None:
     dense = float(model(torch.zeros(1, 3, *model.input_size())).trace.macs()) / 1e9
     lines = {(name, speed): f"{name}(speed={speed})" for speed in SPEEDS for name in RIVALS}
     for speed in SPEEDS:
-        lines[LEARNED, speed] = learned(model, given.learn, dense / speed, given)
-        print(f"{speed}×: {lines[LEARNED, speed]}", file=sys.stderr, flush=True)
+        for how, name in LEARNED.items():
+            steps, moves = (0, given.moves) if how == "by moves" else (given.steps, 0)
+            lines[name, speed] = learned(model, dense / speed, given, KnobSearch(steps, moves=moves))
+            print(f"{speed}×, {how}: {lines[name, speed]}", file=sys.stderr, flush=True)
     tables = {}
     for data in given.test:
         rows = saccade.eval(model, data, list(lines.values()), seconds=0, out=given.out / Path(data).stem)
@@ -56,10 +60,10 @@ def main() -> None:
     print(json.dumps(summary(lines, tables), indent=2))
 
 
-def learned(model: saccade.AdaptiveViT, data: str, gmacs: float, given: argparse.Namespace) -> str:
+def learned(model: saccade.AdaptiveViT, gmacs: float, given: argparse.Namespace, search: KnobSearch) -> str:
     """The setting whose counts are learned for a budget."""
-    search, cache = KnobSearch(given.steps), given.out / "learned"
-    found = calibrate(model, data, "diffrate()", gmacs, split="train", limit=given.limit, cache=cache, search=search)
+    found = calibrate(model, given.learn, "diffrate()", gmacs, split="train", limit=given.limit,
+                      cache=given.out / "learned", search=search)  # fmt: skip
     return found.setting
 
 

@@ -41,7 +41,8 @@ def command(
     split: Split = None,
     limit: Annotated[int, LIMIT] = 200,
     batch: Batch = 32,
-    steps: Annotated[int, typer.Option(min=0, help="Of learning counts, 16 images each.")] = 100,
+    moves: Annotated[int, typer.Option(min=0, help="Of learning counts: settings tried, 96 images each.")] = 150,
+    steps: Annotated[int, typer.Option(min=0, help="Of gradients before them, 16 images each.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the images' order, where counts are learned.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -79,7 +80,7 @@ def command(
             limit=limit,
             batch=batch,
             cache=cache,
-            search=KnobSearch(steps, seed=seed),
+            search=KnobSearch(steps, seed=seed, moves=moves),
             progress=progress,
         )
     if out is not None:

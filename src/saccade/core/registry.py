@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,10 @@ class KnobLearner(Method):
 
     def found(self) -> dict[str, Any]:
         """The knobs as learned, within the budget."""
+        raise NotImplementedError
+
+    def moved(self, knobs: Mapping[str, Any], draw: random.Random) -> dict[str, Any]:
+        """Such knobs a little changed, within the budget; the same where nothing can be changed."""
         raise NotImplementedError
 
 

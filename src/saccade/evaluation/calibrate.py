@@ -58,7 +58,7 @@ class Calibrated(Result):
     gmacs_dense: float
     metric: str  #      "top-1", or "agreement with dense" where there are no labels
     top1: Interval
-    tried: int  #       thresholds; or steps of learning
+    tried: int  #       thresholds; or steps and moves of learning
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -163,7 +163,7 @@ def calibrate(
         split: of a folder of splits; None: the held-out one.
         limit: at most so many images, spread evenly over the set.
         cache: a folder for what settings said, so that an interrupted call goes on from there.
-        search: how counts are learned; None: in 100 steps of 16 images.
+        search: how counts are learned; None: by 150 moves.
         progress: where to show it; None: nowhere.
 
     Raises:
@@ -185,7 +185,7 @@ def calibrate(
     for line in evaluator.notes:
         progress.say(line)
     search = search or KnobSearch()
-    work = search.steps * search.batch + 2 * len(places) if learns else (STEPS + 4) * len(places)
+    work = search.work + 2 * len(places) if learns else (STEPS + 4) * len(places)
     advance = progress.start("calibrating", work)
     store = None if cache is None else Cache.of(Path(cache), evaluator)
     advance(0, what="calibrating: the dense model")
@@ -199,7 +199,7 @@ def calibrate(
         name = search.learn(evaluator, setting, gmacs, seen_by_dense, None if store is None else store.folder, advance)
         ask = partial(evaluator.predict, model.at(name).eval(), places, advance)
         answers = ask() if store is None else store.get(name, places, ask)
-        return _calibrated(evaluator, name, None, answers, dense, search.steps)
+        return _calibrated(evaluator, name, None, answers, dense, search.steps + search.moves)
     seen: dict[float, Predictions] = {}
     levels: list[float] = []
     if (view := by_count(model, setting)) is not None:

@@ -1,17 +1,20 @@
 """Knobs of a setting, learned for a budget from images without labels.
 
 The weights are frozen. A method's learner (``KnobLearner``) runs in training's masked form and moves by the gradient of
-the divergence from the dense model's answers, and of the squared miss of the budget (as in arXiv 2305.17997).
+the divergence from the dense model's answers, and of the squared miss of the budget (as in arXiv 2305.17997). Then, or
+instead, whole settings are tried, each a move away from the best so far (``knob_moves``).
 Everything is a function of (seed, step), so that what was interrupted goes on from its last state.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -22,8 +25,9 @@ from saccade.core.registry import KnobLearner, registry
 from saccade.data import Loader, Preprocess
 from saccade.errors import UserError
 from saccade.evaluation.evaluator import Evaluator
+from saccade.evaluation.knob_moves import IMAGES, Moves
 from saccade.model import AdaptiveViT
-from saccade.setting import Setting
+from saccade.setting import Call, Setting
 from saccade.storage.files import replacing
 from saccade.storage.weights import READ_ERRORS
 
@@ -41,16 +45,24 @@ def learnable(setting: str | Setting) -> bool:
 
 @dataclass(frozen=True)
 class KnobSearch:
-    """How knobs are learned: so many steps on so many images each, drawn by a seed."""
+    """How knobs are learned: so many steps of gradients on so many images each, drawn by a seed, and then so many moves
+    on the real thing (``knob_moves``)."""
 
-    steps: int = 100
+    steps: int = 0
     batch: int = 16
     seed: int = 0
+    moves: int = 150
 
     def __post_init__(self) -> None:
-        for name, value, least in (("steps", self.steps, 0), ("batch", self.batch, 1), ("seed", self.seed, 0)):
+        for name, value in asdict(self).items():
+            least = int(name == "batch")
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
                 raise UserError(f"{name}={value!r} is not a whole number from {least} up to 2**31")
+
+    @property
+    def work(self) -> int:
+        """Images that are run, about."""
+        return self.steps * self.batch + self.moves * IMAGES
 
     def learn(
         self,
@@ -91,11 +103,10 @@ class KnobSearch:
             advance(self.batch)
             if file is not None and ((step + 1) % EVERY == 0 or step + 1 == self.steps):
                 _keep(file, step + 1, learner, optimizer)
-        call = Setting.parse(setting).calls[0]
-        names, found = list(registry()[call.name].knobs), learner.found()
-        given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs) | found
-        given = {name: value for name, value in given.items() if name not in ("gmacs", "speed")}
-        return str(Setting((replace(call, args=(), kwargs=tuple(given.items())),)))
+        line = partial(_with_knobs, Setting.parse(setting).calls[0])
+        moves = None if folder is None else folder / f"{self._key(setting, gmacs)}-{self.steps}.json"
+        search = Moves(evaluator, line, learner, self.seed)
+        return line(search.improve(learner.found(), places, self.moves, moves, advance))
 
     def _key(self, setting: str, gmacs: float) -> str:
         """A name for a search of however many steps: a longer one goes on from a shorter one."""
@@ -109,6 +120,13 @@ class KnobSearch:
             order = torch.Generator().manual_seed(self.seed + 1_000_003 * (place // len(places)))
             drawn.append(places[int(torch.randperm(len(places), generator=order)[place % len(places)])])
         return list(dict.fromkeys(drawn))
+
+
+def _with_knobs(call: Call, found: Mapping[str, Any]) -> str:
+    """The setting of one method with other knobs, each by its name, and no budget."""
+    given = dict(zip(registry()[call.name].knobs, call.args, strict=False)) | dict(call.kwargs) | dict(found)
+    kept = tuple((name, value) for name, value in given.items() if name not in ("gmacs", "speed"))
+    return str(Setting((replace(call, args=(), kwargs=kept),)))
 
 
 def _masked(model: AdaptiveViT, setting: str, gmacs: float) -> tuple[KnobLearner, AdaptiveViT]:

@@ -7,7 +7,8 @@ the best similarity is negative nothing is added to a size; the paper would take
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import METRICS, check_score, cosines, feature_of
 from saccade.methods.common.sampling import present, there
 
+MOVED = (1, 2, 4, 8, 16)  # tokens of a move
 SPREAD = 32  # a count's distribution starts as wide as this part of all tokens
 
 
@@ -142,6 +144,23 @@ class LearnedRates(KnobLearner):
         for numbers in lists:
             numbers.extend([0.0] * (self.backbone.depth - len(numbers)))
         prune, merge = _within(self.backbone, self.gmacs, *lists, self.plain)
+        return {"prune": tuple(prune), "merge": tuple(merge)}
+
+    def moved(self, knobs: Mapping[str, Any], draw: random.Random) -> dict[str, Any]:
+        """Some tokens leave at another block, or in the other way; then multiples of that meet the budget."""
+        depth = self.backbone.depth
+        counts = [*knobs["prune"], *knobs["merge"]]
+        some = [i for i, count in enumerate(counts) if count]
+        if not some:
+            return dict(knobs)
+        here, there = draw.choice(some), draw.randrange(2 * depth)
+        many = min(counts[here], draw.choice(MOVED))
+        counts[here] -= many
+        counts[there] += many
+        try:
+            prune, merge = _within(self.backbone, self.gmacs, counts[:depth], counts[depth:], self.plain)
+        except UserError:  # no multiple of these meets it
+            return dict(knobs)
         return {"prune": tuple(prune), "merge": tuple(merge)}
 
 

@@ -1,0 +1,104 @@
+"""Knobs of a setting by moves on the real thing: a change that brings the answers nearer to the dense model's is kept.
+
+No gradient, no mask and no label: each setting that is tried runs as it would be deployed, on the same images. A change
+is drawn by the method (``KnobLearner.moved``) and keeps to the budget. All is a function of (seed, move), so that what
+was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.core.registry import KnobLearner
+from saccade.data import Loader, Preprocess
+from saccade.evaluation.accuracy import spread
+from saccade.evaluation.evaluator import Evaluator
+from saccade.storage.files import write_json
+
+IMAGES, BATCH = 96, 16  # that each setting is judged on; a bad one is given up after some of the batches
+HOPELESS = 1.1  # times the divergence of the best, on the same batches
+Knobs = dict[str, Any]
+
+
+@dataclass
+class Moves:
+    """One search by moves.
+
+    Args:
+        evaluator: the dense model, and images that it has been asked about.
+        setting: the setting of some knobs.
+    """
+
+    evaluator: Evaluator
+    setting: Callable[[Knobs], str]
+    learner: KnobLearner
+    seed: int = 0
+
+    def improve(
+        self,
+        knobs: Knobs,
+        places: Sequence[int],
+        count: int,
+        file: Path | None = None,
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> Knobs:
+        """The best knobs of ``count`` moves from these, by the images at some of the places.
+
+        file: holds how far a search came, and is taken up; None: none is kept.
+        """
+        batches = self._batches([places[i] for i in spread(len(places), IMAGES)])
+        done, best = _taken_up(file, count) or (0, knobs)
+        advance(done * IMAGES)
+        least = self._divergences(best, batches)
+        for move in range(done, count):
+            tried = self.learner.moved(best, random.Random(f"{self.seed} {move}"))
+            found = [] if tried == best else self._divergences(tried, batches, least)
+            if len(found) == len(least) and sum(found) < sum(least):
+                best, least = tried, found
+            if file is not None:
+                write_json(file, {"moves": move + 1, "knobs": best})
+            advance(IMAGES)
+        return best
+
+    def _batches(self, places: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Images [n, C, h, w] and the dense model's log-probabilities [n, K]."""
+        view = self.evaluator.dense
+        weight = view.vit.patch_embed.proj.weight
+        loader = Loader(self.evaluator.images, Preprocess.of(view.vit, view.input_size()))
+        return [
+            (seen.images.to(weight.device, weight.dtype), self.evaluator.reference(seen.indices).to(weight.device))
+            for seen in loader.batches(BATCH, list(places))
+        ]
+
+    @torch.inference_mode()
+    def _divergences(
+        self, knobs: Knobs, batches: Sequence[tuple[Tensor, Tensor]], least: Sequence[float] = ()
+    ) -> list[float]:
+        """KL(dense ‖ setting) of each batch, nats; of the first few alone where these are hopeless."""
+        view, found = self.evaluator.dense.at(self.setting(knobs)).eval(), list[float]()
+        for images, target in batches:
+            said = view(images).logits.double().log_softmax(-1)
+            found.append(torch.nn.functional.kl_div(said, target, reduction="sum", log_target=True).item())
+            if least and sum(found) > HOPELESS * sum(least[: len(found)]):
+                break
+        return found
+
+
+def _taken_up(file: Path | None, most: int) -> tuple[int, Knobs] | None:
+    """Moves that were made, ``most`` at most, and the best knobs; None where there is nothing that can be read."""
+    if file is None or not file.is_file():
+        return None
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        knobs = {str(name): tuple(map(int, value)) for name, value in told["knobs"].items()}
+        return (int(told["moves"]), knobs) if 0 <= int(told["moves"]) <= most else None
+    except (ValueError, TypeError, KeyError, AttributeError, OSError):
+        return None
