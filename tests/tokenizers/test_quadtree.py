@@ -773,14 +773,11 @@ def test_exports_for_any_batch(vit, images, setting):
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_onnx_runtime(vit, images, tmp_path):
-    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
-    module = Logits(vit, GRAPHS[0])
-    torch.onnx.export(module, (images,), tmp_path / "m.onnx", dynamo=True)
-    session = runtime.InferenceSession(tmp_path / "m.onnx")
-    found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
-    assert relative(torch.from_numpy(found), module(images)) <= 1e-4
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_engines(vit, images, engine):
+    pytest.importorskip({"onnx": "onnxruntime"}.get(engine, engine), reason=f"{engine} is not installed")
+    model = AdaptiveViT(vit, GRAPHS[0]).eval()
+    assert relative(model.runner(engine)(images), model(images).logits) <= 1e-4
 
 
 def test_menu_and_ranges_hold_only_what_can_be_had():
