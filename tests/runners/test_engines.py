@@ -184,3 +184,18 @@ def test_every_engine_is_a_module_with_the_names_of_the_protocol():
         module = engines.import_module(f"saccade.runners.engines.{name}")
         assert {"FILES", "PACKAGES", "EXTRA", "dtypes", "write", "open"} <= vars(module).keys()
     assert set(EXPORTED) | {"eager", "compile"} == set(ENGINES)
+
+
+def test_openvino_s_makers_are_told_nothing(monkeypatch):
+    """``openvino.convert_model`` starts a thread and a process that send what was converted to its makers."""
+    installed("openvino")
+    telemetry = pytest.importorskip("openvino_telemetry", reason="openvino's telemetry is not installed")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("telemetry")
+
+    monkeypatch.setattr(telemetry.Telemetry, "start_session", refuse)
+    monkeypatch.setattr(telemetry.Telemetry, "send_event", refuse)
+    model = model_of("evit(0.5)")
+    with torch.no_grad():
+        model.runner("openvino", batch=2)(make_images(model.vit, 2))

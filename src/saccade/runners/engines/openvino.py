@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saccade.errors import UserError
@@ -48,8 +49,8 @@ def write(exported: Exported, folder: Path, dtype: str) -> None:
     lower(exported.program, tuple(RULES))
     try:
         # One kind of attention for all that is traced in a process: torch remembers strides, from one to another.
-        with quiet(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            model = openvino.convert_model(exported.program)
+        with quiet(), silent(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model = read(exported.program)
     except Exception as error:
         raise UserError(f"OpenVINO has no form for this program ({reason(error)})") from error
     model.inputs[0].set_names({IMAGES})
@@ -69,6 +70,16 @@ def write(exported: Exported, folder: Path, dtype: str) -> None:
         with silent():
             model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     openvino.save_model(model, folder / FILES[0], compress_to_fp16=False)
+
+
+def read(program: ExportedProgram) -> openvino.Model:
+    """The program by OpenVINO's reader. ``openvino.convert_model`` would also tell its makers, through the network."""
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    readers = FrontEndManager()  # has to live while one of its readers does
+    reader, decoder = readers.load_by_framework("pytorch"), TorchFXPythonDecoder.from_exported_program(program)
+    return reader.convert(reader.load(decoder, True))
 
 
 def open(folder: Path, dtype: str, threads: int) -> Session:
