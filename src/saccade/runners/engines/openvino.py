@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,21 +32,23 @@ FIXED = 2  # sizes of batch that a program is compiled for, each with memory of 
 NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 
+def library() -> Any:
+    """OpenVINO, without the telemetry that its import starts: a thread, and a process that calls a server."""
+    if "openvino" not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if it were not installed
+    return importlib.import_module("openvino")
+
+
 def dtypes() -> tuple[str, ...]:
     """fp32, int8 weights where NNCF is installed, and bf16 and fp16 where the processor has instructions for it."""
-    import importlib.util
-
-    import openvino
-
-    can = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    can = library().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     half = [name for name, hint in (("bf16", "BF16"), ("fp16", "FP16")) if hint in can]
     return "fp32", *half, *(["int8"] if importlib.util.find_spec("nncf") else [])
 
 
 def write(exported: Exported, folder: Path, dtype: str) -> None:
     """Write ``model.xml`` and ``model.bin``. Raises UserError for an operator without translation."""
-    import openvino
-
+    openvino = library()
     if any(isinstance(value, int) and LARGEST < abs(value) < 2**63 - 1 for value in numbers(exported.program)):
         raise UserError("OpenVINO computes whole numbers in 32 bits, and this setting draws by larger ones: use onnx")
     lower(exported.program, tuple(RULES))
@@ -84,8 +89,7 @@ def read(program: ExportedProgram) -> openvino.Model:
 
 def open(folder: Path, dtype: str, threads: int) -> Session:
     """The files in OpenVINO's processor plugin; each thread that calls has requests of its own."""
-    import openvino
-
+    openvino = library()
     config = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
@@ -128,8 +132,7 @@ class Compiled:
             return self._made[key]
 
     def _compile(self, batch: int | None) -> openvino.CompiledModel:
-        import openvino
-
+        openvino = library()
         program = self._program.clone()
         if batch is not None:
             program.reshape([batch, *(side.get_length() for side in list(program.input(0).partial_shape)[1:])])
