@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,3 +199,38 @@ def test_openvino_s_makers_are_told_nothing():
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.split() == ["None", "1"]
+
+
+SIGNALLED = """
+import signal, sys, threading
+from oracles import make_images, make_vit
+from saccade.model import AdaptiveViT
+
+sessions = []
+
+def begin():
+    model = AdaptiveViT(make_vit("vit").eval())
+    sessions.append(model.runner("openvino"))
+    sessions[0](make_images(model.vit))
+
+def elsewhere(what):
+    thread = threading.Thread(target=what)
+    thread.start(), thread.join()
+
+begin() if sys.argv[1] == "here" else elsewhere(begin)
+elsewhere(sessions.clear) if sys.argv[1] == "here" else sessions.clear()
+heard = []
+signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+signal.raise_signal(signal.SIGINT)
+print("heard", len(heard))
+"""
+
+
+@pytest.mark.parametrize("first", ["here", "elsewhere"])
+def test_a_signal_after_the_last_session(first):
+    """OpenVINO gives a thread a stack for signals and takes it away in another: Ctrl-C then ended the process."""
+    installed("openvino")
+    path = f"{Path(__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    told = {"capture_output": True, "text": True, "env": {**os.environ, "PYTHONPATH": path}}
+    ran = subprocess.run([sys.executable, "-X", "faulthandler", "-c", SIGNALLED, first], **told)
+    assert (ran.returncode, ran.stdout) == (0, "heard 1\n"), ran.stderr[-2000:]

@@ -125,14 +125,6 @@ def test_other_seeds_and_settings_train_other_weights(whole, photos, tmp_path):
     assert not equal(state(tmp_path / "run"), state(whole[1]))
 
 
-def test_ctrl_c_in_a_process_of_its_own():
-    """The next test: in one that has run engines and compilers before, the signal ended the process itself (open)."""
-    name = f"{__file__}::test_ctrl_c_stops_after_a_checkpoint_and_goes_on"
-    ran = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "slow", "-p", "no:cacheprovider", name])
-    assert ran.returncode == 0
-
-
-@pytest.mark.slow
 def test_ctrl_c_stops_after_a_checkpoint_and_goes_on(whole, photos, tmp_path):
     import saccade.training.train as script
 

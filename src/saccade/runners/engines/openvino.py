@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,20 @@ def library() -> Any:
     return importlib.import_module("openvino")
 
 
+@cache
+def core() -> Any:
+    """OpenVINO's core, one for the life of the process.
+
+    With the processor's plugin it gives the thread that loads it a stack for signals, and unmaps that stack where it is
+    destroyed, in whatever thread that is: in another one than the first, the next signal, a Ctrl-C or the end of a
+    child, would end the process.
+    """
+    return library().Core()
+
+
 def dtypes() -> tuple[str, ...]:
     """fp32, int8 weights where NNCF is installed, and bf16 and fp16 where the processor has instructions for it."""
-    can = library().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    can = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     half = [name for name, hint in (("bf16", "BF16"), ("fp16", "FP16")) if hint in can]
     return "fp32", *half, *(["int8"] if importlib.util.find_spec("nncf") else [])
 
@@ -89,13 +101,12 @@ def read(program: ExportedProgram) -> openvino.Model:
 
 def open(folder: Path, dtype: str, threads: int) -> Session:
     """The files in OpenVINO's processor plugin; each thread that calls has requests of its own."""
-    openvino = library()
     config = {
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": HINTS[dtype],
     }
-    compiled = Compiled(openvino.Core().read_model(str(folder / FILES[0])), config)
+    compiled = Compiled(core().read_model(str(folder / FILES[0])), config)
     first, local = compiled.of(1), threading.local()
     names = tuple(min(output.get_names() & KNOWN, default=output.get_any_name()) for output in first.outputs)
 
@@ -132,8 +143,7 @@ class Compiled:
             return self._made[key]
 
     def _compile(self, batch: int | None) -> openvino.CompiledModel:
-        openvino = library()
         program = self._program.clone()
         if batch is not None:
             program.reshape([batch, *(side.get_length() for side in list(program.input(0).partial_shape)[1:])])
-        return openvino.Core().compile_model(program, "CPU", self._config)
+        return core().compile_model(program, "CPU", self._config)
