@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from saccade.backbones.hub import HubNames
 from saccade.backbones.learned import Learned
 from saccade.backbones.plan_builder import build, share
 from saccade.backbones.timm_names import TimmNames
@@ -33,7 +34,7 @@ from saccade.tokenizers.grid import Grid
 __all__ = ["AdaptiveViT", "Output", "build", "share"]
 
 
-class AdaptiveViT(OldNames, TimmNames, Deployable):
+class AdaptiveViT(OldNames, TimmNames, Deployable, HubNames):
     """A timm ``VisionTransformer`` run under a setting, up to its own classifier or to a head for another task.
 
     ``vit`` is the timm module itself: its state dict is timm's. All that a setting learns lives beside it.
