@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from saccade.backbones.embeddings import Embeds
 from saccade.backbones.hub import HubNames
 from saccade.backbones.learned import Learned
 from saccade.backbones.plan_builder import build, share
@@ -19,7 +20,7 @@ from saccade.core.hooks import FEATURES, HEAD, any_hooked, around, replaced, req
 from saccade.core.init import outside
 from saccade.core.lazy import unread
 from saccade.core.output import LazyOutput, Output
-from saccade.core.plan import Backbone
+from saccade.core.plan import Backbone, Plan
 from saccade.core.record import Trace
 from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
@@ -34,7 +35,7 @@ from saccade.tokenizers.grid import Grid
 __all__ = ["AdaptiveViT", "Output", "build", "share"]
 
 
-class AdaptiveViT(OldNames, TimmNames, Deployable, HubNames):
+class AdaptiveViT(OldNames, TimmNames, Embeds, Deployable, HubNames):
     """A timm ``VisionTransformer`` run under a setting, up to its own classifier or to a head for another task.
 
     ``vit`` is the timm module itself: its state dict is timm's. All that a setting learns lives beside it.
@@ -162,10 +163,16 @@ class AdaptiveViT(OldNames, TimmNames, Deployable, HubNames):
         return self._forward_tokens(images, whole=True, sparse=sparse)
 
     def _forward_tokens(
-        self, images: Tensor, *, whole: bool, sparse: bool | None = None, dense: bool = False
+        self,
+        images: Tensor,
+        *,
+        whole: bool,
+        sparse: bool | None = None,
+        dense: bool = False,
+        plan: Plan | None = None,
     ) -> tuple[Tokens, Trace]:
         self._check(images)
-        vit, tokenizer, plan = self.vit, self.tokenizer, self.plan
+        vit, tokenizer, plan = self.vit, self.tokenizer, self.plan if plan is None else plan
         start: Tokens = tokenizer(vit, images)
         start = start.with_dropped_features() if dense else start
         if plan.draws:
