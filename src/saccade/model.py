@@ -13,7 +13,7 @@ from saccade.backbones.hub import HubNames
 from saccade.backbones.learned import Learned
 from saccade.backbones.plan_builder import build, share
 from saccade.backbones.timm_names import TimmNames
-from saccade.backbones.vit import backbone_of, class_names_of, head_macs
+from saccade.backbones.vit import backbone_of, class_names_of, head_macs, pools_prefix
 from saccade.core.fingerprint import FINGERPRINT, fingerprint
 from saccade.core.head import Head, HeadOutput
 from saccade.core.hooks import FEATURES, HEAD, any_hooked, around, replaced, require_head
@@ -196,11 +196,11 @@ class AdaptiveViT(OldNames, TimmNames, Embeds, Deployable, HubNames):
             return vit.forward_head(x, pre_logits=pre_logits)
         require_head(vit)
         if vit.attn_pool is not None:
-            patches = x if vit.pool_include_prefix else x[:, tokens.num_prefix :]
+            patches = x if pools_prefix(vit) else x[:, tokens.num_prefix :]
             bias = replace(tokens, proportional=True).key_bias()[:, x.shape[1] - patches.shape[1] :].to(x.dtype)  # type: ignore[index]
             pooled = vit.attn_pool(patches, attn_mask=bias[:, None, None, :])
         else:  # average
-            share = tokens.pad_prefix(weights, float(vit.pool_include_prefix))
+            share = tokens.pad_prefix(weights, float(pools_prefix(vit)))
             share = (share / share.sum(1, keepdim=True)).to(x.dtype)
             pooled = (share.unsqueeze(-1) * x).sum(1)
         read = vit.head_drop(vit.fc_norm(pooled))

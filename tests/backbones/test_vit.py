@@ -183,8 +183,12 @@ def test_padding_is_not_pooled(family, merged):
 
 TINY = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "num_classes": 2}
 REFUSED = {
-    "eva": ("eva02_tiny_patch14_224", {**TINY, "img_size": 28}, "Eva"),
-    "rope": ("vit_medium_patch16_rope_reg1_gap_256", TINY, "Eva"),
+    "shared keys": ("vit_small_patch16_rope_224", {**TINY, "num_kv_heads": 1, "qkv_fused": False}, "num_kv_heads"),
+    "rotations of three axes": (
+        "vit_small_patch16_rope_224",
+        {**TINY, "embed_dim": 192, "rope_type": "mrope", "rope_grid_indexing": "ij"},
+        "RotaryEmbeddingMRope",
+    ),
     "beit": ("beit_base_patch16_224", TINY, "Beit"),
     "cait": ("cait_xxs24_224", TINY, "Cait"),
     "swin": (

@@ -20,7 +20,7 @@ from saccade.backbones.vit import backbone_of, set_class_names
 from saccade.core.timm_types import ViT
 from saccade.errors import UserError
 from saccade.storage.architecture import build
-from saccade.storage.skeletons import without_values
+from saccade.storage.skeletons import emptied, without_values
 from saccade.storage.weights import check, fill, shapes
 
 TIMM = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large"}  # and the usual patch of 16 pixels
@@ -97,7 +97,7 @@ def vit_of(config: Config, state: Mapping[str, Tensor], where: str, *, classifie
         raise UserError(f"timm cannot make {where}: {str(error)[:200] or type(error).__name__}") from None
     backbone_of(vit)
     check(shapes(vit.state_dict()), shapes(weights), type(vit).__name__, where)
-    vit.to_empty(device="cpu")
+    emptied(vit)
     fill(vit, weights, where)
     vit.pretrained_cfg = {**vit.pretrained_cfg, "num_classes": 0}  # that of the name would claim ImageNet's classes
     _name_classes(vit, config)

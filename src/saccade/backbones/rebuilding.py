@@ -20,7 +20,7 @@ from saccade.setting import Setting
 from saccade.storage.architecture import build
 from saccade.storage.files import shortened
 from saccade.storage.folder_config import CONFIG, FolderConfig, Ours
-from saccade.storage.skeletons import without_values
+from saccade.storage.skeletons import emptied, without_values
 from saccade.storage.weights import check, check_tensors, line, number_type, read_weights, shapes
 from saccade.tokenizers.resize.resampling import ResizeSpec
 
@@ -48,7 +48,7 @@ def rebuild_vit(config: FolderConfig, header: Mapping[str, torch.Size], file: st
     backbone_of(vit)
     own = {f"vit.{k}": v for k, v in vit.state_dict().items()}
     check(shapes(own), {k: v for k, v in header.items() if k.startswith("vit.")}, type(vit).__name__, file)
-    vit.to_empty(device="cpu")
+    emptied(vit)
     told = config.pretrained_cfg.model_dump(exclude_unset=True, exclude_none=True)
     vit.pretrained_cfg = {**vit.pretrained_cfg, **told}
     return vit.eval()

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import cast
+from types import NoneType
+from typing import Any, cast
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.layers import Attention, PatchEmbed
-from timm.models import deit, vision_transformer
+from timm.layers import PatchEmbed, RotaryEmbeddingDinoV3
+from timm.layers.pos_embed_sincos import RotaryEmbeddingMRope
+from timm.models import deit, eva, vision_transformer
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations as kind_of
 
 from saccade.core.costs import block_cost
-from saccade.core.hooks import layer_in
+from saccade.core.hooks import ATTENTIONS, BLOCKS, layer_in
 from saccade.core.plan import Backbone
 from saccade.core.timm_types import ViT
 from saccade.errors import UserError
 from saccade.tokenizers.resize.resampling import ResizeSpec
 
+KINDS = (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled, eva.Eva)
 POOLS = ("token", "avg", "map")
 
 
@@ -27,25 +30,32 @@ def backbone_of(vit: ViT) -> Backbone:
     name = type(vit).__name__
     if hasattr(vit, "_orig_mod"):
         raise UserError("this model is compiled already: give the one before, and take model.deploy('fp32 compiled')")
-    if kind_of(vit) not in (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled):
-        raise UserError(f"{name} is not supported: give a timm VisionTransformer or VisionTransformerDistilled")
+    if kind_of(vit) not in KINDS:
+        raise UserError(f"{name} is not supported: give a timm {', '.join(kind.__name__ for kind in KINDS)}")
     for i, block in enumerate(vit.blocks):
         if hasattr(block, "_orig_mod"):
             raise UserError(
                 f"{name}.blocks[{i}] is compiled already: put block._orig_mod there, or compile it in place "
                 "(block.compile())"
             )
-        if type(block) is not vision_transformer.Block:
-            raise UserError(f"{name}.blocks[{i}] is a {type(block).__name__}; only timm's Block is supported")
-        if type(block.attn) is not Attention:
-            raise UserError(f"{name}.blocks[{i}].attn is a {type(block.attn).__name__}; only Attention is supported")
+        if type(block) not in BLOCKS:
+            raise UserError(
+                f"{name}.blocks[{i}] is a {type(block).__name__}; only timm's {_names(BLOCKS)} are supported"
+            )
+        if type(block.attn) not in ATTENTIONS:
+            what = f"{name}.blocks[{i}].attn is a {type(block.attn).__name__}"
+            raise UserError(f"{what}; only timm's {_names(ATTENTIONS)} are supported")
+        if getattr(block.attn, "num_kv_groups", 1) > 1:
+            raise UserError(f"{name}.blocks[{i}].attn shares keys among queries (num_kv_heads): not supported")
     if type(vit.patch_embed) is not PatchEmbed:
         raise UserError(f"{name}.patch_embed is a {type(vit.patch_embed).__name__}; only PatchEmbed is supported")
     if vit.patch_embed.grid_size is None:
         raise UserError(f"{name}.patch_embed has no image size; create the model with img_size=")
     if vit.global_pool not in POOLS:
         raise UserError(f"global_pool={vit.global_pool!r} is not supported; use one of {', '.join(POOLS)}")
-    if not isinstance(vit.patch_drop, nn.Identity):
+    if isinstance(getattr(vit, "rope", None), RotaryEmbeddingMRope):
+        raise UserError(f"{name}.rope is a RotaryEmbeddingMRope, which is not supported")
+    if not isinstance(vit.patch_drop, (nn.Identity, NoneType)):
         raise UserError("patch_drop_rate > 0 is not supported; drop patches by the setting 'random(keep)' instead")
     attn = vit.blocks[0].attn
     return Backbone(
@@ -63,7 +73,27 @@ def backbone_of(vit: ViT) -> Backbone:
         head=(head_macs(vit, 0), head_macs(vit, 1) - head_macs(vit, 0)),
         resize=resize_of(vit),
         num_classes=vit.num_classes,
+        attention=type(attn).__name__,
+        rotary=_rotary(vit),
     )
+
+
+def _rotary(vit: ViT) -> str | None:
+    """What rotary positions count: "grid", shares of the whole grid, or "cells"; None: there are none."""
+    rope: Any = getattr(vit, "rope", None)
+    if rope is None:
+        return None
+    scaled = isinstance(rope, RotaryEmbeddingDinoV3) or getattr(rope, "ref_feat_shape", None) is not None
+    return "grid" if scaled else "cells"
+
+
+def _names(kinds: tuple[type, ...]) -> str:
+    return ", ".join(kind.__name__ for kind in kinds)
+
+
+def pools_prefix(vit: ViT) -> bool:
+    """Whether an average, or attention, pools class token and registers too."""
+    return getattr(vit, "pool_include_prefix", isinstance(vit, eva.Eva) and vit.attn_pool is not None)
 
 
 def resize_of(vit: ViT) -> ResizeSpec | None:
@@ -121,7 +151,7 @@ def head_macs(vit: ViT, tokens: int) -> int:
     macs = sum(m.in_features * m.out_features for m in linears)
     pool = vit.attn_pool
     if pool is not None:
-        patches = tokens if vit.pool_include_prefix else tokens - vit.num_prefix_tokens
+        patches = tokens if pools_prefix(vit) else tokens - vit.num_prefix_tokens
         once = [m for name, m in pool.named_modules() if isinstance(m, nn.Linear) and name != "kv"]
         macs += pool.latent_len * sum(m.in_features * m.out_features for m in once)
         macs += patches * pool.kv.in_features * pool.kv.out_features

@@ -44,8 +44,8 @@ def kept_share(tokens: Tokens) -> Tensor | None:
 def block_cost(block: TimmBlock) -> BlockCost:
     """MACs of a block's parts, from the shapes of its layers."""
     attn = block.attn
-    qkv, gate = attn.qkv, attn._modules.get("gate")
-    dim = (qkv if type(qkv) is nn.Linear else layer_in(qkv, nn.Linear, "in_features")).in_features
+    first, gate = attn.qkv if attn.qkv is not None else attn.q_proj, attn._modules.get("gate")
+    dim = (first if type(first) is nn.Linear else layer_in(first, nn.Linear, "in_features")).in_features
     return BlockCost(dim, attn.num_heads * attn.head_dim, _macs(block.mlp), 0 if gate is None else _macs(gate))
 
 

@@ -10,7 +10,8 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
@@ -38,9 +39,13 @@ def any_hooked(modules: Iterable[nn.Module]) -> bool:
     return any(map(hooked, modules))
 
 
-def exact(module: nn.Module, kind: type[nn.Module]) -> bool:
+ATTENTIONS = (Attention, EvaAttention, AttentionRope)  # of timm's, that are restated here …
+BLOCKS = (Block, EvaBlock, EvaBlockPostNorm)  # … and that are run in parts
+
+
+def exact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether the forward of a module is its class' own: no subclass, no parametrization, none on the instance."""
-    return type(module) is kind and "forward" not in module.__dict__
+    return type(module) in kinds and "forward" not in module.__dict__
 
 
 def plain_linear(module: nn.Module) -> bool:
@@ -55,7 +60,7 @@ def plain_linear(module: nn.Module) -> bool:
 
 def plain_block(block: TimmBlock) -> bool:
     """Whether a block may be run in parts: its own forward, and that of its attention, are timm's."""
-    return exact(block, Block) and exact(block.attn, Attention)
+    return exact(block, *BLOCKS) and exact(block.attn, *ATTENTIONS)
 
 
 def watched(block: TimmBlock) -> bool:
@@ -150,12 +155,12 @@ def require_head(vit: nn.Module) -> None:
         )
 
 
-def require_plain(module: nn.Module, kind: type[nn.Module], name: str) -> None:
+def require_plain(module: nn.Module, name: str, *kinds: type[nn.Module]) -> None:
     """UserError where a module's forward was replaced and what is asked for works inside of it."""
-    if not exact(module, kind):
-        what = f"is a {type(module).__name__}" if type(module) is not kind else "has a forward of its own"
+    if not exact(module, *kinds):
+        what = f"is a {type(module).__name__}" if type(module) not in kinds else "has a forward of its own"
         raise UserError(
-            f"{name} {what}, and this setting works inside a {kind.__name__}: put timm's own back, or 'dense'"
+            f"{name} {what}, and this setting works inside a {kinds[0].__name__}: put timm's own back, or 'dense'"
         )
 
 

@@ -20,6 +20,7 @@ from saccade.core.packing import padded
 from saccade.core.reduction import Reduction, SoftReduction, hide, reduce
 from saccade.core.slicing import First
 from saccade.core.tokens import READINGS, Tokens
+from saccade.errors import UserError
 
 if TYPE_CHECKING:
     from saccade.core.record import BlockCost, Trace
@@ -45,6 +46,17 @@ class Backbone:
     head: tuple[int, int]  # MACs of pooling and classifier, and how many more of them for each token
     resize: ResizeSpec | None = None  # how kernel and positions were resized in training; None: not recorded
     num_classes: int = 0
+    attention: str = "Attention"  # timm's kind, by its name
+    rotary: str | None = None  # what rotary positions count: "grid", shares of the whole grid, or "cells"; None: none
+
+    def check_cells(self, part: str, patch: tuple[int, int]) -> None:
+        """Raises UserError where cells of other pixels than the weights' would be counted as theirs."""
+        if self.rotary == "cells" and patch != self.patch_size:
+            own = "x".join(map(str, self.patch_size))
+            raise UserError(
+                f"{part}: this model's rotary positions count patches of {own} pixels, and would turn others as if "
+                f"they were these: keep {own}, and change size"
+            )
 
     @property
     def num_patches(self) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from saccade.core.costs import block_cost
@@ -14,6 +15,7 @@ from saccade.core.gates import Gates
 from saccade.core.hooks import watched
 from saccade.core.plan import Plan, Site
 from saccade.core.record import BlockCost
+from saccade.core.rotation import Rotations
 from saccade.core.timm_types import TimmBlock, ViT
 from saccade.core.tokens import Tokens
 
@@ -29,6 +31,7 @@ class Step:
     prefix_only: bool = False  #  only the prefix is read of what it gives
     masked: bool = False  #       what is off is computed and multiplied with its gate (training), not skipped
     recompute: bool = False  #    activations are computed again in the backward pass (``set_grad_checkpointing``)
+    rotations: Rotations = field(default_factory=Rotations)  # of this forward
 
     @property
     def cost(self) -> BlockCost:
@@ -53,6 +56,15 @@ class Step:
         """What reducers do between attention and MLP."""
         return self.plan.site(self.index, "attn", tokens.num_patches)
 
+    def turn(self, tokens: Tokens) -> Tensor | None:
+        """Rotations of queries and keys of each token [B, P+N, H, 2d]; None: the ViT has none."""
+        return self.rotations.of(self.index, tokens)
+
+    def timms_turn(self, tokens: Tokens) -> Tensor | None:
+        """The same as timm's own block takes them, of patch tokens: [N, 2d], [H, N, 2d] or [B, H, N, 2d]."""
+        turn = self.rotations.of_patches(self.index, tokens)
+        return None if turn is None else turn.transpose(1, 2)
+
     def reduce(self, site: str, tokens: Tokens) -> tuple[Tokens, int]:
         """The tokens after the reducers of a site ("block" or "attn"), and the MACs of deciding."""
         return self.plan.reduce(self.index, site, tokens, not self.masked)
@@ -75,7 +87,7 @@ def lower(vit: ViT, plan: Plan, *, whole: bool, masked: bool) -> tuple[Step, ...
     depth, recompute = plan.depth(len(vit.blocks)), vit.grad_checkpointing and torch.is_grad_enabled()
     last = depth if whole else depth - 1
     blocks = enumerate(list(vit.blocks)[:depth])
-    how = masked, recompute
+    how = masked, recompute, Rotations()
     return tuple([Step(plan, i, b, i != last and not plan.works_at(i), i == last, *how) for i, b in blocks])
 
 

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn import functional as F
 
-from saccade.core.hooks import applied, around, exact, is_heard, require_plain
+from saccade.core.hooks import ATTENTIONS, applied, around, exact, is_heard, require_plain
 from saccade.core.lazy import changed
 from saccade.core.packing import Rows
 from saccade.core.tokens import NO_STATS, AttentionStats
 from saccade.execution.heads import some_heads
 from saccade.execution.mixing import NOTHING, Asked, Packed, mix, mix_one_by_one, mix_packed
 from saccade.execution.policy import AUTO, Execution
+from saccade.execution.projections import project, project_some, rotated
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def attend(
 
     UserError where its forward is not timm's and more is asked of it than its output.
     """
-    if not exact(attn, Attention):
+    if not exact(attn, *ATTENTIONS):
         if ask.anything:
-            require_plain(attn, Attention, "attention")
+            require_plain(attn, "attention", *ATTENTIONS)
         y = attn(x) if bias is None else attn(x, attn_mask=bias.to(x.dtype)[:, None, None, :])
         return Attended(y, "its own")
     if not is_heard(attn):
@@ -68,7 +69,9 @@ def _attend(attn: Attention, x: Tensor, bias: Tensor | None, ask: Asked, executi
         return Attended(applied(y.view(x.shape), attn.proj_drop), "heads")
     if ask.rows is not None:
         return _packed(attn, x, bias, ask.rows, ask, execution)
-    q, k, v = _projected(attn, x, ask.queries)
+    q, key, v = _projected(attn, x, ask.queries)
+    turn = None if ask.turn is None else ask.turn.transpose(1, 2)
+    q, k = rotated(attn, q, turn if turn is None else turn[:, :, : q.shape[2]]), rotated(attn, key, turn)
     gate = _output_gate(attn, x, ask.queries)
     if ask.inner and ask.heads is not None and not ask.partial:
         q, k, v = (value * ask.heads[:, :, None, None].to(value.dtype) for value in (q, k, v))
@@ -83,7 +86,7 @@ def _attend(attn: Attention, x: Tensor, bias: Tensor | None, ask: Asked, executi
     y = applied(y, attn.norm)
     y = applied(attn.proj(y if gate is None else y * gate), attn.proj_drop)
     if "key" in ask.read:
-        stats = changed(stats, key=k.mean(1))
+        stats = changed(stats, key=key.mean(1))  # as projected: what a token is, not where
     if "value_norm" in ask.read:
         stats = changed(stats, value_norm=vector_norm(v.float(), dim=(1, 3)))
     return Attended(y, kernel if bias is None else f"{kernel}+bias", stats)
@@ -93,7 +96,10 @@ def _projected(attn: Attention, x: Tensor, queries: int | None) -> tuple[Tensor,
     """Queries [B, H, Q, d], keys and values [B, H, K, d], normed."""
     B, K, _ = x.shape
     H, d = attn.num_heads, attn.head_dim
-    if queries is None:
+    if type(attn) is not Attention:
+        parts = project(attn, x) if queries is None else project_some(attn, x, queries)
+        q, k, v = (part.transpose(1, 2) for part in parts)
+    elif queries is None:
         q, k, v = attn.qkv(x).reshape(B, K, 3, H, d).permute(2, 0, 3, 1, 4).unbind(0)
     else:
         sides, qkv = [H * d, 2 * H * d], attn.qkv
@@ -112,14 +118,16 @@ def _output_gate(attn: Attention, x: Tensor, queries: int | None = None) -> Tens
 
 def _packed(attn: Attention, x: Tensor, bias: Tensor | None, rows: Rows, ask: Asked, execution: Execution) -> Attended:
     """On packed rows x [T, D]: projections at once, attention image by image, or by CUDA's own kernel."""
-    q, k, v = attn.qkv(x).reshape(-1, 3, attn.num_heads, attn.head_dim).unbind(1)  # [T, H, d]
-    parts, stats = Packed(applied(q, attn.q_norm), applied(k, attn.k_norm), v, rows.lengths, bias), NO_STATS
+    q, k, v = project(attn, x)  # [T, H, d]
+    q, key = applied(q, attn.q_norm), applied(k, attn.k_norm)
+    parts = Packed(rotated(attn, q, ask.turn), rotated(attn, key, ask.turn), v, rows.lengths, bias)
+    stats = NO_STATS
     if ask.read <= {"key", "value_norm"}:
         y, kernel = mix_packed(attn, execution, parts)
     else:
         y, stats, kernel = mix_one_by_one(attn, execution, parts, ask.read)
     if "key" in ask.read:
-        stats = changed(stats, key=parts.k.mean(1))
+        stats = changed(stats, key=key.mean(1))
     if "value_norm" in ask.read:
         stats = changed(stats, value_norm=vector_norm(v.float(), dim=(1, 2)))
     if ask.heads is not None:

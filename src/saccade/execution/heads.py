@@ -30,7 +30,12 @@ def should_skip_heads(attn: Attention, gates: Gates) -> bool:
     """
     if gates.head is None or torch.compiler.is_compiling():
         return False
-    plain = plain_linear(attn.qkv) and plain_linear(attn.proj) and isinstance(attn.norm, nn.Identity)
+    plain = (
+        type(attn) is Attention
+        and plain_linear(attn.qkv)
+        and plain_linear(attn.proj)
+        and isinstance(attn.norm, nn.Identity)
+    )
     if not plain or getattr(attn, "gate", None) is not None:  # these need all heads side by side
         return False
     attending = [True] * len(gates.head) if gates.attn is None else (gates.attn > 0).tolist()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from torch import nn
+
 from saccade.core.hooks import require_features, through
 from saccade.core.packing import padded
 from saccade.core.plan import Plan
@@ -32,7 +34,10 @@ def encode(
     """
     require_features(vit)
     steps = lower(vit, plan, whole=whole, masked=not sparse)
-    return through(vit.blocks, partial(run, runs(steps), execution), tokens)
+    program = partial(run, runs(steps), execution)
+    if isinstance(vit.blocks, nn.ModuleList):  # a list that timm never calls itself
+        return program(tokens)
+    return through(vit.blocks, program, tokens)
 
 
 def run(

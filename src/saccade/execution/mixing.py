@@ -29,6 +29,8 @@ class Asked:
     inner: bool = False  #         heads multiply queries, keys and values too, and what ``query_mask`` leaves out …
     #                              … attends to itself alone: the same output with another gradient (``Gates.inner``)
     rows: Rows | None = None  #    x is packed [T, D] and holds these rows; bias, readings and output are packed alike
+    turn: Tensor | None = None  #  [B, K, H, 2d], B or H may be 1: sines and cosines by which queries and keys of …
+    #                              … each token are rotated (RoPE); of packed rows [T, H, 2d]; None: they are not
     skip: bool = False  #          do not compute heads that are off (``heads.should_skip_heads`` says where)
 
     @property

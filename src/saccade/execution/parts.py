@@ -14,12 +14,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from saccade.core.costs import kept_share, reading_macs, wanted_macs
 from saccade.core.gates import Gates
-from saccade.core.hooks import applied, require_plain, through
+from saccade.core.hooks import BLOCKS, require_plain, through
 from saccade.core.lazy import changed, unread
 from saccade.core.packing import Rows as PackedRows
 from saccade.core.packing import gathered, packed, padded, rows_of, scattered
@@ -28,6 +27,7 @@ from saccade.core.record import BlockTrace, Count
 from saccade.core.timm_types import TimmBlock
 from saccade.core.tokens import NO_STATS, READINGS, Tokens
 from saccade.execution.attention import Attended, attend
+from saccade.execution.branches import attended_of, attention_input, mlp_input, mlp_output
 from saccade.execution.heads import should_skip_heads
 from saccade.execution.mixing import Asked
 from saccade.execution.policy import Execution
@@ -57,7 +57,7 @@ class Parts:
 
     def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
         """Attention and MLP, each in its own way, within the block's hooks."""
-        require_plain(step.block, Block, f"blocks[{step.index}]")
+        require_plain(step.block, f"blocks[{step.index}]", *BLOCKS)
         return through(step.block, partial(self.run, step), self.laid_out(step, tokens))
 
     def laid_out(self, step: Step, tokens: Tokens) -> Tokens:
@@ -68,13 +68,20 @@ class Parts:
     def run(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
         """What the block's own forward would do."""
         start, read = tokens, step.between(tokens).read
-        tokens, mixed = step.call(self.attention, step.block, tokens, read, self._skips_heads(step, read))
+        skip, turn = self._skips_heads(step, read), self.turn(step, tokens)
+        tokens, mixed = step.call(self.attention, step.block, tokens, read, skip, turn)
         tokens, deciding = step.reduce("attn", tokens)
         middle = self.laid_out(step, tokens.without(READINGS))
         tokens, updated = step.call(self.mlp, step.block, middle)
         return tokens, self.record(step, (start, middle, tokens), mixed, updated, deciding)
 
-    def attention(self, block: TimmBlock, tokens: Tokens, read: frozenset[str], skip: bool) -> tuple[Tokens, Mixed]:
+    def turn(self, step: Step, tokens: Tokens) -> Tensor | None:
+        """Rotations of the tokens that attention sees."""
+        return step.turn(tokens)
+
+    def attention(
+        self, block: TimmBlock, tokens: Tokens, read: frozenset[str], skip: bool, turn: Tensor | None
+    ) -> tuple[Tokens, Mixed]:
         """``x + attn(norm1(x))``; with what reducers read, which needs attention to run for all images."""
         seen: list[Attended] = []
         gates = self.gates or ALL_RUN
@@ -84,9 +91,9 @@ class Parts:
         how["query_mask"] = tokens.query_mask() if "attn_received" in read or how["inner"] else None
 
         def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: PackedRows | None) -> Tensor:
-            ask = Asked(heads=heads, rows=rows, **how)
-            seen.append(attend(block.attn, block.norm1(x), bias, ask, self.execution))
-            return applied(seen[0].x, block.ls1, block.drop_path1)
+            ask = Asked(heads=heads, rows=rows, turn=turned(turn, x, rows, gates.attn), **how)
+            seen.append(attend(block.attn, attention_input(block, x), bias, ask, self.execution))
+            return attended_of(block, seen[0].x)
 
         skipped = "nothing" if read else self.skipped
         x, count = residual(tokens, branch, tokens.key_bias(), gates.attn, gates.head, skipped)
@@ -101,9 +108,9 @@ class Parts:
         """``x + mlp(norm2(x))``."""
 
         def branch(x: Tensor, bias: Tensor | None, heads: Tensor | None, rows: PackedRows | None) -> Tensor:
-            x = block.norm2(x)
+            x = mlp_input(block, x)
             x = x if heads is None else of_heads(x, heads, rows)
-            return applied(block.mlp(x), block.ls2, block.drop_path2)
+            return mlp_output(block, block.mlp(x))
 
         gates = self.gates or ALL_RUN
         heads = gates.head if gates.mlp_heads else None
@@ -141,6 +148,15 @@ class Parts:
         return should_skip_heads(step.block.attn, self.gates)
 
 
+def turned(turn: Tensor | None, x: Tensor, rows: PackedRows | None, on: Tensor | None) -> Tensor | None:
+    """The rotations of the tokens that a branch is given: of all, of the images that are on [B], or of packed rows."""
+    if turn is None or turn.ndim == 3:  # none, or packed already
+        return turn
+    if rows is not None:
+        return rows.pack(turn.expand(rows.shape[0], *turn.shape[1:]))
+    return turn if on is None or len(turn) in (1, len(x)) else turn.index_select(0, (on > 0).nonzero().squeeze(1))
+
+
 def of_heads(x: Tensor, heads: Tensor, rows: PackedRows | None) -> Tensor:
     """Features [B, K, D], or packed [T, D], times 0/1 of heads [B, H], each of which has D / H of the channels."""
     on = heads.unsqueeze(1) if rows is None else heads.repeat_interleave(rows.counts(), dim=0, output_size=len(x))
@@ -174,7 +190,10 @@ class Gathered(Rows):
         """Of the tokens that take part, what ``Rows`` does with all."""
         assert self.gates is not None
         some, index = gathered(tokens, self.gates)
-        some, ran = _There(self.execution, changed(self.gates, patch=None), self.gating).run(step, some)
+        if (turn := step.turn(tokens)) is not None:
+            each = turn.expand(len(tokens.x), *turn.shape[1:]).flatten(0, 1).index_select(0, index)
+            turn = each.unflatten(0, some.x.shape[:-1])
+        some, ran = _There(self.execution, changed(self.gates, patch=None), self.gating, turn).run(step, some)
         whole = scattered(some, tokens, index)
         counts = (tokens.length, tokens.length)
         return whole, changed(ran, static_counts=counts, owner=unread(whole))
@@ -183,6 +202,11 @@ class Gathered(Rows):
 @dataclass(frozen=True)
 class _There(Rows):
     """Of gathered tokens: all of them are there, in both branches."""
+
+    turns: Tensor | None = None  # their rotations, [B, k, H, 2d] or packed [T, H, 2d]
+
+    def turn(self, step: Step, tokens: Tokens) -> Tensor | None:
+        return self.turns
 
     def laid_out(self, step: Step, tokens: Tokens) -> Tokens:
         return tokens

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saccade.core.costs import kept_share, reading_macs, taking_part
-from saccade.core.hooks import applied, plain_block, plain_linear, untouched
+from saccade.core.hooks import plain_block, untouched
 from saccade.core.lazy import changed, unread
 from saccade.core.packing import packed, padded
 from saccade.core.program import Step
@@ -19,8 +19,10 @@ from saccade.core.record import BlockTrace
 from saccade.core.timm_types import TimmBlock
 from saccade.core.tokens import READINGS, Tokens
 from saccade.execution.attention import attend
+from saccade.execution.branches import attended_of, attention_input, mlp_input, mlp_output
 from saccade.execution.mixing import NOTHING, Asked
 from saccade.execution.policy import Execution
+from saccade.execution.projections import sliceable
 from saccade.execution.residual import Branch, live_keys, residual
 
 
@@ -37,7 +39,8 @@ class Whole:
         """Several blocks, one after the other."""
         x, n, owner = tokens.x, tokens.length, unread(tokens)
         for step in steps:
-            x = step.call(step.block, x)
+            turn = step.timms_turn(tokens)
+            x = step.call(step.block, x) if turn is None else step.call(step.block, x, turn)
         return changed(tokens, x=x), [self._record(step, n, owner) for step in steps]
 
     @staticmethod
@@ -56,10 +59,10 @@ class PrefixOnly:
         """The block for the prefix; patches stay as they are."""
         block, left, tokens = step.block, step.between(tokens).left, padded(tokens)
         prefix, before = tokens.num_prefix, tokens.x.shape[1]
-        ask = Asked(queries=prefix, keep_mask=live_keys(tokens))
-        attended = attend(block.attn, block.norm1(tokens.x), tokens.key_bias(), ask, self.execution)
-        x = tokens.x[:, :prefix] + applied(attended.x, block.ls1, block.drop_path1)
-        x = x + applied(block.mlp(block.norm2(x)), block.ls2, block.drop_path2)
+        ask = Asked(queries=prefix, keep_mask=live_keys(tokens), turn=step.turn(tokens))
+        attended = attend(block.attn, attention_input(block, tokens.x), tokens.key_bias(), ask, self.execution)
+        x = tokens.x[:, :prefix] + attended_of(block, attended.x)
+        x = x + mlp_output(block, block.mlp(mlp_input(block, x)))
         cost, counts = step.cost, (before, prefix + left)
         live = None if tokens.keep_mask is None else taking_part(tokens)
         wanted: Any = None if live is None else cost.attention(prefix, live) + prefix * cost.mlp
@@ -69,7 +72,7 @@ class PrefixOnly:
     @staticmethod
     def is_exact(block: TimmBlock) -> bool:
         """Whether the prefix tokens alone may go through: no hook sees the block, and its layers are what we think."""
-        return plain_block(block) and plain_linear(block.attn.qkv) and untouched(block)
+        return plain_block(block) and sliceable(block.attn) and untouched(block)
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,10 @@ class Straight:
     def execute(self, step: Step, tokens: Tokens) -> tuple[Tokens, BlockTrace]:
         """The parts of the block, with timm's layers; after a ragged reduction the MLP's rows are packed."""
         block, read, before = step.block, self.read, tokens.x.shape[1]
-        ask = Asked(read=read) if read else NOTHING
-        attended = attend(block.attn, block.norm1(tokens.x), tokens.key_bias(), ask, self.execution)
-        x = tokens.x + applied(attended.x, block.ls1, block.drop_path1)
+        turn = step.turn(tokens)
+        ask = Asked(read=read, turn=turn) if read or turn is not None else NOTHING
+        attended = attend(block.attn, attention_input(block, tokens.x), tokens.key_bias(), ask, self.execution)
+        x = tokens.x + attended_of(block, attended.x)
         stats = attended.stats.of_patches(tokens.num_prefix) if read else tokens.stats
         tokens, macs = step.reduce("attn", changed(tokens, x=x, stats=stats))
         tokens = packed(tokens.without(READINGS))
@@ -96,4 +100,4 @@ class Straight:
 
 
 def _mlp(block: TimmBlock) -> Branch:
-    return lambda x, bias, heads, rows: applied(block.mlp(block.norm2(x)), block.ls2, block.drop_path2)
+    return lambda x, bias, heads, rows: mlp_output(block, block.mlp(mlp_input(block, x)))

@@ -102,6 +102,8 @@ def topk(
         raise UserError(f"topk: asks={asks!r} is not one of {', '.join(ASKS)}")
     if asks == "class" and not backbone.has_class_token:
         raise UserError("topk: asks='class' and this model has no class token: take asks='mean'")
+    if backbone.attention != Attention.__name__:
+        raise UserError(f"topk reads the weights of timm's Attention, and this model has {backbone.attention}")
     chosen = blocks("topk", at, _default(backbone), backbone.depth)
     shares = tuple(keep) if isinstance(keep, (tuple, list)) else (keep,) * len(chosen)
     if len(shares) != len(chosen):

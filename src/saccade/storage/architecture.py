@@ -16,11 +16,12 @@ import timm
 import torch
 from timm import layers
 from timm.layers import create_act, create_norm
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from saccade.core.timm_types import ViT
 from saccade.errors import UserError
-from saccade.storage.skeletons import without_values
+from saccade.storage.skeletons import with_buffers, without_values
 
 Layer = Callable[..., nn.Module]
 _OF_TORCH = {f"nn.{name}": getattr(nn, name) for name in nn.modules.activation.__all__ if name != "MultiheadAttention"}
@@ -64,6 +65,8 @@ def with_layers(args: Mapping[str, Any]) -> dict[str, Any]:
 def arguments(vit: ViT, name: str) -> dict[str, Any]:
     """What ``build`` needs to make another such ViT, as plain values. Raises UserError where nothing would."""
     embed, attn = vit.patch_embed, vit.blocks[0].attn
+    if isinstance(vit, Eva):
+        return _like(vit, name, _eva_arguments(vit))
     args: dict[str, Any] = {
         "num_classes": vit.num_classes,
         "img_size": list(table_size(vit)),
@@ -83,6 +86,29 @@ def arguments(vit: ViT, name: str) -> dict[str, Any]:
     args |= {k: v for k, v in facts.items() if v != usual.get(k, ...) and (v is not None or k == "init_values")}
     if facts["norm_eps"] != usual.get("norm_eps") and facts["norm_layer"]:
         args["norm_layer"] = facts["norm_layer"]
+    return _like(vit, name, args)
+
+
+def _eva_arguments(vit: Any) -> dict[str, Any]:
+    """Sizes; all else of an ``Eva`` is what its name says, or it is refused."""
+    embed, attn, mlp = vit.patch_embed, vit.blocks[0].attn, vit.blocks[0].mlp
+    return {
+        "num_classes": vit.num_classes,
+        "img_size": list(table_size(vit)),
+        "patch_size": list(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+        "global_pool": vit.global_pool,
+        "embed_dim": vit.embed_dim,
+        "depth": len(vit.blocks),
+        "num_heads": attn.num_heads,
+        "num_reg_tokens": 0 if vit.reg_token is None else vit.reg_token.shape[1],
+        "mlp_ratio": (mlp.fc2.in_features + 0.5) / vit.embed_dim,
+        "dynamic_img_size": vit.dynamic_img_size,
+    }
+
+
+def _like(vit: ViT, name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, once a twin has been made by them. Raises UserError where it cannot be, or is another function."""
     try:
         twin = _twin(name, args)
     except Exception as error:
@@ -130,6 +156,7 @@ def _tried(vit: ViT, twin: ViT) -> str:
     if weight.is_meta:
         return ""
     twin.load_state_dict(vit.state_dict(), strict=True, assign=True)
+    with_buffers(twin)
     modes = {module: module.training for module in vit.modules()}
     try:
         for part in (vit, twin):
@@ -152,14 +179,18 @@ def _through(vit: ViT) -> Tensor:
     weight = vit.patch_embed.proj.weight
     shape = 1, vit.num_prefix_tokens + FEW, vit.embed_dim
     x = torch.linspace(-2, 2, shape[1] * shape[2], device=weight.device).sin().view(shape).to(weight.dtype)
-    return vit.forward_head(vit.norm(vit.blocks(x)))
+    for block in vit.blocks:
+        x = block(x)
+    return vit.forward_head(vit.norm(x))
 
 
 def _embedded(vit: ViT) -> Tensor:
     weight = vit.patch_embed.proj.weight
     shape = 1, weight.shape[1], *vit.patch_embed.img_size
     image = torch.linspace(-1, 1, shape[1] * shape[2] * shape[3], device=weight.device).view(shape).to(weight.dtype)
-    return vit.norm_pre(vit._pos_embed(vit.patch_embed(image)))
+    placed: Any = vit._pos_embed(vit.patch_embed(image))
+    x, *turns = placed if isinstance(placed, tuple) else (placed,)
+    return torch.cat([vit.norm_pre(x).flatten(), *(t.flatten().to(x) for t in turns if t is not None)])
 
 
 def _twin(name: str, args: Mapping[str, Any]) -> ViT:

@@ -47,6 +47,7 @@ class ModelArgs(Strict):
     depth: int = Field(12, ge=1, le=256)
     num_heads: int = Field(3, ge=1, le=512)
     reg_tokens: int = Field(0, ge=0, le=1024)
+    num_reg_tokens: int = Field(0, ge=0, le=1024)
     class_token: bool = True
     no_embed_class: bool = False
     pos_embed: Literal["learn", "none", ""] = "learn"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 FILLING = {  # what initialisers are made of: the tensor that they are given is the one that they return
@@ -40,3 +40,20 @@ def without_values() -> Iterator[None]:
     """Tensors made inside are on the meta device: shapes and types alone."""
     with torch.device("meta"), _Unfilled():
         yield
+
+
+def emptied(module: nn.Module) -> nn.Module:
+    """A skeleton with memory of its own, to be filled; what no state dict holds (rotary tables) is computed anew."""
+    module.to_empty(device="cpu")
+    return with_buffers(module)
+
+
+def with_buffers(module: nn.Module) -> nn.Module:
+    """The same module, where buffers that no state dict holds have the values that their modules give them."""
+    for part in module.modules():
+        if callable(fill := getattr(part, "init_non_persistent_buffers", None)):
+            for name in part._non_persistent_buffers_set:
+                if (value := part._buffers[name]) is not None and value.is_meta:
+                    part._buffers[name] = torch.empty_like(value, device="cpu")
+            fill()
+    return module

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, RotaryEmbeddingCat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +19,7 @@ from saccade.core.hooks import around, exact, kernel_of, layer_in, require_plain
 from saccade.core.plan import Backbone, Tokenizer
 from saccade.core.provenance import Cells
 from saccade.core.registry import register
+from saccade.core.rotation import ROPE
 from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
@@ -66,7 +67,7 @@ class Grid(Tokenizer):
         x = self._embed(vit, images)
         x = place(vit, x, self.positions(vit, grid))
         cells: Any = Cells(x.shape[0], grid[0] * grid[1], x.device)  # an owner map, once it is read
-        return Tokens(x, cells, grid, vit.num_prefix_tokens)
+        return Tokens(x, cells, grid, vit.num_prefix_tokens, state=rotary(vit, grid))
 
     def _embed(self, vit: ViT, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> [B, N, D]: timm's own layers where the patch is theirs, else its resized kernel."""
@@ -83,7 +84,7 @@ class Grid(Tokenizer):
         if not exact(embed, PatchEmbed):
             if own and images.shape[-2:] == embed.img_size:
                 return embed(images)
-            require_plain(embed, PatchEmbed, "patch_embed")
+            require_plain(embed, "patch_embed", PatchEmbed)
         return around(embed, forward, images)
 
     def kernel(self, vit: ViT) -> Tensor:
@@ -136,6 +137,18 @@ def grid_positions(vit: ViT, grid: tuple[int, int], spec: ResizeSpec) -> Tensor 
     return cached_weight(vit, "positions", (grid, old, spec), vit.pos_embed, make)
 
 
+def rotary(vit: ViT, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """What a ViT with rotary positions says of the cells of a grid, for ``Tokens.state``; as timm makes it."""
+    rope: Any = getattr(vit, "rope", None)
+    if rope is None:
+        return {}
+    if grid == tuple(vit.patch_embed.grid_size) and getattr(rope, "feat_shape", None) is not None:
+        return {ROPE: rope.get_embed()}
+    if isinstance(rope, RotaryEmbeddingCat):  # which gives its own grid whatever it is asked for
+        return {ROPE: rope._build_embed_cat(list(grid), cast(Tensor, rope.bands))}
+    return {ROPE: rope.get_embed(shape=list(grid))}
+
+
 def place(vit: ViT, x: Tensor, positions: Tensor | None) -> Tensor:
     """Add positions and prefix tokens as timm's ``_pos_embed`` does (Apache-2.0): x [B, N, D] -> [B, P+N, D]."""
     known = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
@@ -145,7 +158,8 @@ def place(vit: ViT, x: Tensor, positions: Tensor | None) -> Tensor:
     x = torch.cat([*prefix, x], dim=1) if prefix else x
     if positions is not None and not vit.no_embed_class:
         x = x + positions
-    return vit.norm_pre(vit.patch_drop(vit.pos_drop(x))).contiguous()
+    x = vit.pos_drop(x)
+    return vit.norm_pre(x if vit.patch_drop is None else vit.patch_drop(x)).contiguous()
 
 
 def _resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -211,6 +225,7 @@ def grid(
             f"grid: stride={stride!r} is larger than the patch of {sides[0]}x{sides[1]} and would leave pixels out; "
             "make it smaller, or the patch larger"
         )
+    backbone.check_cells("grid", steps)
     pixels = None if size is None else _pair("size", size, 1, 8192)
     spec = choose("grid", resize, backbone.resize)
     made = Grid(sides, pixels, spec, fit, steps, how, fraction("grid", "rho", rho, 0.0, 0.999))

@@ -23,7 +23,7 @@ from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import one_of, switch
-from saccade.tokenizers.grid import grid, place
+from saccade.tokenizers.grid import grid, place, rotary
 from saccade.tokenizers.mosaic.geometry import Geometry, Mosaic
 from saccade.tokenizers.mosaic.leaf_embedding import POSITIONS, Detail, leaf_positions
 from saccade.tokenizers.mosaic.pyramid import RESAMPLERS, fitted, pyramid, read_leaves
@@ -134,7 +134,7 @@ class Quadtree(Tokenizer):
                 x = x + self.detail(F.conv2d(images.to(kernel.dtype), kernel, proj.bias, stride=self.sizes[0]), mosaic)
             return embed.norm(x)
 
-        require_plain(embed, PatchEmbed, "patch_embed")
+        require_plain(embed, "patch_embed", PatchEmbed)
         x = around(embed, forward, scene.images)
         if self.size_embedding is not None:
             x = x + self.size_embedding[mosaic.leaf_level].to(x.dtype)
@@ -142,7 +142,9 @@ class Quadtree(Tokenizer):
             x = x * heard.unsqueeze(-1).to(x.dtype)
         x = place(vit, x, leaf_positions(vit, self.fine.positions(vit, mosaic.geometry.cells), mosaic, self.positions))
         size = mosaic.area if self.area_bias else None
-        return Tokens(x, mosaic.owner, mosaic.geometry.cells, vit.num_prefix_tokens, size=size, valid=mosaic.valid)
+        cells = mosaic.geometry.cells
+        turns = rotary(vit, cells)
+        return Tokens(x, mosaic.owner, cells, vit.num_prefix_tokens, size=size, valid=mosaic.valid, state=turns)
 
 
 def _pixels(g: Geometry) -> str:
@@ -221,6 +223,7 @@ def quadtree(
     edges = _default_sizes(backbone) if sizes is None else _check_sizes(sizes)
     if tokens is None and per_batch is None and threshold is None:
         tokens = _half(backbone, edges, size)
+    backbone.check_cells("quadtree", (edges[0], edges[0]))
     budget = Budget.of(tokens, per_batch, threshold, len(edges) - 1)
     chosen = build_scorer(scorer or ("pixel" if threshold is None else "entropy"), backbone)
     chosen.check(edges[0])

@@ -23,7 +23,7 @@ from saccade.core.registry import register
 from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.tokenizers.grid import grid_positions, place
+from saccade.tokenizers.grid import grid_positions, place, rotary
 from saccade.tokenizers.resize.resampling import ResizeSpec, choose
 
 SIDES = (8, 16, 32)  # pixels from one token to the next that four convolutions reach
@@ -66,7 +66,7 @@ class Stem(Tokenizer):
         grid = x.shape[-2], x.shape[-1]
         x = place(vit, vit.patch_embed.norm(x.flatten(2).transpose(1, 2)), grid_positions(vit, grid, self.spec))
         cells: Any = Cells(x.shape[0], grid[0] * grid[1], x.device)  # an owner map, once it is read
-        return Tokens(x, cells, grid, vit.num_prefix_tokens)
+        return Tokens(x, cells, grid, vit.num_prefix_tokens, state=rotary(vit, grid))
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Pixels as they enter, and the features after each ReLU, [B, c, h, w]."""
@@ -102,6 +102,7 @@ def stem(backbone: Backbone, patch: Size | None = None, size: Size | None = None
         what = f"patches of {own} pixels (at most 32)" if side is None else f"width {backbone.dim} (no multiple of 8)"
         raise UserError(f"stem: its convolutions do not fit this model's {what}; use grid(…)")
     sides = backbone.patch_size if patch is None else _pair("patch", patch, 256)
+    backbone.check_cells("stem", sides)
     pixels = None if size is None else _pair("size", size, 8192)
     spec = choose("stem", None, backbone.resize)
     make = partial(Stem, backbone.channels, backbone.dim, side, sides, pixels, spec)

@@ -9,6 +9,7 @@ from saccade.core.costs import block_cost
 from saccade.core.hooks import hooked, plain_linear
 from saccade.core.plan import Backbone
 from saccade.core.timm_types import ViT
+from saccade.errors import UserError
 from saccade.execution.attention import attend
 from saccade.execution.mixing import Asked
 from saccade.methods.common.arguments import whole
@@ -64,5 +65,7 @@ def attention(backbone: Backbone, blocks: int = 4, level: int = 1) -> FirstLook:
         blocks: of the ViT, the last of which is asked where the class token looks.
         level: halvings of the image that the first pass sees; 1 is a quarter of the tokens.
     """
+    if backbone.rotary is not None:
+        raise UserError("scorer attention runs blocks on a smaller grid, and this model's have rotary positions")
     whole("scorer attention", "blocks", blocks, 1, backbone.depth)
     return FirstLook(blocks, whole("scorer attention", "level", level, 0, 6))

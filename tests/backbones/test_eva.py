@@ -1,0 +1,224 @@
+"""timm's ``Eva``, exact and under every method: EVA, EVA-02, DINOv3, Perception Encoder, ViTs with rotary positions."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import saccade
+from oracles import make_images, randomise, relative
+from saccade.core.packing import padded
+from saccade.core.registry import registry
+from saccade.core.rotation import ROPE, Rotations
+from saccade.errors import UserError
+from saccade.model import AdaptiveViT
+
+MODELS = {
+    "vit_small_patch16_dinov3": {},
+    "vit_7b_patch16_dinov3": {},  # SwiGLU
+    "eva_giant_patch14_clip_224": {"img_size": 56},  # no rotations
+    "eva02_tiny_patch14_224": {"img_size": 56},  # a table and rotations; norms inside
+    "eva02_base_patch16_clip_224": {},
+    "vit_pe_core_tiny_patch16_384": {},  # pools by attention
+    "vit_pe_spatial_tiny_patch16_512": {},
+    "vit_small_patch16_rope_224": {},
+    "vit_small_patch16_rope_mixed_224": {},  # rotations of each block and head, learned
+    "vit_small_patch16_rope_mixed_ape_224": {},
+}
+TWO = ("vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224")
+
+
+def make(name: str, **kwargs) -> nn.Module:
+    small = {"img_size": 64, "embed_dim": 96, "num_heads": 3, "depth": 3, "num_classes": 10}
+    return randomise(timm.create_model(name, **{**small, **MODELS[name], **kwargs})).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_dense_is_timm_s(name):
+    vit = make(name)
+    model, images = AdaptiveViT(vit), make_images(vit)
+    expected = vit(images)
+    assert torch.equal(model(images, whole=True).logits, expected)
+    assert relative(model(images).logits, expected) <= 1e-6  # the last block for the class token alone
+    for setting in ("tome(r=0) | tome(r=0)", "adavit(1.0, threshold=0.0)"):  # block by block, and in parts
+        assert relative(model.at(setting).eval()(images).logits, expected) <= 1e-5, setting
+    _, maps = model.forward_intermediates(images)
+    _, theirs = vit.forward_intermediates(images)
+    assert all(relative(a, b) <= 1e-6 for a, b in zip(maps, theirs, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("post", [False, True])
+def test_other_forms_of_a_block(post):
+    """Norms after the branches; separate projections, biases and gates."""
+    for kwargs in ({"use_post_norm": post}, {"use_post_norm": post, "qkv_fused": False, "scale_attn_inner": True}):
+        torch.manual_seed(0)
+        shape = {"img_size": 64, "embed_dim": 96, "num_heads": 3, "depth": 3, "num_classes": 10}
+        vit = randomise(
+            timm.models.eva.Eva(**shape, use_rot_pos_emb=True, class_token=True, global_pool="token", **kwargs)
+        )
+        vit.pretrained_cfg = {}
+        model, images = AdaptiveViT(vit.eval()), make_images(vit)
+        for setting in ("dense", "tome(r=0) | tome(r=0)", "adavit(1.0, threshold=0.0)"):
+            assert relative(model.at(setting).eval()(images).logits, vit(images)) <= 1e-5, (kwargs, setting)
+
+
+SETTINGS = ("tome(r=2)", "evit(0.5)", "imagepiece()", "quadtree(7)", "dynamicvit(0.7)", "adavit(0.5)", "ats()",
+            "avit()", "tofu()", "mctf(r=2)", "tokenlearner(4)", "random(0.5)", "diffrate()", "ltmp()", "dpc_knn(0.4)",
+            "token_pooling()", "patchmerger(4)", "depth(2)", "pitome()", "algm()",
+            "grid(16, size=96) | tome(r=2)")  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "setting"), product(TWO, SETTINGS))
+def test_a_batch_is_its_images_and_masked_is_skipped(name, setting):
+    vit = make(name)
+    model, images = AdaptiveViT(vit, setting).eval(), make_images(vit)
+    found = model(images)
+    alone = torch.cat([model(image[None]).logits for image in images])
+    assert relative(found.logits, alone) <= 1e-5
+    masked = model.forward_head(model.forward_tokens(images, sparse=False)[0])
+    assert relative(found.logits, masked) <= 1e-4
+    tokens, trace = model.forward_tokens(images)
+    assert bool((tokens.area().sum(1) + (tokens.owner < 0).sum(1) == tokens.owner.shape[1]).all())
+    assert bool((trace.macs() > 0).all())
+
+
+def pruned_oracle(vit: nn.Module, images: Tensor, kept: dict[int, Tensor]) -> Tensor:
+    """timm's own layers, patches that are not kept [B, N'] leaving between attention and MLP of some blocks, with the
+    rotations of those that are there."""
+    x, turns = vit._pos_embed(vit.patch_embed(images))
+    x, prefix = vit.norm_pre(x), vit.num_prefix_tokens
+    turns = turns.expand(len(vit.blocks), *turns.shape) if turns.ndim == 2 else turns
+    turns = turns[:, None] if turns.ndim == 3 else turns  # [L, H or 1, G, 2d]
+    left = torch.arange(x.shape[1] - prefix).expand(len(x), -1)
+    for i, block in enumerate(vit.blocks):
+        each = torch.stack([turns[i][:, cells] for cells in left])
+        y = block.attn(block.norm1(x), rope=each)
+        x = x + (y if block.gamma_1 is None else block.gamma_1 * y)
+        if i in kept:
+            rows = [torch.isin(cells, some).nonzero()[:, 0] for cells, some in zip(left, kept[i], strict=True)]
+            left = torch.stack([cells[row] for cells, row in zip(left, rows, strict=True)])
+            patches = [one[prefix:][row] for one, row in zip(x, rows, strict=True)]
+            x = torch.cat([x[:, :prefix], torch.stack(patches)], dim=1)
+        y = block.mlp(block.norm2(x))
+        x = x + (y if block.gamma_2 is None else block.gamma_2 * y)
+    return vit.forward_head(vit.norm(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_224", *TWO[1:]])
+def test_pruned_patches_leave_with_their_rotations(name):
+    vit = make(name)
+    model, images = AdaptiveViT(vit, "random(0.6, at=1) | random(0.6, at=2)").eval(), make_images(vit)
+    logits, (tokens, trace) = model(images, whole=True).logits, model.forward_tokens(images)
+    kept = {i: torch.stack([(o >= 0).nonzero()[:, 0] for o in trace.blocks[i].owner]) for i in (1, 2)}
+    assert kept[2].shape[1] < kept[1].shape[1] < 16 and tokens.num_patches == kept[2].shape[1]
+    assert relative(logits, pruned_oracle(vit, images, kept)) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TWO)
+def test_a_merged_token_is_turned_by_the_middle_of_its_cells(name):
+    """The mean of the cells' rotations, brought back to length 1; of two cells, the rotation half way."""
+    vit = make(name)
+    tokens = padded(AdaptiveViT(vit, "tome(r=3)").eval().forward_tokens(make_images(vit))[0])
+    table = tokens.state[ROPE]
+    for block in range(len(vit.blocks)):
+        cells = table[None] if table.ndim == 2 else table[block]  # [H, G, 2d]
+        found = Rotations().of_patches(block, tokens)
+        assert found.shape[:2] == tokens.owner.new_zeros(2, tokens.num_patches).shape
+        for b, n in product(range(2), range(tokens.num_patches)):
+            own = (tokens.owner[b] == n).nonzero()[:, 0]
+            sin, cos = cells[:, own].mean(1).chunk(2, dim=-1)
+            angle, told = torch.atan2(sin, cos), torch.hypot(sin, cos) > 1e-3  # opposite rotations have no middle
+            for part, expected in zip(found[b, n].chunk(2, dim=-1), (angle.sin(), angle.cos()), strict=True):
+                assert torch.allclose(part[told], expected[told], atol=1e-4)
+            if len(own) == 1:
+                assert torch.allclose(found[b, n], cells[:, own[0]], atol=1e-6)
+    still = Rotations().of(0, tokens)[:, : tokens.num_prefix]
+    assert still.chunk(2, dim=-1)[0].abs().max() == 0 and bool((still.chunk(2, dim=-1)[1] == 1).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_224", *TWO[1:]])
+@pytest.mark.parametrize("size", [96, (48, 80)], ids=str)
+def test_another_size_is_timm_s_model_of_that_size(name, size):
+    vit, model = make(name), AdaptiveViT(make(name), f"grid(16, size={size})")
+    other = make(name, img_size=size)
+    other.load_state_dict(vit.state_dict(), strict=True)
+    images = torch.randn(2, 3, *(size if isinstance(size, tuple) else (size, size)))
+    assert relative(model(images, whole=True).logits, other(images)) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_and_loaded(name, tmp_path):
+    model = saccade.create_model(name, "tome(r=2)", **{"img_size": 64, "embed_dim": 96, "num_heads": 3, "depth": 3,
+                                                       "num_classes": 10, **MODELS[name]})  # fmt: skip
+    images = make_images(model.vit)
+    model.save(tmp_path / "model")
+    assert torch.equal(saccade.load(tmp_path / "model")(images).logits, model(images).logits)
+
+
+def test_what_a_name_does_not_say_is_refused_before_anything_is_written(tmp_path):
+    model = saccade.create_model("vit_small_patch16_rope_224", depth=2, rope_temperature=50.0)
+    with pytest.raises(UserError, match="differs from what timm's"):
+        model.save(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@torch.no_grad()
+def test_hooks_fire_as_often_as_in_timm():
+    vit = make("vit_small_patch16_dinov3")
+    heard: list[str] = []
+    for name, module in vit.named_modules():
+        module.register_forward_hook(lambda *_, name=name: heard.append(name))
+    images = make_images(vit)
+    vit(images)
+    expected = sorted(heard)
+    heard.clear()
+    AdaptiveViT(vit)(images)
+    assert sorted(heard) == expected
+    heard.clear()
+    AdaptiveViT(vit, "tome(r=2)")(images)
+    assert {"blocks.0", "blocks.1.attn", "blocks.2.mlp.fc1"} <= {*heard}
+
+
+def test_learned_rotations_learn_under_a_setting():
+    vit = make("vit_small_patch16_rope_mixed_224").train()
+    AdaptiveViT(vit, "tome(r=2)").train()(make_images(vit)).logits.square().sum().backward()
+    assert vit.rope.freqs.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "match"),
+    [
+        ("vit_small_patch16_rope_224", "grid(8)", "count patches of 16x16 pixels"),
+        ("vit_small_patch16_rope_224", "quadtree(28, sizes=(8, 16))", "count patches of 16x16 pixels"),
+        ("vit_small_patch16_rope_224", "grid(16, stride=8)", "count patches of 16x16 pixels"),
+        ("vit_small_patch16_dinov3", "topk(0.5)", "topk reads the weights of timm's Attention"),
+        ("vit_small_patch16_dinov3", "quadtree(7, scorer='attention')", "rotary positions"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(name, setting, match):
+    with pytest.raises(UserError, match=match):
+        AdaptiveViT(make(name), setting)
+
+
+def test_every_method_works_or_is_refused():
+    vit = make("vit_small_patch16_dinov3")
+    refused = set()
+    for name, entry in registry().items():
+        if entry.kind == "tokenizer" or entry.origin:
+            continue
+        try:
+            AdaptiveViT(vit, f"{name}()").eval()
+        except UserError as error:
+            refused.add(name) if "Attention" in str(error) else None
+    assert refused == {"topk"}
