@@ -28,6 +28,9 @@ THEIRS = [
     ("Dinov2Config", "Dinov2Model", {}, "pooler_output"),
     ("Dinov2Config", "Dinov2Model", {"use_swiglu_ffn": True}, "pooler_output"),
     ("Dinov2WithRegistersConfig", "Dinov2WithRegistersModel", {}, "pooler_output"),
+    ("DINOv3ViTConfig", "DINOv3ViTModel", {"num_register_tokens": 4}, "pooler_output"),
+    ("DINOv3ViTConfig", "DINOv3ViTModel", {"query_bias": False, "value_bias": False}, "pooler_output"),
+    ("DINOv3ViTConfig", "DINOv3ViTModel", {"use_gated_mlp": True, "hidden_act": "silu"}, "pooler_output"),
     ("CLIPVisionConfig", "CLIPVisionModel", {}, "pooler_output"),
     ("CLIPVisionConfig", "CLIPVisionModelWithProjection", {"projection_dim": 7}, "image_embeds"),
     ("SiglipVisionConfig", "SiglipVisionModel", {}, "pooler_output"),
@@ -148,8 +151,9 @@ def test_what_has_no_form_here_is_refused():
     with pytest.raises(UserError, match="reads the mean before the last norm"):
         config = library.CLIPConfig(vision_config=SMALL, num_labels=5)
         saccade.from_transformers(library.CLIPForImageClassification(config))
-    with pytest.raises(UserError, match=r"'dinov3_vit' of transformers \(its positions are rotations"):
-        saccade.from_transformers(library.DINOv3ViTModel(library.DINOv3ViTConfig(**SMALL)))
+    for odd in ({"rope_theta": 50.0}, {"key_bias": True}):
+        with pytest.raises(UserError, match=r"rope_theta=50|biases of keys"):
+            saccade.from_transformers(library.DINOv3ViTModel(library.DINOv3ViTConfig(**SMALL | odd)))
     with pytest.raises(UserError, match="decoder"):
         saccade.from_transformers(theirs("ViTConfig", "ViTForMaskedImageModeling", {"encoder_stride": 8}))
     with pytest.raises(UserError, match="no config of transformers"):

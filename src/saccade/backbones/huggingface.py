@@ -1,4 +1,4 @@
-"""Hugging Face's Vision Transformers as timm's: ViT, DeiT, DINOv2, CLIP, SigLIP, SigLIP 2 and I-JEPA.
+"""Hugging Face's Vision Transformers as timm's: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, SigLIP 2 and I-JEPA.
 
 All that is needed stands in their ``config.json`` and in the names of their weights, as transformers 4 and 5 write
 them: the conversion is exact, and the transformers library need not be there. What has no form in timm is refused by
@@ -16,6 +16,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from saccade.backbones.huggingface_config import ACTIVATIONS, TOWERS, Config
+from saccade.backbones.huggingface_eva import ROTARY, eva_asked, eva_weights
 from saccade.backbones.vit import backbone_of, set_class_names
 from saccade.core.timm_types import ViT
 from saccade.errors import UserError
@@ -28,8 +29,10 @@ IMAGENET = 1000
 TWO = "class token and mean together"
 READS = {"dinov2": TWO, "dinov2_with_registers": TWO, TOWERS["clip"]: "the mean before the last norm"}  # classifiers
 # Names in the files, after what stands before them, and timm's.
-BEFORE = re.compile(r"^((vit|deit|ijepa|dinov2(_with_registers)?|vision_model|(clip|siglip2?)\.vision_model)\.)")
-BLOCK = re.compile(r"^(encoder\.)?layers?\.(\d+)\.")
+BEFORE = re.compile(
+    r"^((vit|deit|ijepa|dinov3_vit|dinov2(_with_registers)?|vision_model|(clip|siglip2?)\.vision_model)\.)"
+)
+BLOCK = re.compile(r"^(encoder\.|model\.)?layers?\.(\d+)\.")
 INSIDE = {
     r"(layernorm_before|norm1|layer_norm1)": "norm1",
     r"(layernorm_after|norm2|layer_norm2)": "norm2",
@@ -50,9 +53,9 @@ OUTSIDE = {
     r"embeddings\.distillation_token": "dist_token",
     r"embeddings\.register_tokens": "reg_token",
     r"embeddings\.(position_embeddings|position_embedding\.weight)": "pos_embed",
-    r"embeddings\.(patch_embeddings\.projection|patch_embedding)": "patch_embed.proj",
+    r"embeddings\.(patch_embeddings(\.projection)?|patch_embedding)": "patch_embed.proj",
     r"pre_layrnorm": "norm_pre",
-    r"(layernorm|post_layernorm)": "norm",
+    r"(layernorm|post_layernorm|norm)": "norm",
     r"(classifier|cls_classifier|visual_projection)": "head",
     r"distillation_classifier": "head_dist",
     r"head\.probe": "attn_pool.latent",
@@ -87,8 +90,11 @@ def vit_of(config: Config, state: Mapping[str, Tensor], where: str, *, classifie
         reads = READS[config.model_type]
         raise UserError(f"{where} has a classifier that reads {reads}, which timm has not: take classifier=False")
     try:
-        weights = _joined(config, named, where)
-        name, args = _asked(config, weights)
+        if config.model_type == ROTARY:
+            weights, (name, args) = eva_weights(named, where), eva_asked(config, named, where)
+        else:
+            weights = _joined(config, named, where)
+            name, args = _asked(config, weights)
         with without_values():
             vit = build(name, args)
     except UserError:

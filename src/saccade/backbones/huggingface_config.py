@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dinov2_with_registers": {
         "layer_norm_eps": 1e-6, "patch_size": 16, "layerscale_value": 1.0, "mlp_ratio": 4, "num_register_tokens": 4,
     },
+    "dinov3_vit": {"layer_norm_eps": 1e-5, "layerscale_value": 1.0},
     "clip_vision_model": CLIP,
     "siglip_vision_model": SIGLIP | TANH,
     "siglip2_vision_model": SIGLIP | TANH | {"num_patches": 256},
@@ -52,6 +53,7 @@ class Config(Strict):
     num_register_tokens: int = Field(0, ge=0, le=1024)
     hidden_act: Literal[*ACTIVATIONS] = "gelu"  # type: ignore[valid-type]
     layer_norm_eps: Annotated[FiniteFloat, Field(ge=0, le=1)] = 1e-6
+    rope_theta: Annotated[FiniteFloat, Field(gt=0)] = 100.0
     layerscale_value: Annotated[FiniteFloat, Field(gt=0, le=100)] | None = None
     hidden_dropout_prob: Rate = 0.0
     attention_probs_dropout_prob: Rate = 0.0
@@ -72,9 +74,8 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         values = {**values["vision_config"], "model_type": TOWERS[kind], "id2label": values.get("id2label")}
         kind = TOWERS[kind]
     if kind not in KINDS:
-        why = " (its positions are rotations, which need timm's Eva)" if kind.startswith("dinov3") else ""
         known = ", ".join(k.removesuffix("_vision_model") for k in KINDS)
-        raise UserError(f"{where} is a {kind[:50]!r} of transformers{why}; those with a form in timm are {known}")
+        raise UserError(f"{where} is a {kind[:50]!r} of transformers; those with a form in timm are {known}")
     labels = values.get("id2label")
     named = {"id2label": {str(k): v for k, v in labels.items()}} if isinstance(labels, Mapping) else {}
     given = {k: v for k, v in values.items() if k in Config.model_fields and v is not None}

@@ -30,6 +30,7 @@ USUAL: dict[str, dict[str, Any]] = {
     "deit": {**IMAGENET, **CENTRE},
     "dinov2": {**IMAGENET, **CENTRE},
     "dinov2_with_registers": {**IMAGENET, **CENTRE},
+    "dinov3_vit": IMAGENET,
     "clip_vision_model": {
         "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, **CENTRE, "size": {"shortest_edge": 224},
     },
