@@ -70,7 +70,8 @@ def test_other_forms_of_a_block(post):
 
 SETTINGS = ("tome(r=2)", "evit(0.5)", "imagepiece()", "quadtree(7)", "dynamicvit(0.7)", "adavit(0.5)", "ats()",
             "avit()", "tofu()", "mctf(r=2)", "tokenlearner(4)", "random(0.5)", "diffrate()", "ltmp()", "dpc_knn(0.4)",
-            "token_pooling()", "patchmerger(4)", "depth(2)", "pitome()", "algm()",
+            "token_pooling()", "ats() | pitome(0.9)", "avit() | tome(r=1)",
+            "patchmerger(4)", "depth(2)", "pitome()", "algm()",
             "grid(16, size=96) | tome(r=2)")  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def test_a_merged_token_is_turned_by_the_middle_of_its_cells(name):
     tokens = padded(AdaptiveViT(vit, "tome(r=3)").eval().forward_tokens(make_images(vit))[0])
     table = tokens.state[ROPE]
     for block in range(len(vit.blocks)):
-        cells = table[None] if table.ndim == 2 else table[block]  # [H, G, 2d]
+        cells = table[0][None] if table.ndim == 3 else table[0, block]  # [H, G, 2d], of every image the same
         found = Rotations().of_patches(block, tokens)
         assert found.shape[:2] == tokens.owner.new_zeros(2, tokens.num_patches).shape
         for b, n in product(range(2), range(tokens.num_patches)):

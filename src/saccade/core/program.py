@@ -57,11 +57,11 @@ class Step:
         return self.plan.site(self.index, "attn", tokens.num_patches)
 
     def turn(self, tokens: Tokens) -> Tensor | None:
-        """Rotations of queries and keys of each token [B, P+N, H, 2d]; None: the ViT has none."""
+        """Rotations of queries and keys of each token, [B, P+N, H, 2d]; None: the ViT has none."""
         return self.rotations.of(self.index, tokens)
 
     def timms_turn(self, tokens: Tokens) -> Tensor | None:
-        """The same as timm's own block takes them, of patch tokens: [N, 2d], [H, N, 2d] or [B, H, N, 2d]."""
+        """The same as timm's own block takes them, of patch tokens: [B, H, N, 2d]."""
         turn = self.rotations.of_patches(self.index, tokens)
         return None if turn is None else turn.transpose(1, 2)
 

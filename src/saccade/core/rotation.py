@@ -18,7 +18,7 @@ from saccade.core.lazy import unread
 from saccade.core.provenance import Cells
 from saccade.core.tokens import Tokens
 
-ROPE = "rope"  # in ``Tokens.state``: [G, 2d], or for each block and head [L, H, G, 2d]; sines, then cosines
+ROPE = "rope"  # in ``Tokens.state``: [B, G, 2d], or for each block and head [B, L, H, G, 2d]; sines, then cosines
 SHORT = 1e-6  # of a mean of opposite rotations, which has no direction
 
 
@@ -29,7 +29,7 @@ class Rotations:
     known: tuple[Any, Tensor] | None = field(default=None)
 
     def of(self, block: int, tokens: Tokens) -> Tensor | None:
-        """For each token [B, P+N, H, 2d], where B and H may be 1; None: this ViT has none."""
+        """For each token [B, P+N, H, 2d], where H may be 1; None: this ViT has none."""
         patches = self.of_patches(block, tokens)
         if patches is None or not tokens.num_prefix:
             return patches
@@ -42,12 +42,12 @@ class Rotations:
         table = tokens.state.get(ROPE)
         if table is None:
             return None
-        owner, shared = unread(tokens), table.ndim == 2
+        owner, shared = unread(tokens), table.ndim == 3
         if shared and self.known is not None and self.known[0] is owner:
             return self.known[1]
-        cells = table[:, None] if shared else table[block].transpose(0, 1)  # [G, H, 2d]
+        cells = table[:, :, None] if shared else table[:, block].transpose(1, 2)  # [B, G, H, 2d]
         if isinstance(owner, Cells):
-            found = cells[None]
+            found = cells
         else:
             found = _mean(cells, tokens.owner, tokens.num_patches)
             owner = unread(tokens)
@@ -56,10 +56,9 @@ class Rotations:
 
 
 def _mean(cells: Tensor, owner: Tensor, tokens: int) -> Tensor:
-    """Rotations of cells [G, H, 2d], owner [B, G] -> of tokens [B, N, H, 2d]."""
-    place = (owner + 1)[:, :, None, None].expand(-1, -1, *cells.shape[1:])  # what was dropped goes before the first
-    total = cells.new_zeros(len(owner), tokens + 1, *cells.shape[1:])
-    total = total.scatter_add(1, place, cells[None].expand(len(owner), -1, -1, -1))[:, 1:]
+    """Rotations of cells [B, G, H, 2d], owner [B, G] -> of tokens [B, N, H, 2d]."""
+    place = (owner + 1)[:, :, None, None].expand(-1, -1, *cells.shape[2:])  # what was dropped goes before the first
+    total = cells.new_zeros(len(owner), tokens + 1, *cells.shape[2:]).scatter_add(1, place, cells)[:, 1:]
     pair = total.unflatten(-1, (2, -1))
     length = pair.square().sum(-2, keepdim=True).sqrt()
     still = pair.new_tensor([0.0, 1.0])[:, None]

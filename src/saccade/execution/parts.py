@@ -153,8 +153,8 @@ def turned(turn: Tensor | None, x: Tensor, rows: PackedRows | None, on: Tensor |
     if turn is None or turn.ndim == 3:  # none, or packed already
         return turn
     if rows is not None:
-        return rows.pack(turn.expand(rows.shape[0], *turn.shape[1:]))
-    return turn if on is None or len(turn) in (1, len(x)) else turn.index_select(0, (on > 0).nonzero().squeeze(1))
+        return rows.pack(turn)
+    return turn if on is None or len(turn) == len(x) else turn.index_select(0, (on > 0).nonzero().squeeze(1))
 
 
 def of_heads(x: Tensor, heads: Tensor, rows: PackedRows | None) -> Tensor:
@@ -191,8 +191,7 @@ class Gathered(Rows):
         assert self.gates is not None
         some, index = gathered(tokens, self.gates)
         if (turn := step.turn(tokens)) is not None:
-            each = turn.expand(len(tokens.x), *turn.shape[1:]).flatten(0, 1).index_select(0, index)
-            turn = each.unflatten(0, some.x.shape[:-1])
+            turn = turn.flatten(0, 1).index_select(0, index).unflatten(0, some.x.shape[:-1])
         some, ran = _There(self.execution, changed(self.gates, patch=None), self.gating, turn).run(step, some)
         whole = scattered(some, tokens, index)
         counts = (tokens.length, tokens.length)

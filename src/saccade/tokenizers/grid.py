@@ -67,7 +67,7 @@ class Grid(Tokenizer):
         x = self._embed(vit, images)
         x = place(vit, x, self.positions(vit, grid))
         cells: Any = Cells(x.shape[0], grid[0] * grid[1], x.device)  # an owner map, once it is read
-        return Tokens(x, cells, grid, vit.num_prefix_tokens, state=rotary(vit, grid))
+        return Tokens(x, cells, grid, vit.num_prefix_tokens, state=rotary(vit, x.shape[0], grid))
 
     def _embed(self, vit: ViT, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> [B, N, D]: timm's own layers where the patch is theirs, else its resized kernel."""
@@ -137,16 +137,18 @@ def grid_positions(vit: ViT, grid: tuple[int, int], spec: ResizeSpec) -> Tensor 
     return cached_weight(vit, "positions", (grid, old, spec), vit.pos_embed, make)
 
 
-def rotary(vit: ViT, grid: tuple[int, int]) -> dict[str, Tensor]:
-    """What a ViT with rotary positions says of the cells of a grid, for ``Tokens.state``; as timm makes it."""
+def rotary(vit: ViT, images: int, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """What a ViT with rotary positions says of the cells of so many images, for ``Tokens.state``; as timm makes it."""
     rope: Any = getattr(vit, "rope", None)
     if rope is None:
         return {}
     if grid == tuple(vit.patch_embed.grid_size) and getattr(rope, "feat_shape", None) is not None:
-        return {ROPE: rope.get_embed()}
-    if isinstance(rope, RotaryEmbeddingCat):  # which gives its own grid whatever it is asked for
-        return {ROPE: rope._build_embed_cat(list(grid), cast(Tensor, rope.bands))}
-    return {ROPE: rope.get_embed(shape=list(grid))}
+        table = rope.get_embed()
+    elif isinstance(rope, RotaryEmbeddingCat):  # which gives its own grid whatever it is asked for
+        table = rope._build_embed_cat(list(grid), cast(Tensor, rope.bands))
+    else:
+        table = rope.get_embed(shape=list(grid))
+    return {ROPE: table.expand(images, *table.shape)}
 
 
 def place(vit: ViT, x: Tensor, positions: Tensor | None) -> Tensor:

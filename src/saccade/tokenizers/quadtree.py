@@ -143,7 +143,7 @@ class Quadtree(Tokenizer):
         x = place(vit, x, leaf_positions(vit, self.fine.positions(vit, mosaic.geometry.cells), mosaic, self.positions))
         size = mosaic.area if self.area_bias else None
         cells = mosaic.geometry.cells
-        turns = rotary(vit, cells)
+        turns = rotary(vit, x.shape[0], cells)
         return Tokens(x, mosaic.owner, cells, vit.num_prefix_tokens, size=size, valid=mosaic.valid, state=turns)
 
 

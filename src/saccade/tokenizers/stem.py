@@ -66,7 +66,7 @@ class Stem(Tokenizer):
         grid = x.shape[-2], x.shape[-1]
         x = place(vit, vit.patch_embed.norm(x.flatten(2).transpose(1, 2)), grid_positions(vit, grid, self.spec))
         cells: Any = Cells(x.shape[0], grid[0] * grid[1], x.device)  # an owner map, once it is read
-        return Tokens(x, cells, grid, vit.num_prefix_tokens, state=rotary(vit, grid))
+        return Tokens(x, cells, grid, vit.num_prefix_tokens, state=rotary(vit, x.shape[0], grid))
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """Pixels as they enter, and the features after each ReLU, [B, c, h, w]."""
