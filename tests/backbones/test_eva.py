@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from itertools import product
 
 import pytest
@@ -223,3 +224,20 @@ def test_every_method_works_or_is_refused():
         except UserError as error:
             refused.add(name) if "Attention" in str(error) else None
     assert refused == {"topk"}
+
+
+SLOW = pytest.mark.slow
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["onnx", pytest.param("openvino", marks=SLOW), pytest.param("aoti", marks=SLOW)])
+@pytest.mark.parametrize("setting", ["tome(r=2)", *(pytest.param(s, marks=SLOW) for s in ("evit(0.5)", "adavit(0.7)"))])
+def test_in_engines(engine, setting):
+    for package in import_module(f"saccade.runners.engines.{engine}").PACKAGES:
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    for name in TWO:
+        model = AdaptiveViT(make(name), setting).eval()
+        session = model.runner(engine)
+        for count in (1, 3):
+            images = make_images(model.vit, count, seed=count)
+            assert relative(session(images), model(images).logits) <= 1e-5

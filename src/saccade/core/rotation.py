@@ -35,7 +35,7 @@ class Rotations:
             return patches
         dim = patches.shape[-1] // 2
         still = F.pad(patches.new_zeros(dim), (0, dim), value=1.0)
-        return torch.cat([still.expand(len(patches), tokens.num_prefix, patches.shape[2], -1), patches], dim=1)
+        return torch.cat([still.expand(patches.shape[0], tokens.num_prefix, patches.shape[2], -1), patches], dim=1)
 
     def of_patches(self, block: int, tokens: Tokens) -> Tensor | None:
         """For each patch token [B, N, H, 2d]."""
@@ -58,7 +58,7 @@ class Rotations:
 def _mean(cells: Tensor, owner: Tensor, tokens: int) -> Tensor:
     """Rotations of cells [B, G, H, 2d], owner [B, G] -> of tokens [B, N, H, 2d]."""
     place = (owner + 1)[:, :, None, None].expand(-1, -1, *cells.shape[2:])  # what was dropped goes before the first
-    total = cells.new_zeros(len(owner), tokens + 1, *cells.shape[2:]).scatter_add(1, place, cells)[:, 1:]
+    total = cells.new_zeros(owner.shape[0], tokens + 1, *cells.shape[2:]).scatter_add(1, place, cells)[:, 1:]
     pair = total.unflatten(-1, (2, -1))
     length = pair.square().sum(-2, keepdim=True).sqrt()
     still = pair.new_tensor([0.0, 1.0])[:, None]

@@ -154,7 +154,7 @@ def turned(turn: Tensor | None, x: Tensor, rows: PackedRows | None, on: Tensor |
         return turn
     if rows is not None:
         return rows.pack(turn)
-    return turn if on is None or len(turn) == len(x) else turn.index_select(0, (on > 0).nonzero().squeeze(1))
+    return turn if on is None or turn.shape[0] == x.shape[0] else turn.index_select(0, (on > 0).nonzero().squeeze(1))
 
 
 def of_heads(x: Tensor, heads: Tensor, rows: PackedRows | None) -> Tensor:
