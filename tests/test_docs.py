@@ -1,0 +1,41 @@
+"""The guides: what they say can be run is run, as it stands, and every page of the site is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import saccade
+from test_readme import run, small
+
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDES = sorted([DOCS / "index.md", DOCS / "concepts.md", *(DOCS / "guide").glob("*.md")])
+RUN = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+assert small  # a fixture
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_what_a_guide_shows_runs_in_its_order(page, small, capsys):
+    text = page.read_text(encoding="utf-8")
+    model = saccade.create_model("vit_tiny_patch16_224")
+    known: dict[str, Any] = {"images": torch.randn(3, 3, 64, 64), "model": model}
+    assert RUN.search(text) or "```text" in text
+    for language, block in RUN.findall(text):
+        if language == "python":
+            exec(compile(block, page.name, "exec"), known)
+            continue
+        for line in block.splitlines():
+            if line.startswith("saccade "):
+                run(shlex.split(line, comments=True)[1:])
+
+
+def test_every_page_is_in_the_navigation():
+    """mkdocs tells of links that lead nowhere; of pages that none leads to, it would only log."""
+    told = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    assert [page for page in pages if f": {page}\n" not in told] == []

@@ -1,0 +1,98 @@
+"""Pages of the documentation that the code writes: one for each method, the reference, the changelog. By mkdocs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+import saccade
+from saccade.core.registry import SOURCES, Entry, registry
+from saccade.setting import presets
+
+ROOT = Path(__file__).parents[1]
+PAPER = re.compile(r"(?<!/)\barXiv[: ](\d{4}\.\d{4,5})")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """mkdocs' event: the files of the site, with those of the code."""
+    pages = {"changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), "reference.md": reference()}
+    pages |= {f"methods/{name}.md": page(entry) for name, entry in registry().items()}
+    pages["methods/index.md"] = index()
+    for place, text in pages.items():
+        files.append(File.generated(config, place, content=text))
+    return files
+
+
+def on_config(config: Any) -> Any:
+    """mkdocs' event: the methods' pages in the navigation."""
+    names = ["methods/index.md", *(f"methods/{name}.md" for name in registry())]
+    config.nav = [{"Methods": names} if entry == {"Methods": "methods/"} else entry for entry in config.nav]
+    return config
+
+
+def page(entry: Entry) -> str:
+    """What a method is, its knobs with where their defaults are from, and the rest of what it says of itself."""
+    text = linked(entry.build.__doc__ or "")
+    head, _, rest = text.partition("Args:")
+    _, _, after = rest.partition("\n\n") if rest else ("", "", "")
+    rows = [
+        f"| `{name}` | `{knob.default!r}` | {entry.source(name)} | {cell(entry.help[name].removesuffix(f' [{entry.source(name)}]'))} |"
+        for name, knob in entry.knobs.items()
+    ]
+    table = ["| knob | default | from | what it is |", "|---|---|---|---|", *rows] if rows else ["It has no knobs."]
+    legend = "; ".join(f"*{name}*: {words}" for name, words in SOURCES.items())
+    try_it = f"saccade view vit_tiny_patch16_224 photo.jpg --pretrained -s '{entry.name}()' --out photo.png"
+    parts = [f"# {entry.name}", dedented(head), "## Knobs", "\n".join(table), legend, dedented(after)]
+    return "\n\n".join([*filter(None, parts), "## See it", f"```text\n{try_it}\n```"]) + "\n"
+
+
+def index() -> str:
+    """All names, and the published systems by name."""
+    rows = [f"| [{name}]({name}.md) | {entry.kind} | {cell(entry.summary)} |" for name, entry in registry().items()]
+    systems = [
+        f"| `{name}()` | `{cell(preset.setting)}` | {cell(preset.about)} |" for name, preset in presets().items()
+    ]
+    return "\n".join(
+        [
+            "# Methods",
+            "",
+            "A setting is built from these, joined by `|`; a tokenizer comes first.",
+            "",
+            "| name | kind | what it does |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "## Published systems",
+            "",
+            "| name | setting | what it is |",
+            "|---|---|---|",
+            *systems,
+            "",
+        ]
+    )
+
+
+def reference() -> str:
+    """The public names, by what the package exports."""
+    known = [name for name in saccade.__all__ if name != "__version__"] + ["list", "eval"]
+    places = {name: saccade._HOME[name].partition(":") for name in dict.fromkeys(known)}
+    lines = [f"::: saccade.{module}.{attribute or name}\n" for name, (module, _, attribute) in sorted(places.items())]
+    return "# Reference\n\n" + "\n".join(lines)
+
+
+def linked(text: str) -> str:
+    """Papers as links."""
+    return PAPER.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def dedented(text: str) -> str:
+    """A part of a docstring, without what all its lines begin with."""
+    return re.sub(r"^ {4}", "", text.strip("\n"), flags=re.MULTILINE).strip()
+
+
+def cell(text: str) -> str:
+    """Text for a table."""
+    return linked(text).replace("|", "\\|").replace("\n", " ")
