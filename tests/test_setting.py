@@ -397,3 +397,11 @@ def test_a_near_miss_of_a_published_system_is_named():
         AdaptiveViT(make_vit("deit"), "quadformers()")
     with pytest.raises(UserError, match="did you mean 'quadformer'"):
         listed("quadforme")
+
+
+def test_what_is_too_long_once_it_is_written_out_is_refused():
+    """A folder keeps a setting written out, and must be able to read it."""
+    line = f"adavit([[0.5]]) | adavit('{'x' * 971}')"
+    assert len(line) < 1000
+    with pytest.raises(UserError, match=r"a setting of 1001 characters, written out, is over the limit of 1000"):
+        Setting.parse(line)

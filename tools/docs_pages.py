@@ -38,10 +38,12 @@ def page(entry: Entry) -> str:
     text = linked(entry.build.__doc__ or "")
     head, _, rest = text.partition("Args:")
     _, _, after = rest.partition("\n\n") if rest else ("", "", "")
-    rows = [
-        f"| `{name}` | `{knob.default!r}` | {entry.source(name)} | {cell(entry.help[name].removesuffix(f' [{entry.source(name)}]'))} |"
-        for name, knob in entry.knobs.items()
-    ]
+    rows = []
+    for name, knob in entry.knobs.items():
+        source = entry.source(name)
+        rows.append(
+            f"| `{name}` | `{knob.default!r}` | {source} | {cell(entry.help[name].removesuffix(f' [{source}]'))} |"
+        )
     table = ["| knob | default | from | what it is |", "|---|---|---|---|", *rows] if rows else ["It has no knobs."]
     legend = "; ".join(f"*{name}*: {words}" for name, words in SOURCES.items())
     try_it = f"saccade view vit_tiny_patch16_224 photo.jpg --pretrained -s '{entry.name}()' --out photo.png"

@@ -70,9 +70,13 @@ class Setting:
                 raise UserError(f"a range stands for several settings and one is needed here: {text!r}") from None
             raise UserError(f"cannot read the setting {text!r}: write it like 'grid(16) | tome(r=8)'") from None
         try:
-            return cls(tuple(call for node in _parts(tree) for call in _written_out(_call(node, text))))
+            found = cls(tuple(call for node in _parts(tree) for call in _written_out(_call(node, text))))
+            written = str(found)
         except RecursionError:
             raise UserError("this setting is nested too deeply: write it like 'grid(16) | tome(r=8)'") from None
+        if len(written) > LONGEST:  # a folder would keep it so, and not be read
+            raise UserError(f"a setting of {len(written)} characters, written out, is over the limit of {LONGEST}")
+        return found
 
 
 @dataclass(frozen=True)
