@@ -108,7 +108,7 @@ def test_timm_finds_its_way(images):
         model.blocks  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         model.nothing  # noqa: B018
-    assert not hasattr(model, "forward_intermediates")
+    assert not hasattr(model, "patch_embed")
 
 
 # The output

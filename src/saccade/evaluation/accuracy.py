@@ -143,7 +143,7 @@ def evaluate(
     """
     from saccade.evaluation.prediction_cache import Cache  # that file imports this one
 
-    check_head(model)
+    check_head(model, encoders=True)
     images = data if isinstance(data, ImageSet) else open_images(data, split)
     evaluator = Evaluator(model, images, batch=batch, corrupt=None if corrupt is None else corruption(corrupt))
     chosen = spread(len(images), limit)

@@ -12,6 +12,7 @@ from saccade.data.corrupt import Corruption, corrupted
 from saccade.errors import UserError
 from saccade.evaluation.answers import Predictions
 from saccade.evaluation.defined import NonFinite
+from saccade.evaluation.neighbours import BY_CLASS, BY_IMAGE, MOST, Neighbours
 from saccade.model import AdaptiveViT
 
 Step = Callable[[int], None]
@@ -26,12 +27,18 @@ class Evaluator:
     def __init__(
         self, model: AdaptiveViT, images: ImageSet, *, batch: int = 32, corrupt: Corruption | None = None
     ) -> None:
-        check_head(model)
+        check_head(model, encoders=True)
         self.dense, self.images, self.batch, self.corrupt = model.at("dense").eval(), images, batch, corrupt
-        labels = None if images.labels is None else head_labels(images, model.vit)
-        self.labels = None if labels is None else torch.tensor(labels.indices)
+        self.encodes = not model.vit.num_classes
+        self._near: Neighbours | None = None
+        labels = None if images.labels is None or self.encodes else head_labels(images, model.vit)
+        indices = images.labels if labels is None else labels.indices
+        self.labels = None if indices is None else torch.tensor(indices)
         self.notes = [*images.notes, *([labels.how] if labels is not None and labels.how else [])]  # for the user
-        self.metric = "agreement with dense" if labels is None else "top-1"
+        self.metric = "agreement with dense" if indices is None else "top-1"
+        if self.encodes:
+            self.metric = BY_IMAGE if indices is None else BY_CLASS
+            self.notes.append(f"an encoder is measured by its embeddings, here by “{self.metric}”")
         self.failures: dict[str, str] = {}
         self._loaders = Loaders(images)
         self._reference: dict[int, Tensor] = {}  # place -> the dense model's log-probabilities [K]
@@ -56,6 +63,7 @@ class Evaluator:
             with torch.inference_mode():
                 out = model(images.to(weight.device, weight.dtype))
             logits = self._finite(out.logits.double().cpu(), model, places)
+            logits = self._neighbours().logits(logits, places) if self.encodes else logits
             logp = logits.log_softmax(-1)
             answered = logits.amax(-1) > logits.amin(-1)
             if model is self.dense:
@@ -93,7 +101,7 @@ class Evaluator:
 
     def _check_answers(self, answered: Tensor, places: Tensor) -> None:
         """Raises UserError unless the dense model prefers some class in every image."""
-        if not answered.all():
+        if not answered.all() and not self.encodes:
             raise UserError(
                 f"the dense model gives all {self.dense.vit.num_classes} classes the same logit "
                 f"({int((~answered).sum())} of {len(answered)} images, such as "
@@ -140,20 +148,40 @@ class Evaluator:
                 raise
         self.failures.update(loader.failures.items)
 
+    def _neighbours(self) -> Neighbours:
+        """Images that others have for neighbours, as the dense model embeds them."""
+        if self._near is None:
+            count = len(self.images)
+            some = [i * count // MOST for i in range(MOST)] if count > MOST else list(range(count))
+            weight, found = next(self.dense.parameters()), []
+            for images, places in self._batches(self.dense.input_size(), some):
+                with torch.inference_mode():
+                    features = self.dense(images.to(weight.device, weight.dtype)).logits.double().cpu()
+                found.append((self._finite(features, self.dense, places), places))
+            empty = torch.empty(0, self.dense.vit.embed_dim), torch.empty(0, dtype=torch.int64)
+            vectors, members = (torch.cat(parts) for parts in zip(empty, *found, strict=True))
+            labels = None if self.labels is None else self.labels[members]
+            self._near = Neighbours(vectors, members, labels, len(self.images.classes or ()))
+        return self._near
+
     def _nothing(self) -> Predictions:
         """Predictions of no image."""
-        none, best = torch.empty(0), min(5, self.dense.vit.num_classes)
+        classes = self._neighbours().width if self.encodes else self.dense.vit.num_classes
+        none, best = torch.empty(0), min(5, classes)
         places, top = torch.empty(0, dtype=torch.int64), torch.empty(0, best, dtype=torch.int64)
         return Predictions(places, top, none, none, none.double(), none.double())
 
 
-def check_head(model: AdaptiveViT) -> None:
-    """Raises UserError unless a model classifies, into two classes or more: with one, every answer is right."""
+def check_head(model: AdaptiveViT, *, encoders: bool = False) -> None:
+    """Raises UserError unless a model classifies, into two classes or more: with one, every answer is right.
+
+    encoders: or has no classifier, and is measured by its embeddings.
+    """
     if (head := model.task_head) is not None:
         raise UserError(f"this is for classifiers, and the model is for task {head.task!r}: use `saccade {head.verb}`")
     if not model.classifies:
         raise UserError(f"this is for classifiers, and a {type(model).__name__} has a forward of its own")
-    if (classes := model.vit.num_classes) < 2:
+    if (classes := model.vit.num_classes) < 2 and not (encoders and classes == 0):
         has = {0: "no classifier (num_classes=0)"}.get(classes, f"a head of {classes} class")
         raise UserError(
             f"this model has {has}: accuracy and agreement need 2 classes or more; give a model with a trained head, "

@@ -65,7 +65,7 @@ def search(
     progress, allowance = progress or Progress(), allowance or Allowance()
     if data is None:
         return SearchRun(model, target, None, batch, None, allowance, progress).by_speed(seconds)
-    check_head(model)
+    check_head(model, encoders=True)
     images = data if isinstance(data, ImageSet) else open_images(data, split)
     evaluator = Evaluator(model, images)
     for line in evaluator.notes:
