@@ -226,6 +226,15 @@ def test_every_method_works_or_is_refused():
     assert refused == {"topk"}
 
 
+@pytest.mark.parametrize("name", [*TWO, "vit_small_patch16_rope_224", "eva_giant_patch14_clip_224"])
+def test_whatever_tune_tries_can_be_built(name):
+    model = AdaptiveViT(make(name))
+    tried = [setting for entry in registry().values() for setting in entry.menu(model.backbone)]
+    assert len(tried) > 20
+    for setting in tried:
+        model.at(setting)
+
+
 SLOW = pytest.mark.slow
 
 

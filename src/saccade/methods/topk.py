@@ -78,7 +78,8 @@ def _default(backbone: Backbone) -> tuple[int, ...]:
 
 
 def _menu(backbone: Backbone) -> list[str]:
-    return [f"topk({k})" for k in (0.8, 0.6, 0.5, 0.4)] if _default(backbone) else []
+    able = _default(backbone) and backbone.attention == Attention.__name__
+    return [f"topk({k})" for k in (0.8, 0.6, 0.5, 0.4)] if able else []
 
 
 @register("topk", sources={"paper": "at asks"}, menu=_menu)

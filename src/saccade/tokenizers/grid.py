@@ -175,7 +175,7 @@ def _menu(backbone: Backbone) -> list[str]:
     if ph != pw or h != w:
         return []
     sizes = [s for s in range(h - ph, h // 3, -ph) if (h - s) % (2 * ph) == 0]
-    patches = [p for p in range(ph + 1, 2 * ph + 1) if h % p == 0]
+    patches = [p for p in range(ph + 1, 2 * ph + 1) if h % p == 0 and backbone.rotary != "cells"]
     return [f"grid({ph}, size={s})" for s in sizes] + [f"grid({p})" for p in patches]
 
 
