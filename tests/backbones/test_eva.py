@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from itertools import product
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import saccade
-from oracles import make_images, randomise, relative
+from oracles import counted_macs, make_images, randomise, relative
 from saccade.core.packing import padded
 from saccade.core.registry import registry
 from saccade.core.rotation import ROPE, Rotations
@@ -89,6 +91,57 @@ def test_a_batch_is_its_images_and_masked_is_skipped(name, setting):
     tokens, trace = model.forward_tokens(images)
     assert bool((tokens.area().sum(1) + (tokens.owner < 0).sum(1) == tokens.owner.shape[1]).all())
     assert bool((trace.macs() > 0).all())
+
+
+FOUR = (*TWO, "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384")
+RECEIVED = "score='received'"  # where there is no class token
+SIX = (
+    "tome(r=2)",
+    f"evit(0.5, {RECEIVED})",
+    f"imagepiece({RECEIVED})",
+    "quadtree(7)",
+    "dynamicvit(0.7)",
+    "adavit(0.5)",
+)
+
+
+@pytest.mark.parametrize(("name", "setting"), product(FOUR, SIX))
+def test_the_contract_of_a_method_holds(name, setting, tmp_path):
+    """MACs are the operators', the dense map has every cell, gradients reach all, folders and threads agree."""
+    vit = make(name).requires_grad_(False)
+    model, images = AdaptiveViT(vit, setting).eval(), make_images(vit, 3)
+
+    def logits_of(i: int) -> Tensor:
+        with torch.no_grad():  # of each thread
+            return model(images[i % 3 :][:1]).logits
+
+    with torch.no_grad():
+        expected = model(images)
+        short = counted_macs(lambda: model(images))
+        assert float(expected.trace.macs().sum()) == pytest.approx(short, rel=1e-3)
+        features, (tokens, _) = model.feature_map(images), model.forward_tokens(images)
+        flat, owned = features.flatten(2).transpose(1, 2), tokens.owner >= 0
+        assert features.shape == (3, 96, *tokens.grid) and (flat[~owned].norm(dim=-1) > 0).all()
+        assert relative(flat[owned], vit.norm(tokens.scatter_to_grid(tokens.patches))[owned]) <= 1e-6
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(logits_of, range(16)))
+        assert all(torch.equal(logits, logits_of(i)) for i, logits in enumerate(found))
+        vit.pretrained_cfg = {"architecture": name}
+        model.save(tmp_path / "model")
+        again = saccade.load(tmp_path / "model")
+        assert relative(again(images).logits, expected.logits) <= 1e-6
+        assert relative(copy.deepcopy(model)(images).logits, expected.logits) <= 1e-6
+    vit.requires_grad_()
+    model.train()
+    out = model(images)
+    loss = (out.logits * torch.linspace(-1, 1, 10)).sum()
+    for method in model.plan.methods:
+        loss = loss + sum(method.loss(out.trace).values())
+    loss.backward()
+    for weight in [w for n, w in model.named_parameters() if not n.startswith("vit.attn_pool")]:
+        assert weight.grad is not None and weight.grad.isfinite().all()
+    for n in ("patch_embed.proj.weight", "blocks.0.attn.proj.weight"):
+        assert vit.get_parameter(n).grad.abs().sum() > 0, n
 
 
 def pruned_oracle(vit: nn.Module, images: Tensor, kept: dict[int, Tensor]) -> Tensor:
