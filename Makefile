@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 # A second environment, with the oldest release of every dependency; pip takes a wheel rather than build one.
 FLOOR := .venv-floor
-FLOOR_TESTS := $(addprefix tests/,test_floors.py methods/test_contract.py backbones/test_vit.py core/test_macs.py core/test_operator_counter.py runners/test_compile.py runners/test_export.py)
+FLOOR_TESTS := $(addprefix tests/,test_floors.py methods/test_contract.py backbones/test_vit.py backbones/test_eva.py core/test_macs.py core/test_operator_counter.py runners/test_compile.py runners/test_export.py)
 
 .PHONY: demo test test-all test-floor docs lint format clean
 
