@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from saccade.errors import UserError
 
 TEMPERATURE = 0.07  # of the published k-NN protocol
-MOST = 2000  # images that are anybody's neighbours, evenly spread over the set
+MOST = 2000  # images that others may have for neighbours, evenly spread over the set
 LEAST = 3  # an image, and two that may be its nearest
 NOTHING = 1e-30  # the share of a class that has no image but the one that asks
 

@@ -64,20 +64,9 @@ def with_layers(args: Mapping[str, Any]) -> dict[str, Any]:
 
 def arguments(vit: ViT, name: str) -> dict[str, Any]:
     """What ``build`` needs to make another such ViT, as plain values. Raises UserError where nothing would."""
-    embed, attn = vit.patch_embed, vit.blocks[0].attn
     if isinstance(vit, Eva):
-        return _like(vit, name, _eva_arguments(vit))
-    args: dict[str, Any] = {
-        "num_classes": vit.num_classes,
-        "img_size": list(table_size(vit)),
-        "patch_size": list(embed.patch_size),
-        "in_chans": embed.proj.in_channels,
-        "global_pool": vit.global_pool,
-        "embed_dim": vit.embed_dim,
-        "depth": len(vit.blocks),
-        "num_heads": attn.num_heads,
-        "reg_tokens": vit.num_reg_tokens,
-    }
+        return _like(vit, name, _sizes(vit) | _eva_sizes(vit))
+    args = _sizes(vit) | {"reg_tokens": vit.num_reg_tokens}
     facts = _facts(vit)
     try:
         usual = _facts(_twin(name, args))
@@ -89,9 +78,9 @@ def arguments(vit: ViT, name: str) -> dict[str, Any]:
     return _like(vit, name, args)
 
 
-def _eva_arguments(vit: Any) -> dict[str, Any]:
-    """Sizes; all else of an ``Eva`` is what its name says, or it is refused."""
-    embed, attn, mlp = vit.patch_embed, vit.blocks[0].attn, vit.blocks[0].mlp
+def _sizes(vit: ViT) -> dict[str, Any]:
+    """What every kind of ViT is asked for."""
+    embed = vit.patch_embed
     return {
         "num_classes": vit.num_classes,
         "img_size": list(table_size(vit)),
@@ -100,9 +89,15 @@ def _eva_arguments(vit: Any) -> dict[str, Any]:
         "global_pool": vit.global_pool,
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
-        "num_heads": attn.num_heads,
+        "num_heads": vit.blocks[0].attn.num_heads,
+    }
+
+
+def _eva_sizes(vit: Any) -> dict[str, Any]:
+    """Sizes by its own names; all else of an ``Eva`` is what its name says, or it is refused."""
+    return {
         "num_reg_tokens": 0 if vit.reg_token is None else vit.reg_token.shape[1],
-        "mlp_ratio": (mlp.fc2.in_features + 0.5) / vit.embed_dim,
+        "mlp_ratio": (vit.blocks[0].mlp.fc2.in_features + 0.5) / vit.embed_dim,
         "dynamic_img_size": vit.dynamic_img_size,
     }
 
