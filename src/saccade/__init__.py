@@ -42,6 +42,7 @@ _HOME = {
     "Method": "core.plan",
     "Tokenizer": "core.plan",
     "Head": "core.head",
+    "EmbeddingHead": "tasks.embedding.embedding_head",
     "register": "core.registry",
     "load_plugin": "core.plugins",
     "register_scorer": "tokenizers.scorers",

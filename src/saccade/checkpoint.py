@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from saccade.backbones.plan_builder import with_tokenizer
 from saccade.backbones.pretrained import open_vit
 from saccade.backbones.rebuilding import check_name, fill_all, rebuild_vit, require_plugins, restore_facts
 from saccade.backbones.saving import LEARNED, save
+from saccade.backbones.task_heads import CLASSIFY, head_kind, head_of, known_tasks
 from saccade.core.head import Head
 from saccade.core.hooks import copied
 from saccade.errors import UserError
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 __all__ = ["check_name", "create_model", "load", "load_model", "save"]
 SAVED = "saved"  # the runner that the folder names
 TRIES, PATIENCE = 20, 3  # of a folder that is replaced while it is read, in all and before its writers have to wait
-CLASSIFY = "classify"  # by the ViT's own classifier
-HEADS = {  # of the other tasks that come with the package; Head.written has those from elsewhere
-    "segment": "saccade.tasks.segmentation.segmenter:SegmentationHead",
-    "detect": "saccade.tasks.detection.detector:DetectionHead",
-    "textimage": "saccade.tasks.image_text.two_tower:TwoTowerHead",
-}
 
 
 @torch.inference_mode(False)  # its parameters can be trained, wherever it is created
 def create_model(
-    name: str, setting: str = "", *, pretrained: bool = False, weights: str | os.PathLike | None = None, **kwargs: Any
+    name: str,
+    setting: str = "",
+    *,
+    pretrained: bool = False,
+    weights: str | os.PathLike | None = None,
+    head: Head | Literal["embedding"] | None = None,
+    **kwargs: Any,
 ) -> AdaptiveViT:
     """A timm ViT under a setting, in evaluation mode.
 
@@ -57,16 +57,18 @@ def create_model(
         pretrained: timm's own weights, from the Hugging Face hub, or those at the address; a FlexiViT's with the
             kernel of its training, under timm's patch size, ``grid(16)``, where the setting names no tokenizer.
         weights: a safetensors file with timm's keys instead.
+        head: in the classifier's place: "embedding", or what a ``Head`` gives, such as ``EmbeddingHead("mean")``.
         kwargs: of ``timm.create_model`` (num_classes, img_size, …).
 
     Raises:
-        UserError: unknown name, unsupported model, missing or wrong weights.
+        UserError: unknown name, unsupported model, missing or wrong weights, no such head.
     """
+    ending = None if head is None else head_of(head)
     vit, first = open_vit(name, pretrained, **kwargs)
     model = AdaptiveViT(vit, with_tokenizer(Setting.parse(setting), first))
     if weights is not None:
         load_weights(vit, weights)
-    return model.eval()
+    return (model if ending is None else model.with_head(ending)).eval()
 
 
 def load(
@@ -115,8 +117,7 @@ def load_model(
 def _load(path: Path, setting: str | None, runner: Runner | str | Mapping[str, Any] | None) -> AdaptiveViT:
     config = parse(read_bytes(path / CONFIG), path / CONFIG)
     ours = {**(config.saccade.__pydantic_extra__ or {}), **config.saccade.model_dump(exclude_unset=True)}
-    known = dict.fromkeys((CLASSIFY, *HEADS, *Head.written))
-    if (task := config.saccade.task) not in known:
+    if (task := config.saccade.task) not in (known := known_tasks()):
         raise UserError(
             f"{shortened(path)} is for task {task[:50]!r}; this version knows {', '.join(known)}, and the heads of "
             "modules that are imported before"
@@ -125,7 +126,7 @@ def _load(path: Path, setting: str | None, runner: Runner | str | Mapping[str, A
         model = _filled(path, config, ours, weights, setting)
     model.trained = tuple(s for s in model.trained if _harmless(model, s, path))
     chosen = _runner(ours, path) if runner == SAVED else runner
-    return model if chosen is None or task != CLASSIFY else model.deploy(chosen)
+    return model if chosen is None or not model.classifies else model.deploy(chosen)
 
 
 def _filled(
@@ -136,7 +137,7 @@ def _filled(
     header = read_header(file)
     vit = rebuild_vit(config, header, str(file))
     restore_facts(vit, config, path)
-    head = None if task == CLASSIFY else _head(task).rebuild(vit, dict(ours))
+    head = None if task == CLASSIFY else head_kind(task).rebuild(vit, dict(ours))
     before = methods_by_step(name.removeprefix(LEARNED) for name in header if name.startswith(LEARNED))
     own, trained = as_now(config.saccade.setting, before), tuple(as_now(s, before) for s in config.saccade.settings)
     if setting is None:
@@ -151,13 +152,6 @@ def _filled(
             f"if you changed it yourself, remove 'weights' from 'saccade' in {CONFIG}"
         )
     return model
-
-
-def _head(task: str) -> type[Head]:
-    if task not in HEADS:
-        return Head.written[task]
-    module, _, name = HEADS[task].partition(":")
-    return getattr(import_module(module), name)
 
 
 def _runner(ours: Mapping[str, Any], path: Path) -> Runner | None:

@@ -114,8 +114,10 @@ class AdaptiveViT(OldNames, TimmNames, Embeds, Deployable, HubNames):
 
     @property
     def classifies(self) -> bool:
-        """Whether a forward gives the logits of the ViT's own classifier: no head, and no subclass' own forward."""
-        return self.task_head is None and type(self).forward is AdaptiveViT.forward
+        """Whether a forward gives logits of the ViT's own classifier, or an encoder's embeddings: no head for another
+        task, and no subclass' own forward."""
+        own = type(self).forward is AdaptiveViT.forward
+        return own and (self.task_head is None or self.task_head.embeds)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -128,6 +130,9 @@ class AdaptiveViT(OldNames, TimmNames, Embeds, Deployable, HubNames):
         Args:
             args, kwargs: what a head takes beside images, such as a detector's queries.
         """
+        if self._deployment is not None and not self.training and not self._deployment.runner.is_plain:
+            self._check(images)
+            return self._deployment.run(self, images)
         head = self.task_head
         return self.forward_vit(images, *args, **kwargs) if head is None else head(self, images, *args, **kwargs)
 
@@ -138,9 +143,6 @@ class AdaptiveViT(OldNames, TimmNames, Embeds, Deployable, HubNames):
         Args:
             whole: compute all tokens in the last block, even where the logits read none but the prefix.
         """
-        if self._deployment is not None and not self.training and not self._deployment.runner.is_plain:
-            self._check(images)
-            return self._deployment.run(self, images)
         if replaced(self.vit, FEATURES) and self._asks_nothing(images) and not whole:
             return LazyOutput(self.vit(images), partial(self._forward, images))  # a user's own forward has no trace
         return self._forward(images, whole)

@@ -13,6 +13,7 @@ import saccade
 from data_helpers import encode, picture, write_folder
 from oracles import make_vit
 from saccade import checkpoint
+from saccade.backbones import task_heads
 from saccade.cli import main
 from saccade.errors import UserError
 from saccade.tasks.detection.average_precision import evaluate_detection
@@ -81,7 +82,7 @@ def needed(task: str) -> None:
 
 
 def test_every_task_that_a_folder_can_be_of_is_routed() -> None:
-    assert EVALUATIONS.keys() == {checkpoint.CLASSIFY, *checkpoint.HEADS}
+    assert EVALUATIONS.keys() == {task_heads.CLASSIFY, *task_heads.HEADS}
 
 
 @pytest.mark.parametrize("task", TASKS)

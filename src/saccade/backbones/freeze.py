@@ -27,9 +27,11 @@ def freeze(model: AdaptiveViT, setting: str | Setting | None = None) -> ViT:
         setting: a plain grid, like ``grid(16)`` or ``grid(16, size=192)``; None: the model's own.
 
     Raises:
-        UserError: anything else: a fixed ViT has no reductions, no overlapping patches and no padding.
+        UserError: anything else: a fixed ViT has no reductions, no overlapping patches, no padding, no embedding head.
     """
     view = model if setting is None else model.at(setting)
+    if view.task_head is not None and view.task_head.embeds:
+        raise UserError("a plain ViT has no embedding head: freeze the model without it, AdaptiveViT(model.vit)")
     grid, can = view.tokenizer, "freeze a plain grid, like 'grid(16)' or 'grid(16, size=192)'"
     if not isinstance(grid, Grid) or view.plan.methods:
         raise UserError(f"'{view.setting}' cannot be frozen: it decides anew for each image; {can}")

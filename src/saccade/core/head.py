@@ -40,6 +40,12 @@ class Body(Protocol):
     def forward_vit(self, images: Tensor) -> Output:
         """images [B, C, h, w], normalised -> pooled features [B, D] as ``logits``, with tokens and trace."""
 
+    def forward_tokens(self, images: Tensor) -> tuple[Tokens, Trace]:
+        """images [B, C, h, w], normalised -> all tokens after the last block, before the last norm, and the trace."""
+
+    def pooled(self, tokens: Tokens, pool: str) -> Tensor:
+        """Tokens after the last block -> [B, D], as ``model.embed`` pools them."""
+
     def features(self, images: Tensor) -> tuple[Tensor, Tokens, Trace]:
         """images [B, C, h, w], normalised -> the dense map [B, D, gh, gw], its tokens, and a trace without a head."""
 
@@ -58,6 +64,8 @@ class Head(nn.Module):
     noun: ClassVar[str]  #   a model that ends so, in words: "detector"
     verb: ClassVar[str]  #   of the command that runs it
     config: ClassVar[str]  # a training run that gives one
+    embeds: ClassVar[bool] = False  # it gives an ``Output`` of one vector [B, D] an image, as a ViT without classifier
+    #                                does; so what measures, runs and exports encoders takes it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

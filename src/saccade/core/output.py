@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,10 @@ class Output:
     logits: Tensor  # [B, K]
     tokens: Tokens  # of the last block; prefix tokens only, where pooling reads nothing else
     trace: Trace  #   what ran
+
+    def with_logits(self, logits: Tensor) -> Output:
+        """The same tokens and trace with other logits."""
+        return replace(self, logits=logits)
 
     @classmethod
     def __torch_function__(
@@ -69,6 +73,10 @@ class LazyOutput(Output):
     def trace(self) -> Trace:  # type: ignore[override]
         """Of a plain forward, which runs when it is read."""
         return self._whole.trace
+
+    def with_logits(self, logits: Tensor) -> Output:
+        """The same tokens and trace, run when they are read, with other logits."""
+        return LazyOutput(logits, lambda: self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(logits={tuple(self.logits.shape)})"

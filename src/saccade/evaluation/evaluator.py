@@ -177,7 +177,7 @@ def check_head(model: AdaptiveViT, *, encoders: bool = False) -> None:
 
     encoders: or has no classifier, and is measured by its embeddings.
     """
-    if (head := model.task_head) is not None:
+    if (head := model.task_head) is not None and not (encoders and head.embeds):
         raise UserError(f"this is for classifiers, and the model is for task {head.task!r}: use `saccade {head.verb}`")
     if not model.classifies:
         raise UserError(f"this is for classifiers, and a {type(model).__name__} has a forward of its own")

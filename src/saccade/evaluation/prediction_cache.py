@@ -127,6 +127,7 @@ def _digest(model: AdaptiveViT, facts: tuple[object, ...]) -> str:
     """A name for a model and facts."""
     vit, learned = getattr(model, "vit", model), getattr(model, "learned", {})
     traits = [repr(vit), *(getattr(vit, name, None) for name in ("global_pool", "pool_include_prefix", "num_classes"))]
+    traits.append(repr(getattr(model, "task_head", None)))
     seal = hashlib.sha256(repr((facts, traits, getattr(model, "backbone", None))).encode("utf-8", "surrogateescape"))
     for name, weight in sorted({**model.state_dict(), **learned}.items()):
         seal.update(f"{name} {weight.dtype}\0".encode())

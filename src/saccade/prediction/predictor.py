@@ -77,7 +77,7 @@ class Predictor:
             return
         assert not isinstance(model, Artefact)
         opened = open_model(model, weights, pretrained, device, deployed=True)
-        if (head := opened.task_head) is not None:
+        if (head := opened.task_head) is not None and not head.embeds:
             raise UserError(
                 f"this is a model for task {head.task!r}, which predict does not know: use saccade {head.verb}"
             )
@@ -193,8 +193,11 @@ class Predictor:
     def _details(self, out: Output) -> list[Details]:
         assert isinstance(self.model, AdaptiveViT)
         vit, tokens, trace = self.model.vit, out.tokens, out.trace
-        x = vit.norm(tokens.x.to(vit.patch_embed.proj.weight.dtype))
-        embeddings = self.model.pooled_head(x, tokens, pre_logits=True).float().cpu().numpy()
+        if self.model.task_head is None:
+            x = vit.norm(tokens.x.to(vit.patch_embed.proj.weight.dtype))
+            embeddings = self.model.pooled_head(x, tokens, pre_logits=True).float().cpu().numpy()
+        else:
+            embeddings = out.logits.float().cpu().numpy()
         owner = (trace.blocks[-1].owner if trace.blocks else trace.first).int().unflatten(1, trace.grid).cpu().numpy()
         macs = trace.macs().tolist()
         return [Details(e, cells, round(cost)) for e, cells, cost in zip(embeddings, owner, macs, strict=True)]

@@ -43,7 +43,7 @@ class Deployable(nn.Module):
         view._deployment = None if runner is None else Deployment(Runner.of(runner))
         own = type(self).__name__ if model.task_head is None else model.task_head.noun
         if not (model.classifies or view.deployed is None or view.deployed.is_plain):
-            raise UserError(f"a {own} runs as it is: runner {view.deployed} is for classifiers")
+            raise UserError(f"a {own} runs as it is: runner {view.deployed} is for classifiers and encoders")
         return view
 
     def runner(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -64,7 +63,7 @@ class Deployment:
             if logits is not None:
                 return LazyOutput(logits.float(), lambda: view(cast))
         out = view(cast)
-        return replace(out, logits=out.logits.float())
+        return out.with_logits(out.logits.float())
 
     def view(self, model: AdaptiveViT) -> tuple[AdaptiveViT, Way]:
         """The copy under the setting of a model, and images -> logits by the engine, which starts at the first call."""

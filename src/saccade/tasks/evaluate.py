@@ -19,6 +19,7 @@ from saccade.terminal.results import Scores
 # What is measured of a task's model; the keywords of each are the options that it has.
 EVALUATIONS = {
     "classify": "saccade.evaluation.sweep:evaluate",
+    "embed": "saccade.evaluation.sweep:evaluate",
     "segment": "saccade.tasks.segmentation.mean_iou:evaluate_segmentation",
     "detect": "saccade.tasks.detection.average_precision:evaluate_detection",
     "textimage": "saccade.tasks.image_text.zero_shot:evaluate_words",
@@ -45,7 +46,7 @@ def evaluate(
 ) -> Evaluation | Scores:
     """Scores of settings of a model on what its task is measured on, with intervals; and what could not be read.
 
-    Of a classifier ``saccade.evaluation.sweep.evaluate``: accuracy, agreement, MACs and speed beside the dense model.
+    Of a classifier or encoder ``saccade.evaluation.sweep.evaluate``: accuracy, agreement, MACs and speed beside the dense model.
     Of a folder that another task was trained in: mIoU (``saccade.segment``), average precision (``saccade.detect``),
     or accuracy of classes in words and retrieval (``saccade.zeroshot``), whose functions have more options.
 

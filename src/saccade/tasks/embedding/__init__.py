@@ -1,0 +1,1 @@
+"""Embeddings: one vector an image, as the end of a model."""
