@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 import saccade
 from oracles import counted_macs, make_images, randomise, relative
+from saccade.core.lazy import changed
 from saccade.core.packing import padded
+from saccade.core.reduction import Fuse, Merge, Reduction, SoftReduction, reduce
 from saccade.core.registry import registry
-from saccade.core.rotation import ROPE, Rotations
+from saccade.core.rotation import FORMS, ROPE, Rotations
+from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 
@@ -53,6 +56,26 @@ def test_dense_is_timm_s(name):
     _, maps = model.forward_intermediates(images)
     _, theirs = vit.forward_intermediates(images)
     assert all(relative(a, b) <= 1e-6 for a, b in zip(maps, theirs, strict=True))
+
+
+LARGE = (256, 512, (256, 512))  # pixels; of patches of 14 the nearest below
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("size", LARGE, ids=str)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "eva_giant_patch14_clip_224"])
+def test_dense_is_timm_s_at_any_size(name, size):
+    """Made by timm for that size, and made for another and asked for that size."""
+    patch = 14 if "patch14" in name else 16
+    sides = tuple(side // patch * patch for side in ((size, size) if isinstance(size, int) else size))
+    vit = make(name, img_size=sides)
+    model, images = AdaptiveViT(vit), make_images(vit)
+    assert images.shape[-2:] == sides
+    expected = vit(images)
+    assert torch.equal(model(images, whole=True).logits, expected)
+    for setting in ("dense", "tome(r=0) | tome(r=0)", "adavit(1.0, threshold=0.0)"):
+        assert relative(model.at(setting).eval()(images).logits, expected) <= 1e-5, setting
 
 
 @torch.no_grad()
@@ -200,9 +223,121 @@ def test_a_merged_token_is_turned_by_the_middle_of_its_cells(name):
     assert still.chunk(2, dim=-1)[0].abs().max() == 0 and bool((still.chunk(2, dim=-1)[1] == 1).all())
 
 
+def position_angles(vit: nn.Module, block: int, y: float, x: float) -> Tensor:
+    """Angles [H, d/2] at a position in cells of the model's grid, by the published formulas."""
+    rope, (rows, columns) = vit.rope, vit.patch_embed.grid_size
+    if hasattr(rope, "freqs"):
+        return (x * rope.freqs[0, block] + y * rope.freqs[1, block]).detach()
+    if hasattr(rope, "periods"):
+        places = torch.tensor([2 * (y + 0.5) / rows - 1, 2 * (x + 0.5) / columns - 1])
+        return (2 * torch.pi * places[:, None] / rope.periods).reshape(1, -1)
+    counted = [x, y] if rope.grid_indexing == "xy" else [y, x]  # of cells
+    return (torch.tensor(counted)[:, None] * rope.bands).reshape(1, -1)
+
+
+KINDS = ("vit_small_patch16_dinov3", "vit_small_patch16_rope_224", "vit_small_patch16_rope_mixed_224")
+REDUCTIONS = ("tome(r=3)", "evit(0.5) | tome(r=1)", "ats() | pitome(0.9)", "tofu()", "tokenlearner(4, at=1)")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "setting"), product(KINDS, REDUCTIONS))
+def test_a_recomputed_rotation_is_that_of_the_mean_position(name, setting):
+    vit = make(name)
+    model = AdaptiveViT(vit, f"grid(16, rotation='recomputed') | {setting}").eval()
+    tokens = padded(model.forward_tokens(make_images(vit))[0])
+    half, several = getattr(vit.rope, "rotate_half", False), 0
+    for block in range(len(vit.blocks)):
+        found = Rotations().of_patches(block, tokens)
+        for b, n in product(range(2), range(tokens.num_patches)):
+            own = (tokens.owner[b] == n).nonzero()[:, 0].tolist()
+            if not own:
+                continue
+            y, x = (sum(axis) / len(own) for axis in zip(*(divmod(cell, 4) for cell in own), strict=True))
+            angles = position_angles(vit, block, y, x)
+            angles = torch.cat([angles, angles], -1) if half else angles.repeat_interleave(2, -1)
+            assert torch.allclose(found[b, n], torch.cat([angles.sin(), angles.cos()], -1), atol=1e-4)
+            several += len(own) > 1
+    assert several
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "setting"), product(KINDS, REDUCTIONS))
+def test_a_kept_rotation_is_that_of_a_cell(name, setting):
+    vit = make(name)
+    model, images = AdaptiveViT(vit, f"grid(16, rotation='kept') | {setting}").eval(), make_images(vit)
+    tokens = padded(model.forward_tokens(images)[0])
+    there = torch.ones_like(tokens.anchor).bool() if tokens.valid is None else tokens.valid
+    assert bool((tokens.owner.gather(1, tokens.anchor) == torch.arange(tokens.num_patches))[there].all())
+    for block in range(len(vit.blocks)):
+        found, table = Rotations().of_patches(block, tokens), tokens.state[ROPE]
+        for b, n in product(range(2), range(tokens.num_patches)):
+            cell = int(tokens.anchor[b, n])
+            assert torch.equal(found[b, n], table[b, block, :, cell] if table.ndim == 5 else table[b, cell][None])
+
+
+@torch.no_grad()
+def test_the_token_that_stays_is_the_one_whose_rotation_is_kept():
+    """By hand: of six cells 1 and 4 merge into 3 and 0, 2 and 5 fuse, the heavier first."""
+    x, owner = torch.randn(1, 6, 8), torch.arange(6)[None]
+    tokens = Tokens(x, owner, (2, 3), 0, anchor=owner)
+    merge = Merge(torch.tensor([[1, 4]]), torch.tensor([[1, 0]]))
+    fuse = Fuse(torch.tensor([[5, 2]]), torch.tensor([[0.7, 0.3]]))
+    assert reduce(tokens, Reduction(torch.tensor([[0, 3]]), merge, fuse)).anchor.tolist() == [[0, 3, 5]]
+    mixed = reduce(tokens, SoftReduction(torch.tensor([[[0.1, 0.6, 0.1, 0.1, 0.1, 0], [0, 0, 0, 0, 0, 1.0]]])))
+    assert mixed.anchor.tolist() == [[1, 5]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [KINDS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS[1:])])
+def test_forms_of_a_merged_rotation(name, form, tmp_path):
+    """Without merges all are as dense; a batch is its images, masked is skipped, folders keep the form."""
+    vit = make(name)
+    model, images = AdaptiveViT(vit, f"grid(16, rotation={form!r})").eval(), make_images(vit)
+    assert relative(model(images).logits, AdaptiveViT(vit)(images).logits) <= 1e-5
+    pruned = [model.at(f"grid(16, rotation={r!r}) | random(0.6, at=1)").eval()(images).logits for r in (form, FORMS[0])]
+    assert relative(*pruned) <= 1e-5
+    others = []
+    for setting in (*REDUCTIONS, "dynamicvit(0.7) | tome(r=1)", "imagepiece()", "diffrate()", "ltmp()"):
+        view = model.at(f"grid(16, rotation={form!r}) | {setting}").eval()
+        found = view(images).logits
+        alone = torch.cat([view(image[None]).logits for image in images])
+        masked = view.forward_head(view.forward_tokens(images, sparse=False)[0])
+        assert relative(found, alone) <= 1e-5 and relative(found, masked) <= 1e-4, setting
+        others.append(relative(found, model.at(setting).eval()(images).logits) > 1e-5)
+    assert any(others) == (form != FORMS[0])
+    vit.pretrained_cfg = {"architecture": name}
+    view.save(tmp_path / "m")
+    again = saccade.load(tmp_path / "m")
+    assert form in str(again.setting) and torch.equal(again(images).logits, found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", KINDS[:2])
+@pytest.mark.parametrize("setting", [*SETTINGS, "cut((12, 8), at=(1, 2))"])
+def test_sums_that_travel_are_sums_over_all_cells(name, setting):
+    """What is carried from reduction to reduction is what the owner map gives, after every block."""
+    vit, seen = make(name), []
+    model, images, own = AdaptiveViT(vit, setting).eval(), make_images(vit), Rotations.of_patches
+
+    def compared(self, block, tokens):
+        found = own(self, block, tokens)
+        if isinstance(tokens.owner, Tensor):  # read here, which leaves the next block to its sums all the same
+            expected = own(Rotations(), block, changed(tokens, owner=tokens.owner.clone()))
+            there = tokens.area() > 0 if tokens.valid is None else tokens.valid & (tokens.area() > 0)
+            seen.append((found - expected)[there].abs().amax().item() if there.any() else 0.0)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rotations, "of_patches", compared)
+        model(images, whole=True)
+        model.forward_tokens(images, sparse=False)
+    assert seen and max(seen) <= 1e-6
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_small_patch16_rope_224", *TWO[1:]])
-@pytest.mark.parametrize("size", [96, (48, 80)], ids=str)
+@pytest.mark.parametrize("size", [96, (48, 80), *(pytest.param(s, marks=pytest.mark.slow) for s in LARGE)], ids=str)
 def test_another_size_is_timm_s_model_of_that_size(name, size):
     vit, model = make(name), AdaptiveViT(make(name), f"grid(16, size={size})")
     other = make(name, img_size=size)
@@ -257,6 +392,8 @@ def test_learned_rotations_learn_under_a_setting():
         ("vit_small_patch16_rope_224", "grid(8)", "count patches of 16x16 pixels"),
         ("vit_small_patch16_rope_224", "quadtree(28, sizes=(8, 16))", "count patches of 16x16 pixels"),
         ("vit_small_patch16_rope_224", "grid(16, stride=8)", "count patches of 16x16 pixels"),
+        ("vit_small_patch16_dinov3", "grid(rotation='mean')", "rotation='mean': give centroid, kept, recomputed"),
+        ("eva_giant_patch14_clip_224", "grid(rotation='kept')", "this model's positions are not rotations"),
         ("vit_small_patch16_dinov3", "topk(0.5)", "topk reads the weights of timm's Attention"),
         ("vit_small_patch16_dinov3", "quadtree(7, scorer='attention')", "rotary positions"),
     ],

@@ -22,7 +22,7 @@ from saccade.core.tokens import NO_STATS, AttentionStats, Hidden, Tokens
 
 FILLS = {"size": 1.0, "keep_mask": 1.0, "update_mask": 1.0, "gate_mask": 1.0}  # of what is padded; 0 else
 STATS = tuple(f.name for f in fields(AttentionStats))
-OF_TOKENS = ("size", "keep_mask", "update_mask", *STATS)  # what a token has beside its features
+OF_TOKENS = ("size", "anchor", "keep_mask", "update_mask", *STATS)  # what a token has beside its features
 
 
 def _of_token(tokens: Tokens, name: str) -> Tensor | None:
@@ -34,7 +34,11 @@ def _with(tokens: Tokens, of_token: dict[str, Tensor | None], **others: Any) -> 
     """Tokens with other values, by the names of ``OF_TOKENS``."""
     stats = {name: of_token[name] for name in STATS}
     known = any(value is not None for value in stats.values())
-    beside = {"size": of_token["size"], "hidden": Hidden.of(of_token["keep_mask"], of_token["update_mask"])}
+    beside = {
+        "size": of_token["size"],
+        "anchor": of_token["anchor"],
+        "hidden": Hidden.of(of_token["keep_mask"], of_token["update_mask"]),
+    }
     return changed(tokens, **beside, **others, stats=AttentionStats(**stats) if known else NO_STATS)
 
 

@@ -37,6 +37,10 @@ class Fuses(Protocol):
     def index(self) -> Tensor:
         """Tokens that become one more, [B, Q]."""
 
+    @property
+    def weight(self) -> Tensor:
+        """How much each gives to it, [B, Q]."""
+
 
 class Moves(Protocol):
     """What a reduction says of where tokens go; see ``saccade.core.reduction.Reduction``."""
@@ -97,6 +101,22 @@ class Moved:
             into = m.dst if m.gate is None else torch.where(m.gate > 0, m.dst, slot.gather(1, m.src))
             slot = slot.scatter(1, m.src, into)
         return slot if r.fuse is None else slot.scatter(1, r.fuse.index, new)
+
+
+def anchors(anchor: Tensor | None, r: Moves) -> Tensor | None:
+    """Cells that tokens keep the rotations of, [B, N] -> [B, M]; of a fused one, that of its heaviest part."""
+    if anchor is None:
+        return None
+    kept = anchor.gather(1, r.keep)
+    if r.fuse is None:
+        return kept
+    heaviest = r.fuse.index.gather(1, r.fuse.weight.argmax(1, keepdim=True))
+    return torch.cat([kept, anchor.gather(1, heaviest)], dim=1)
+
+
+def is_map(at: Tensor | Recipe, of: object) -> bool:
+    """Whether an owner map, or the recipe of one, is that of a recipe, or the recipe itself."""
+    return at is of or (isinstance(of, Moved) and of.__dict__.get("known") is at)
 
 
 def follow(owner: Tensor, slot: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.core.constant_cache import constant
 from saccade.core.lazy import changed, unread
-from saccade.core.provenance import Moved, follow
+from saccade.core.provenance import Moved, anchors, follow
 from saccade.core.slicing import First
 from saccade.core.tokens import DROPPED, NO_STATS, AttentionStats, Hidden, Tokens
 
@@ -142,7 +142,7 @@ def _move(tokens: Tokens, r: Reduction) -> Tokens:
     stats = tokens.stats if tokens.stats is NO_STATS else _moved_stats(tokens.stats, key, r)
     owner = Moved(unread(tokens), r, tokens.num_patches)
     x = torch.cat(parts, dim=1) if len(parts) > 1 else x
-    of_token = {"size": size, "valid": valid, "hidden": masks, "stats": stats}
+    of_token = {"size": size, "anchor": anchors(tokens.anchor, r), "valid": valid, "hidden": masks, "stats": stats}
     return changed(tokens, x=x, owner=owner, proportional=proportional, **of_token)
 
 
@@ -295,4 +295,5 @@ def _mix(tokens: Tokens, soft: SoftReduction) -> Tokens:
         return changed(soft.onto, x=x, owner=owner, state=tokens.state)
     x = torch.cat([tokens.x[:, : tokens.num_prefix], new], dim=1)
     owner = follow(tokens.owner, soft.weights.argmax(1))  # a cell follows the mixture its token gave most to
-    return changed(tokens, x=x, owner=owner, size=None, valid=None, hidden=None, stats=NO_STATS)
+    anchor = None if tokens.anchor is None else tokens.anchor.gather(1, soft.weights.argmax(2))
+    return changed(tokens, x=x, owner=owner, size=None, anchor=anchor, valid=None, hidden=None, stats=NO_STATS)

@@ -31,6 +31,7 @@ class First:
             x=tokens.x[:, : tokens.num_prefix + self.count],
             owner=Owned(unread(tokens), self.count),
             size=cut(tokens.size),
+            anchor=cut(tokens.anchor),
             valid=cut(tokens.valid),
             hidden=Hidden.of(cut(tokens.keep_mask), cut(tokens.update_mask)),
             stats=stats,

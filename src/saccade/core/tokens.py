@@ -66,6 +66,7 @@ class Tokens:
     grid: tuple[int, int]  #          (gh, gw)  the finest cells
     num_prefix: int  #                P
     size: Tensor | None = None  #     [B, N] fp32  patches merged into each; None: one each
+    anchor: Tensor | None = None  #   [B, N] int64  the cell whose rotation each keeps; None: that of all its cells
     proportional: bool | Tensor = True  # attention counts a token ``size`` times; False: once (an average still
     #                                 does); [B] where images differ
     valid: Tensor | None = None  #    [B, N] bool  False: padding of a ragged batch; None: all valid

@@ -46,7 +46,7 @@ def evaluate(
 ) -> Evaluation | Scores:
     """Scores of settings of a model on what its task is measured on, with intervals; and what could not be read.
 
-    Of a classifier or encoder ``saccade.evaluation.sweep.evaluate``: accuracy, agreement, MACs and speed beside the dense model.
+    Of a classifier or encoder ``saccade.evaluation.sweep.evaluate``: accuracy, agreement, MACs and speed, beside dense.
     Of a folder that another task was trained in: mIoU (``saccade.segment``), average precision (``saccade.detect``),
     or accuracy of classes in words and retrieval (``saccade.zeroshot``), whose functions have more options.
 

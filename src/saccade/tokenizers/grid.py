@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, RotaryEmbeddingCat
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,13 +19,14 @@ from saccade.core.hooks import around, exact, kernel_of, layer_in, require_plain
 from saccade.core.plan import Backbone, Tokenizer
 from saccade.core.provenance import Cells
 from saccade.core.registry import register
-from saccade.core.rotation import ROPE
+from saccade.core.rotation import CENTROID, FORMS, KEPT
 from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import fraction
 from saccade.tokenizers.resize.resampling import METHODS, RHO, ResizeSpec, choose, resize_kernel, resize_positions
 from saccade.tokenizers.resize.weight_cache import cached_weight
+from saccade.tokenizers.rotary import rotary
 
 Size = int | tuple[int, int]
 # Patches of a row of so many strides' pixels, by what is done with the rest.
@@ -39,6 +40,8 @@ FITS: dict[str, Callable[[int, int], int]] = {
 
 class Grid(Tokenizer):
     """Square or rectangular patches on a regular grid; with a stride below the patch size they overlap."""
+
+    rotation = CENTROID  # of a merged token
 
     def __init__(
         self,
@@ -67,7 +70,10 @@ class Grid(Tokenizer):
         x = self._embed(vit, images)
         x = place(vit, x, self.positions(vit, grid))
         cells: Any = Cells(x.shape[0], grid[0] * grid[1], x.device)  # an owner map, once it is read
-        return Tokens(x, cells, grid, vit.num_prefix_tokens, state=rotary(vit, x.shape[0], grid))
+        turns = rotary(vit, x.shape[0], grid, self.rotation)
+        return Tokens(
+            x, cells, grid, vit.num_prefix_tokens, anchor=cells.made() if self.rotation == KEPT else None, state=turns
+        )
 
     def _embed(self, vit: ViT, images: Tensor) -> Tensor:
         """images [B, C, h, w] -> [B, N, D]: timm's own layers where the patch is theirs, else its resized kernel."""
@@ -137,20 +143,6 @@ def grid_positions(vit: ViT, grid: tuple[int, int], spec: ResizeSpec) -> Tensor 
     return cached_weight(vit, "positions", (grid, old, spec), vit.pos_embed, make)
 
 
-def rotary(vit: ViT, images: int, grid: tuple[int, int]) -> dict[str, Tensor]:
-    """What a ViT with rotary positions says of the cells of so many images, for ``Tokens.state``; as timm makes it."""
-    rope: Any = getattr(vit, "rope", None)
-    if rope is None:
-        return {}
-    if grid == tuple(vit.patch_embed.grid_size) and getattr(rope, "feat_shape", None) is not None:
-        table = rope.get_embed()
-    elif isinstance(rope, RotaryEmbeddingCat):  # which gives its own grid whatever it is asked for
-        table = rope._build_embed_cat(list(grid), cast(Tensor, rope.bands))
-    else:
-        table = rope.get_embed(shape=list(grid))
-    return {ROPE: table.expand(images, *table.shape)}
-
-
 def place(vit: ViT, x: Tensor, positions: Tensor | None) -> Tensor:
     """Add positions and prefix tokens as timm's ``_pos_embed`` does (Apache-2.0): x [B, N, D] -> [B, P+N, D]."""
     known = [getattr(vit, name, None) for name in ("cls_token", "dist_token", "reg_token")]
@@ -197,6 +189,7 @@ def grid(
     stride: Size | None = None,
     how: str = "pi",
     rho: float = RHO,
+    rotation: str | None = None,
 ) -> Grid:
     """A regular grid at any patch and input size (FlexiViT, arXiv 2212.08013).
 
@@ -212,6 +205,8 @@ def grid(
             there are more tokens of the same kernel (the paper's "flexible stride").
         how: 'pi', or what the paper compares it with: 'vanilla', 'area', 'norm', 'token_norm', 'sigma'.
         rho: correlation of neighbouring pixels that 'sigma' and 'token_norm' assume, in [0, 0.999].
+        rotation: of a merged token, where positions are rotations: 'centroid', the mean rotation of its cells; 'kept',
+            that of the token that stays; 'recomputed', that of the mean of its cells' positions. None: 'centroid'.
     """
     sides = backbone.patch_size if patch is None else _pair("patch", patch, 1, 256)
     if fit is None:
@@ -230,9 +225,13 @@ def grid(
     backbone.check_cells("grid", steps)
     pixels = None if size is None else _pair("size", size, 1, 8192)
     spec = choose("grid", resize, backbone.resize)
+    if rotation is not None and (rotation not in FORMS or backbone.rotary is None):
+        known = "this model's positions are not rotations" if backbone.rotary is None else f"give {', '.join(FORMS)}"
+        raise UserError(f"grid: rotation={rotation!r}: {known}")
     made = Grid(sides, pixels, spec, fit, steps, how, fraction("grid", "rho", rho, 0.0, 0.999))
     if sides != backbone.patch_size or pixels not in (None, backbone.input_size):
         made.resize = spec
+    made.rotation = rotation or CENTROID
     return made
 
 

@@ -23,11 +23,12 @@ from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import one_of, switch
-from saccade.tokenizers.grid import grid, place, rotary
+from saccade.tokenizers.grid import grid, place
 from saccade.tokenizers.mosaic.geometry import Geometry, Mosaic
 from saccade.tokenizers.mosaic.leaf_embedding import POSITIONS, Detail, leaf_positions
 from saccade.tokenizers.mosaic.pyramid import RESAMPLERS, fitted, pyramid, read_leaves
 from saccade.tokenizers.mosaic.selection import Budget
+from saccade.tokenizers.rotary import rotary
 from saccade.tokenizers.scorers.base import Scene, Scorer, build_scorer
 from saccade.tokenizers.scorers.gate import credit
 

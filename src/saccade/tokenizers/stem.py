@@ -23,8 +23,9 @@ from saccade.core.registry import register
 from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
-from saccade.tokenizers.grid import grid_positions, place, rotary
+from saccade.tokenizers.grid import grid_positions, place
 from saccade.tokenizers.resize.resampling import ResizeSpec, choose
+from saccade.tokenizers.rotary import rotary
 
 SIDES = (8, 16, 32)  # pixels from one token to the next that four convolutions reach
 Size = int | tuple[int, int]
