@@ -3,8 +3,9 @@
     python benchmarks/rotation_forms.py --images photos/ --weights dinov3.safetensors
     python benchmarks/rotation_forms.py --seconds 10          (random weights and images, and time)
 
-Without ``--weights`` they are random, and scaled so that attention is peaked: then the cosine says how much the form changes what the blocks compute, and not
-which form is better for a trained model. The default is to be chosen with weights.
+Without ``--weights`` they are random, and scaled so that attention is peaked: then the cosine says how much the form
+changes what the blocks compute, and not which form is better for a trained model. The default is to be chosen with
+weights.
 """
 
 from __future__ import annotations

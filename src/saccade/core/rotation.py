@@ -148,4 +148,4 @@ def _sines(sums: Tensor) -> Tensor:
 @constant
 def _still(dim: int) -> np.ndarray:
     """No rotation: sines, then cosines, [2d]."""
-    return np.repeat(np.float32([0.0, 1.0]), dim)
+    return np.repeat(np.array([0.0, 1.0], dtype=np.float32), dim)

@@ -50,9 +50,9 @@ def _angles(rope: Any, grid: tuple[int, int]) -> Tensor:
         found = x.unsqueeze(-1) * across + y.unsqueeze(-1) * down
     elif isinstance(rope, RotaryEmbeddingDinoV3):
         place = _places(grid, rope.periods, "centered", rope)
-        found = (2 * math.pi * place / rope.periods).flatten(-2).flatten(0, -2)
+        found = (2 * math.pi * place / cast(Tensor, rope.periods)).flatten(-2).flatten(0, -2)
     elif isinstance(rope, RotaryEmbeddingCat):
-        found = (_places(grid, rope.bands, rope.grid_type, rope) * rope.bands).flatten(-2).flatten(0, -2)
+        found = (_places(grid, rope.bands, rope.grid_type, rope) * cast(Tensor, rope.bands)).flatten(-2).flatten(0, -2)
     else:
         raise UserError(
             f"the rotations of a {type(rope).__name__} are not known to come from positions, and cannot be computed "
