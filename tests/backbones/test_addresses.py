@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
 
@@ -116,3 +116,19 @@ def test_the_hub(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=match) as refused:
             saccade.create_model("hf_hub:owner/name", pretrained=True)
         assert "\n" not in str(refused.value)
+
+
+def test_a_folder_is_told_from_a_name(tmp_path):
+    with pytest.raises(UserError, match="there is a folder of that name here: local-dir:/"):
+        saccade.create_model(f"hf-hub:{tmp_path}", pretrained=True)
+    with pytest.raises(UserError, match=r"is a folder: saccade\.load opens what Saccade saved"):
+        saccade.create_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("classes", [0, 1000])
+def test_a_head_of_another_size_is_named_with_its_own(classes, tmp_path):
+    shape = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32}
+    saved = saccade.create_model("vit_tiny_patch16_224", num_classes=7, **shape)
+    save_file(saved.vit.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match="its head has 7 classes: create this model with num_classes=7"):
+        saccade.create_model("vit_tiny_patch16_224", weights=tmp_path / "w.safetensors", num_classes=classes, **shape)

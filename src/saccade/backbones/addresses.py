@@ -7,6 +7,7 @@ transformers write the same two with other words in them. Weights in other forma
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -164,6 +165,7 @@ def _hub(address: str) -> Fetch:
             why = line(error)
         except Exception as error:
             why = f"{type(error).__name__}: {line(error)}"
+        why += f"; there is a folder of that name here: local-dir:{place}" if os.path.isdir(place) else ""
         raise UserError(f"cannot fetch {name} of {place[:100]!r} from the hub: {why}")
 
     return fetch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,10 @@ def check_name(name: str) -> None:
     if ":" in name:  # "hf-hub:owner/name", "local-dir:folder"
         raise UserError(f"{name!r} is an address and not the name of an architecture")
     if name.split(".")[0] not in timm.list_models():
+        if os.path.isdir(name):
+            raise UserError(
+                f"{shortened(name)} is a folder: saccade.load opens what Saccade saved, 'local-dir:…' others"
+            )
         raise UserError(f"timm {timm.__version__} has no model {name!r}{_close(name)}")
 
 

@@ -174,8 +174,9 @@ def _advice(own: Shapes, state: Shapes, missing: list[str], unknown: list[str], 
     if missing and unknown and not own.keys() & state.keys():
         return ["the keys must be the model's own (timm's): convert them first"]
     found = []
-    if "head.weight" in odd:
-        found.append(f"its head has {state['head.weight'][0]} classes: create this model with num_classes=that")
+    if "head.weight" in (*odd, *unknown):
+        classes = state["head.weight"][0]
+        found.append(f"its head has {classes} classes: create this model with num_classes={classes}")
     kernel = "patch_embed.proj.weight"
     if kernel in odd and state[kernel][:2] == own[kernel][:2]:
         found.append(f"create this model with patch_size={tuple(state[kernel][2:])}, or convert it afterwards")
