@@ -33,7 +33,7 @@ def files(classes: str = "abc", each: int = 14) -> dict[str, bytes]:
     return {name: encode(picture(70 + k % 5, 64 + k % 7, seed=k)) for k, name in enumerate(names)}
 
 
-QUICK = {"compiled": False, "seconds": 0.0, "batch": 2}
+QUICK = {"compiled": False, "seconds": 0.0, "batch": 2, "schedules": 0}
 
 
 def shorten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,10 @@ def command(
         list[str],
         typer.Option(help="auto: bf16, torch.compile and the engines that are installed; or bf16, onnx, openvino, …"),
     ] = ["auto"],  # noqa: B006  (typer reads it)
-    seed: Annotated[int, typer.Option(min=0, help="Of the split into halves.")] = 0,
+    schedules: Annotated[
+        int | None, typer.Option(min=0, help="Tried, to find the best for the budget; 0: none. Without: 300, or fewer.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split into halves, and of what is tried.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -96,6 +99,7 @@ def command(
             seconds=seconds,
             compiled=compiled,
             runner="auto" if runner == ["auto"] else runner,
+            schedules=schedules,
             seed=seed,
             command=shlex.join(["saccade", *sys.argv[1:]]),
             progress=progress,

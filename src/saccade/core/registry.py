@@ -43,6 +43,8 @@ class Entry:
     sources: Mapping[str, str]  # by where defaults are from, the knobs; see ``source``
     before: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)  # see ``also``
     learner: Callable[..., KnobLearner] | None = None
+    counts: tuple[str, ...] = ()  # knobs that take a list of tokens that leave, a count for each block
+    finer: Callable[[Backbone], list[str]] | None = None  # see ``also``
     origin: str = ""  # what brings it: the plugin's file or package; "": this package
 
     @property
@@ -136,18 +138,24 @@ def register(
 
 
 def also(
-    *, before: Mapping[str, Mapping[Any, Any]] = MappingProxyType({}), learner: Callable[..., KnobLearner] | None = None
+    *,
+    before: Mapping[str, Mapping[Any, Any]] = MappingProxyType({}),
+    learner: Callable[..., KnobLearner] | None = None,
+    counts: tuple[str, ...] = (),
+    finer: Callable[[Backbone], list[str]] | None = None,
 ) -> Callable[[Callable], Callable]:
     """What few factories have to say beside, above their ``register``.
 
     Args:
         before: by knob, values that had other names in folders of before, and what they are called now.
         learner: learns some of the knobs for a budget, from the others and ``gmacs``.
+        counts: knobs that take a list of tokens that leave, a count for each block: schedules are searched for there.
+        finer: of a tokenizer, the settings that a search for schedules may start from; None: its menu.
     """
 
     def add(build: Callable) -> Callable:
         entry = next(entry for entry in _REGISTRY.values() if entry.build is build)
-        _REGISTRY[entry.name] = replace(entry, before=before, learner=learner)
+        _REGISTRY[entry.name] = replace(entry, before=before, learner=learner, counts=counts, finer=finer)
         return build
 
     return add

@@ -30,6 +30,7 @@ class Candidate:
     family: str  #    "dense" (tokenizers alone, and the model itself), "reduction", or "random" (baselines)
     macs: float  #    executed, per image
     combined: bool  # made of two registered parts
+    tried: int = 0  #  settings that a search chose it from
 
     @property
     def is_baseline(self) -> bool:

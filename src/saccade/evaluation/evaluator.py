@@ -133,6 +133,11 @@ class Evaluator:
         self._consult(places)
         return torch.stack([self._reference[i] for i in places])
 
+    def readable(self, places: Sequence[int]) -> list[int]:
+        """Those of these images that the dense model has an answer to."""
+        self._consult(places)
+        return [i for i in places if i in self._reference]
+
     def _consult(self, indices: Sequence[int]) -> None:
         """Have the dense model's opinion of these images."""
         if unseen := [i for i in indices if i not in self._asked]:

@@ -14,17 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from saccade.core.registry import KnobLearner
-from saccade.data import Loader, Preprocess
-from saccade.evaluation.accuracy import spread
+from saccade.evaluation.distance import IMAGES, Distance
 from saccade.evaluation.evaluator import Evaluator
 from saccade.storage.files import write_json
 
-IMAGES, BATCH = 96, 16  # that each setting is judged on; a bad one is given up after some of the batches
-HOPELESS = 1.1  # times the divergence of the best, on the same batches
 Knobs = dict[str, Any]
 
 
@@ -54,42 +48,19 @@ class Moves:
 
         file: holds how far a search came, and is taken up; None: none is kept.
         """
-        batches = self._batches([places[i] for i in spread(len(places), IMAGES)])
+        distance = Distance(self.evaluator, places)
         done, best = _taken_up(file, count) or (0, knobs)
         advance(done * IMAGES)
-        least = self._divergences(best, batches)
+        least = distance.of(self.setting(best))
         for move in range(done, count):
             tried = self.learner.moved(best, random.Random(f"{self.seed} {move}"))
-            found = [] if tried == best else self._divergences(tried, batches, least)
+            found = [] if tried == best else distance.of(self.setting(tried), least)
             if len(found) == len(least) and sum(found) < sum(least):
                 best, least = tried, found
             if file is not None:
                 write_json(file, {"moves": move + 1, "knobs": best})
             advance(IMAGES)
         return best
-
-    def _batches(self, places: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Images [n, C, h, w] and the dense model's log-probabilities [n, K]."""
-        view = self.evaluator.dense
-        weight = view.vit.patch_embed.proj.weight
-        loader = Loader(self.evaluator.images, Preprocess.of(view.vit, view.input_size()))
-        return [
-            (seen.images.to(weight.device, weight.dtype), self.evaluator.reference(seen.indices).to(weight.device))
-            for seen in loader.batches(BATCH, list(places))
-        ]
-
-    @torch.inference_mode()
-    def _divergences(
-        self, knobs: Knobs, batches: Sequence[tuple[Tensor, Tensor]], least: Sequence[float] = ()
-    ) -> list[float]:
-        """KL(dense ‖ setting) of each batch, nats; of the first few alone where these are hopeless."""
-        view, found = self.evaluator.dense.at(self.setting(knobs)).eval(), list[float]()
-        for images, target in batches:
-            said = view(images).logits.double().log_softmax(-1)
-            found.append(torch.nn.functional.kl_div(said, target, reduction="sum", log_target=True).item())
-            if least and sum(found) > HOPELESS * sum(least[: len(found)]):
-                break
-        return found
 
 
 def _taken_up(file: Path | None, most: int) -> tuple[int, Knobs] | None:

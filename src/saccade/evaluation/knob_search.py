@@ -24,8 +24,9 @@ from saccade.core.plan import Plan
 from saccade.core.registry import KnobLearner, registry
 from saccade.data import Loader, Preprocess
 from saccade.errors import UserError
+from saccade.evaluation.distance import IMAGES
 from saccade.evaluation.evaluator import Evaluator
-from saccade.evaluation.knob_moves import IMAGES, Moves
+from saccade.evaluation.knob_moves import Moves
 from saccade.model import AdaptiveViT
 from saccade.setting import Call, Setting
 from saccade.storage.files import replacing

@@ -37,6 +37,7 @@ def conclude(search: Search) -> Recommendation:
     chosen, reason = choose(fit, search)
     lines = [_answer(chosen, fit, dense, search)]
     lines += _parts(chosen, search)
+    lines += _searched(chosen)
     lines += _alone(chosen, dense, search)
     lines += [reason] if reason else []
     lines += _rival(chosen, fit, search.evaluator)
@@ -53,6 +54,16 @@ def _parts(chosen: Measured, search: Search) -> list[str]:
         return []
     total, own = chosen.speed.speedup, same[0].speed.speedup
     return [f"Of its {total:.2f}×, {own:.2f}× is the runner's ({option.runner}), {total / own:.2f}× the setting's."]
+
+
+def _searched(chosen: Measured) -> list[str]:
+    """How many a choice was made from by a search, where it was."""
+    tried = chosen.option.candidate.tried
+    if not tried:
+        return []
+    return [
+        f"It is the best of {tried} that a search tried, on the images that choose; those reported had no part in it."
+    ]
 
 
 def by_importance(search: Search) -> list[Measured]:

@@ -131,7 +131,8 @@ def tune(
         out: the folder.
         minutes: that all of it may take: fewer images, then fewer settings are measured. None: as long as it needs.
         clock: what tells the time, in seconds.
-        options: of ``saccade.evaluation.tune.search``: split, limit, batch, seconds, compiled, seed.
+        options: of ``saccade.evaluation.tune.search``: split, limit, batch, seconds, compiled, runner,
+            schedules, seed.
 
     Raises:
         UserError: bad data, target or folder; a model whose answers cannot be compared.

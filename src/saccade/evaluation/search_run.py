@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from saccade.evaluation.accuracy import paired, score, spread
+from saccade.evaluation.accuracy import paired, score
 from saccade.evaluation.allowance import Allowance, Costs, plan
 from saccade.evaluation.answers import Predictions
 from saccade.evaluation.candidates import Candidate, Priced, Target, candidates
@@ -16,6 +16,7 @@ from saccade.evaluation.failures import described, is_systems
 from saccade.evaluation.options import Measured, Option, Search
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.recommendation import by_importance
+from saccade.evaluation.schedule_candidates import schedules
 from saccade.evaluation.speed import ALWAYS, Speed, time_all, time_together
 from saccade.evaluation.successive_halving import front, shuffled_halves, successive_halving
 from saccade.model import AdaptiveViT
@@ -69,12 +70,18 @@ class SearchRun:
         speeds = self.time([Option(c) for c in priced.candidates], seconds)
         return Search(self.target, [Measured(o, s) for o, s in speeds.items()], failed=self.failed)
 
-    def run(self, places: Sequence[int], seconds: float, runners: Sequence[Runner], seed: int) -> Search:
-        """All of it, on the images at these places."""
+    def run(
+        self, places: Sequence[int], seconds: float, runners: Sequence[Runner], seed: int, tries: int | None = None
+    ) -> Search:
+        """All of it, on the images at these places; tries: of the search for schedules."""
         evaluator, say = self.evaluator, self.progress.say
         costs = self._costs(places)
         ratio = self._mac_ratio()
+        halves = shuffled_halves(len(places), seed, None if evaluator.labels is None else evaluator.labels[places])
+        select, report = ([places[i] for i in half] for half in halves)
+        searched = self._schedules(select, ratio, tries, seed)
         priced = self._price(ratio)
+        priced = replace(priced, candidates=[*priced.candidates, *searched])
         sizes = plan(
             priced.candidates,
             costs,
@@ -86,9 +93,7 @@ class SearchRun:
             timing=seconds,
             ratio=ratio,
         )
-        places = [places[i] for i in spread(len(places), sizes.images)]
-        halves = shuffled_halves(len(places), seed, None if evaluator.labels is None else evaluator.labels[places])
-        select, report = ([places[i] for i in half] for half in halves)
+        select, report = select[: -(-sizes.images // 2)], report[: sizes.images // 2]
         if len(sizes.candidates) < len(priced.candidates):
             fewer = len(priced.candidates) - len(sizes.candidates)
             self.notes.append(f"{fewer} of {len(priced.candidates)} settings were not tried, to keep within the time")
@@ -205,6 +210,21 @@ class SearchRun:
         if priced.untried:
             self.notes.append(f"{priced.untried} combinations were not tried, to keep within the time")
         return priced
+
+    def _schedules(self, select: Sequence[int], ratio: float | None, tries: int | None, seed: int) -> list[Candidate]:
+        """Those that are found for the budget, by the images that choose."""
+        found = schedules(
+            self.evaluator,
+            select,
+            ratio,
+            self.allowance,
+            tries=tries,
+            seed=seed,
+            folder=None if self.store is None else self.store.folder,
+            progress=self.progress,
+        )
+        self.notes += [found.note] if found.note else []
+        return found.candidates
 
     def _race(self, raced: list[Candidate], select: list[int], survivors: int) -> dict[Option, Predictions]:
         """What the survivors said on the selection half, the dense model first."""

@@ -42,6 +42,7 @@ def search(
     seconds: float = 30.0,
     compiled: bool = True,
     runner: str | Sequence[str | Runner] = AUTO,
+    schedules: int | None = None,
     seed: int = 0,
     allowance: Allowance | None = None,
     progress: Progress | None = None,
@@ -57,6 +58,8 @@ def search(
         compiled: also time the dense model under ``torch.compile``; False, with "auto": PyTorch eager alone.
         runner: ways to run beside fp32 eager: "auto" for bf16, ``torch.compile`` and the engines that are installed, as
             far as there is time; or their names, like ["bf16", "onnx", "openvino bf16"].
+        schedules: how many are tried in a search for the budget's own (``evaluation/schedule_search.py``); 0: none.
+            None: 300, or fewer where time is short.
         allowance: the time that all of this may take; None: what it needs.
 
     Raises:
@@ -77,7 +80,9 @@ def search(
         )
     runners = _runners(runner, compiled, allowance)
     store = Cache.of(cache, evaluator) if cache else None
-    return SearchRun(model, target, evaluator, batch, store, allowance, progress).run(places, seconds, runners, seed)
+    return SearchRun(model, target, evaluator, batch, store, allowance, progress).run(
+        places, seconds, runners, seed, schedules
+    )
 
 
 def _runners(named: str | Sequence[str | Runner], compiled: bool, allowance: Allowance) -> list[Runner]:

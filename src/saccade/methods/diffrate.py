@@ -184,7 +184,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"diffrate({p}, {m}{knob})" for p, m in ((1, 3), (2, 6), (4, 8), (6, 10))]
 
 
-@also(learner=LearnedRates)
+@also(learner=LearnedRates, counts=("prune", "merge"))
 @register("diffrate", sources={"paper": "metric score"}, menu=_menu)
 def diffrate(
     backbone: Backbone,

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from saccade.core.plan import Backbone, Method, Reducer
 from saccade.core.reduction import Merge, Reduction, rows
-from saccade.core.registry import register
+from saccade.core.registry import also, register
 from saccade.core.tokens import Tokens
-from saccade.methods.common.arguments import blocks, fraction, whole
+from saccade.errors import UserError
+from saccade.methods.common.arguments import blocks, fraction, schedule
 from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import alternating, best_proposals, cosines, floor_share
 
@@ -77,6 +78,7 @@ class Attract(Reducer):
         return torch.where(real, alike * pull, 1e9 * (alike - 1))  # padding with padding first, with tokens last
 
 
+@also(counts=("r",))
 @register(
     "mctf",
     sources={"paper": "r at", "code": "info size"},
@@ -84,7 +86,7 @@ class Attract(Reducer):
 )
 def mctf(
     backbone: Backbone,
-    r: int = 16,
+    r: int | tuple[int, ...] = 16,
     share: float | None = None,
     at: int | Iterable[int] | None = None,
     info: float = 0.05,
@@ -95,7 +97,7 @@ def mctf(
     """Merge by several criteria, in both directions: similarity, attention, size (arXiv 2403.10030).
 
     Args:
-        r: patch tokens merged away in each of the blocks.
+        r: patch tokens merged away in each of the blocks, or a list for the first blocks of all; 0 after its end.
         share: share of patch tokens merged away in each of the blocks, instead of r.
         at: 0-based blocks that merge; None: with r all but the first, with a share a quarter, a half and three quarters
             of the depth (the paper's fast variant is ``mctf(share=0.35)``).
@@ -105,7 +107,11 @@ def mctf(
             blocks is not enough, the other blocks but the first merge a share too.
         speed: the same for so many times fewer MACs.
     """
-    whole("mctf", "r", r, 0, 10**6)
+    if isinstance(r, tuple) and not all(knob is None for knob in (share, at, gmacs, speed)):
+        raise UserError(
+            f"mctf: r={list(r)} says how many in which block: share, at, gmacs and speed leave it to others"
+        )
+    rates = schedule("mctf", r, 0, backbone.depth)
     info, size = fraction("mctf", "info", info), fraction("mctf", "size", size)
     solved = gmacs is not None or speed is not None
     by_share = share is not None or solved
@@ -114,7 +120,7 @@ def mctf(
     at = blocks("mctf", at, backbone.stages() if by_share else every, backbone.depth)
 
     def build(shares: Mapping[int, float | None]) -> Method:
-        steps = ((i, Attract(r, s, info, size, backbone.dim, backbone.num_prefix)) for i, s in shares.items())
+        steps = ((i, Attract(rates[i], s, info, size, backbone.dim, backbone.num_prefix)) for i, s in shares.items())
         return Method(sorted(steps, key=lambda step: step[0]))
 
     def at_strength(i: int) -> Method:
@@ -122,6 +128,8 @@ def mctf(
         more = (i - 500) / 1000
         return build(dict.fromkeys(at, min(i, 500) / 1000) | (dict.fromkeys(others, more) if more > 0 else {}))
 
+    if isinstance(r, tuple):
+        return build({i: None for i, count in enumerate(rates) if count})
     if solved:
         return fit("mctf", backbone, at_strength, 1000 if others else 500, gmacs, speed)
     return build(dict.fromkeys(at, None if share is None else fraction("mctf", "share", share, 0.0, 0.5)))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.core.plan import Backbone, Method
 from saccade.core.reduction import Reduction, means
-from saccade.core.registry import register
+from saccade.core.registry import also, register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import exact_schedule, schedule, whole
 from saccade.methods.common.budget import fit
@@ -51,6 +51,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"tofu(r={max(1, round(share * backbone.num_patches / backbone.depth))})" for share in (0.5, 0.7, 0.9)]
 
 
+@also(counts=("r",))
 @register("tofu", sources={"paper": "r merge_from"}, menu=_menu)
 def tofu(
     backbone: Backbone,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from saccade.core.plan import Backbone, Method
-from saccade.core.registry import register
+from saccade.core.registry import also, register
 from saccade.methods.common.arguments import exact_schedule, one_of, schedule, switch
 from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import METRICS, BipartiteMerge
@@ -19,6 +19,7 @@ def _menu(backbone: Backbone) -> list[str]:
     return [f"tome(r={r})" for r in rates]
 
 
+@also(counts=("r",))
 @register("tome", sources={"paper": "r inflection metric proportional"}, menu=_menu)
 def tome(
     backbone: Backbone,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from saccade.core.hooks import around, exact, kernel_of, layer_in, require_plain
 from saccade.core.plan import Backbone, Tokenizer
 from saccade.core.provenance import Cells
-from saccade.core.registry import register
+from saccade.core.registry import also, register
 from saccade.core.rotation import CENTROID, FORMS, KEPT
 from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
@@ -179,6 +179,13 @@ def _steps(backbone: Backbone, patch: Size | None, size: Size | None, stride: Si
     return all((s - p) % step == 0 for s, p, step in zip(pixels, sides, steps, strict=True))
 
 
+def _finer(backbone: Backbone) -> list[str]:
+    """Every input size down to half of the model's own, at the native patch."""
+    (ph, pw), (h, w) = backbone.patch_size, backbone.input_size
+    return [] if ph != pw or h != w else [f"grid({ph}, size={s})" for s in range(h - ph, h // 2, -ph)]
+
+
+@also(finer=_finer)
 @register("grid", sources={"paper": "how stride"}, kind="tokenizer", menu=_menu, range_filter=_steps, baseline=True)
 def grid(
     backbone: Backbone,

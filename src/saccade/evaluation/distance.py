@@ -1,0 +1,64 @@
+"""How far a setting's answers are from the dense model's: what is made small where no label tells what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from saccade.data import Loaders
+from saccade.evaluation.accuracy import spread
+from saccade.evaluation.evaluator import Evaluator
+from saccade.model import AdaptiveViT
+
+IMAGES, BATCH = 96, 16  # that a setting is judged on; a bad one is given up after some of the batches
+HOPELESS = 1.1  # times the distance of the one to beat, on the same batches
+
+
+class Distance:
+    """KL(dense ‖ setting), nats, on a few images; of an encoder 1 − cosine of the embeddings.
+
+    Each setting sees the images as it would in use, in its own input size.
+    """
+
+    def __init__(self, evaluator: Evaluator, places: Sequence[int], images: int = IMAGES) -> None:
+        """places: of images; so many of them are taken, evenly, but for those that the dense model cannot read."""
+        self.evaluator, self._loaders = evaluator, Loaders(evaluator.images)
+        some = evaluator.readable([places[i] for i in spread(len(places), images)])
+        self._batches = [some[start : start + BATCH] for start in range(0, len(some), BATCH)]
+        self._dense = [self._answer(evaluator.dense, batch) for batch in self._batches]
+
+    @property
+    def images(self) -> int:
+        """How many."""
+        return sum(map(len, self._batches))
+
+    def of(self, setting: str, least: Sequence[float] = (), batches: int | None = None) -> list[float]:
+        """The sum over the images of each batch; of the first few alone where these are hopeless.
+
+        Args:
+            least: distances of the setting to beat, by batch.
+            batches: no more than so many of them.
+        """
+        view, found = self.evaluator.dense.at(setting).eval(), list[float]()
+        for batch, dense in list(zip(self._batches, self._dense, strict=True))[:batches]:
+            found.append(self._between(dense, self._answer(view, batch)))
+            if least and sum(found) > HOPELESS * sum(least[: len(found)]):
+                break
+        return found
+
+    def _answer(self, view: AdaptiveViT, places: Sequence[int]) -> Tensor:
+        """Log-probabilities [n, K], or embeddings of length 1 [n, D]."""
+        weight = next(view.parameters())
+        loader = self._loaders.of(self.evaluator.preprocess(view.input_size()))
+        (seen,) = loader.batches(len(places), places)
+        with torch.inference_mode():
+            given = view(seen.images.to(weight.device, weight.dtype)).logits.double()
+        return F.normalize(given, dim=-1) if self.evaluator.encodes else given.log_softmax(-1)
+
+    def _between(self, dense: Tensor, said: Tensor) -> float:
+        if self.evaluator.encodes:
+            return (1 - (dense * said).sum(-1)).sum().item()
+        return F.kl_div(said, dense, reduction="sum", log_target=True).item()

@@ -1,0 +1,83 @@
+"""The schedules that ``tune`` puts into its race: found for its budget, by the images that choose."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from saccade.evaluation.allowance import Allowance
+from saccade.evaluation.candidates import RED, Candidate
+from saccade.evaluation.distance import Distance
+from saccade.evaluation.evaluator import Evaluator
+from saccade.evaluation.schedule import Space, by_macs
+from saccade.evaluation.schedule_search import TRIES, ScheduleSearch
+from saccade.terminal.progress import Progress
+
+RACED = 3  # of the schedules found for a budget
+MARGIN = 1.06  # fewer MACs than the ratio asks for: not all of what they save becomes time
+ASSUMED = 1.5  # the ratio, where none is aimed at
+SHARE, LEAST_MINUTES = 0.25, 4.0  # of a limited time; and how much of it there must be
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """What was found: candidates, and a line about how."""
+
+    candidates: list[Candidate]
+    note: str = ""
+
+
+def schedules(
+    evaluator: Evaluator,
+    places: Sequence[int],
+    ratio: float | None,
+    allowance: Allowance,
+    *,
+    tries: int | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Schedules:
+    """Search for schedules at a MAC ratio (``schedule_search``).
+
+    Args:
+        places: of the images that choose; no other is looked at.
+        tries: schedules that are run, at most; None: 300, or as many as a quarter of a limited time suffices for.
+        folder: for the state, so that an interrupted search goes on; None: none is kept.
+    """
+    if tries == 0 or (tries is None and allowance.limited and allowance.seconds < 60 * LEAST_MINUTES):
+        return Schedules([])
+    model, progress = evaluator.dense, progress or Progress()
+    space = Space.of(model)
+    most, dense = TRIES if tries is None else tries, space.macs(space.empty(""))
+    if not space.rules:
+        return Schedules([])
+    limit, until = dense / ((ratio or ASSUMED) * MARGIN), allowance.spent() + SHARE * allowance.seconds
+    distance = Distance(evaluator, places)
+    key = hashlib.sha256(json.dumps([str(model.plan), limit, seed, *map(str, places)]).encode()).hexdigest()[:24]
+    advance = progress.start("searching for schedules", most)
+    search = ScheduleSearch(
+        space,
+        distance,
+        by_macs,
+        limit,
+        seed,
+        most,
+        enough=lambda: allowance.spent() > until,
+        advance=lambda done: advance(done),
+        file=None if folder is None else folder / f"schedules-{key}.json",
+        key=key,
+    )
+    found = search.run()
+    advance.finish()
+    if not found.nearest:
+        return Schedules([], "no schedule is within the budget")
+    best = {str(space.setting(t.schedule)): space.macs(t.schedule) for t in found.nearest[:RACED]}
+    note = (
+        f"{found.tried} schedules were tried on {found.images} of the images that choose, without their labels; the "
+        f"nearest {len(best)} to the dense model went into the race"
+    )
+    return Schedules([Candidate(s, RED, macs, True, found.tried) for s, macs in best.items()], note)

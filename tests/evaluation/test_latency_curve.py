@@ -1,0 +1,113 @@
+"""A latency curve finds the law that times follow, and prices settings that it has not seen by it."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from saccade.evaluation import latency_curve
+from saccade.evaluation.latency_curve import LatencyCurve, measure
+from saccade.evaluation.schedule import Space
+from saccade.evaluation.work import static_work, work_of
+from small_runs import tiny
+
+KNOWN = ["tome(r=1)", "tome(r=8)", "evit(0.8, at=(1,))", "evit(0.3, at=(0, 1))", "grid(16, size=48)"]
+UNSEEN = [
+    "tome(r=2)",
+    "tome(r=(0, 5))",
+    "evit(0.5, at=(0, 1))",
+    "grid(16, size=48) | tome(r=1)",
+    "evit(0.6) | tome(r=1)",
+]
+SITE, TOKEN = {"tome": 0.3, "evit": 0.5}, {"tome": 0.02, "evit": 0.01}
+
+
+def law(model) -> float:
+    """Milliseconds, written out: a block of n tokens takes 1 + n / 10, shared between its halves by their MACs."""
+    cost, total = model.backbone.cost, 2.0 if "48" in str(model.setting) else 3.0
+    with torch.inference_mode():
+        trace = model(torch.zeros(1, 3, *model.input_size())).trace
+    prefix = model.backbone.num_prefix
+
+    def half(tokens, attention):
+        macs = float(cost.attention(tokens, tokens)), tokens * cost.mlp
+        return (1 + tokens / 10) * macs[0 if attention else 1] / sum(macs)
+
+    def alike(macs):
+        low, high = 0.0, 1000.0
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost.attention(middle, middle) < macs else (low, middle)
+        return low
+
+    for block in trace.blocks:
+        total += half(alike(cost.attention(block.queries, block.keys)), True) + half(block.mlp, False)
+    for call, method in zip([c for c in model.setting.calls if c.name != "grid"], model.plan.methods, strict=True):
+        for at, step in zip(method.at, method.steps, strict=True):
+            came = trace.blocks[at].static_counts[0] - prefix
+            others = [s for s in model.plan.at[at] if s is not step]
+            came = others[0].count(came) if others and model.plan.at[at][0] is not step else came
+            if at < len(trace.blocks) - 1 and step.count(came) != came and call.name in SITE:  # the last has no patches
+                total += SITE[call.name] + TOKEN[call.name] * came
+    return total
+
+
+@pytest.fixture
+def lawful(monkeypatch):
+    def timed(entries, *args, **options):
+        return {name: SimpleNamespace(seconds=[law(model) / 1000] * 3) for name, model in entries.items()}, {}
+
+    monkeypatch.setattr(latency_curve, "interleaved", timed)
+
+
+def test_settings_that_were_not_timed_are_priced(lawful):
+    model = tiny().eval()
+    curve = measure(model, KNOWN, batch=1)
+    for setting in [*KNOWN, *UNSEEN, "dense", "depth(2)"]:
+        view = model.at(setting).eval()
+        assert curve.predict(view) == pytest.approx(law(view), rel=1e-6), setting
+    assert curve.predict(model.at("pitome(0.7)").eval()) is None, "its deciding was not measured"
+    assert curve.predict(model.at("grid(32)").eval()) is None, "nor this tokenizer"
+    assert LatencyCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
+
+
+def test_a_schedule_is_priced_without_being_run(lawful):
+    model = tiny().eval()
+    space, curve = Space.of(model), measure(model, KNOWN, batch=1)
+    rule = next(r for r in space.rules if r.method == "tome")
+    for tokenizer in ("", "grid(16, size=48)"):
+        some = space.scaled(space.shaped(tokenizer, {rule: 1.0}, [1.0, 2.0, 0.0]), 5)
+        assert curve.schedule_ms(space, some) == pytest.approx(law(model.at(str(space.setting(some))).eval()), rel=1e-6)
+    unknown = space.shaped("", {next(r for r in space.rules if r.method == "mctf"): 1.0}, [0.0, 1.0, 0.0])
+    assert curve.schedule_ms(space, unknown) == float("inf")
+
+
+@pytest.mark.parametrize("setting", ["dense", "tome(r=3)", "evit(0.5)", "tome(r=2) | evit(0.7, at=(1, 2))", "depth(2)"])
+def test_work_is_what_a_forward_says(setting):
+    model = tiny().at(setting).eval()
+    with torch.inference_mode():
+        trace = model(torch.zeros(1, 3, *model.input_size())).trace
+    work = work_of(model)
+    cost = model.backbone.cost
+    for block, n, m in zip(trace.blocks, work.attention, work.mlp, strict=True):
+        assert float(cost.attention(n, n)) == pytest.approx(float(cost.attention(block.queries, block.keys)))
+        assert m == block.mlp
+    assert work_of(model) == static_work(model.backbone, [("x", m) for m in ()]) or setting not in ("dense",)
+
+
+def test_work_of_what_depends_on_the_image_comes_from_a_forward():
+    model = tiny().at("topk(0.5) | ats(0.8)").eval()
+    work = work_of(model)
+    assert {*work.deciding} == {"topk", "ats"} and len(work.attention) == 3
+    dense = work_of(tiny().eval())
+    assert sum(work.mlp) < sum(dense.mlp)
+
+
+@pytest.mark.parametrize("damage", [{"block": [1.0]}, {"tokens": ["x"]}, {"cost": {"dim": 1}}, {"methods": {"a": [1]}}])
+def test_what_is_no_curve_is_refused(lawful, damage):
+    told = {**measure(tiny().eval(), [], batch=1).to_dict(), **damage}
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        LatencyCurve.from_dict(json.loads(json.dumps(told)))
