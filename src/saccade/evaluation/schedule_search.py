@@ -33,6 +33,15 @@ class FoundSchedules:
     images: int  #          that they were judged by
 
 
+def never() -> bool:
+    """There is no limit."""
+    return False
+
+
+def unwatched(done: int) -> None:
+    """Progress that is shown nowhere."""
+
+
 @dataclass
 class ScheduleSearch:
     """One search.
@@ -52,8 +61,8 @@ class ScheduleSearch:
     limit: float
     seed: int = 0
     tries: int = TRIES
-    enough: Callable[[], bool] = lambda: False
-    advance: Callable[[int], None] = lambda done: None
+    enough: Callable[[], bool] = never
+    advance: Callable[[int], None] = unwatched
     file: Path | None = None
     key: str = ""
     tried: int = field(default=0, init=False)

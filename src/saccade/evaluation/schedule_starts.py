@@ -38,7 +38,7 @@ class Starts:
     cost: Cost
     limit: float
     judge: Judge
-    enough: Callable[[], bool] = lambda: False  # asked before each; no more are looked at once it is true
+    enough: Callable[[], bool]  # asked before each; no more are looked at once it is true
 
     def population(self, count: int) -> list[Tried]:
         """So many schedules, the nearest first: all are judged on a few images, the better ones on all."""
