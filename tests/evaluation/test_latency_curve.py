@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from saccade.core.registry import registry
 from saccade.evaluation import latency_curve
+from saccade.evaluation.device_curve import device_curve
 from saccade.evaluation.latency_curve import LatencyCurve, measure
 from saccade.evaluation.schedule import Space
 from saccade.evaluation.work import static_work, work_of
@@ -45,12 +47,16 @@ def law(model) -> float:
 
     for block in trace.blocks:
         total += half(alike(cost.attention(block.queries, block.keys)), True) + half(block.mlp, False)
-    for call, method in zip([c for c in model.setting.calls if c.name != "grid"], model.plan.methods, strict=True):
+    for call, method in zip(
+        [c for c in model.setting.calls if registry()[c.name].kind == "method"], model.plan.methods, strict=True
+    ):
         for at, step in zip(method.at, method.steps, strict=True):
+            if call.name not in SITE:
+                continue
             came = trace.blocks[at].static_counts[0] - prefix
             others = [s for s in model.plan.at[at] if s is not step]
             came = others[0].count(came) if others and model.plan.at[at][0] is not step else came
-            if at < len(trace.blocks) - 1 and step.count(came) != came and call.name in SITE:  # the last has no patches
+            if at < len(trace.blocks) - 1 and step.count(came) != came:  # the last has no patches
                 total += SITE[call.name] + TOKEN[call.name] * came
     return total
 
@@ -111,3 +117,26 @@ def test_what_is_no_curve_is_refused(lawful, damage):
     told = {**measure(tiny().eval(), [], batch=1).to_dict(), **damage}
     with pytest.raises((ValueError, TypeError, KeyError)):
         LatencyCurve.from_dict(json.loads(json.dumps(told)))
+
+
+def test_doctor_measures_a_curve_once_and_prints_it(lawful, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = tiny().eval()
+    found = device_curve(model, batch=2)
+    assert found.table().rows[0][0] == "a block of 3 tokens" and "fp32, batch 2" in found.table().title
+    assert any(row.part == "tome: deciding, a block" and row.each_token_us is not None for row in found.rows)
+    monkeypatch.setattr(latency_curve, "interleaved", None)  # it is not measured again
+    assert device_curve(model, batch=2).curve == found.curve
+    (file,) = (tmp_path / "saccade").glob("latency-*.json")
+    file.write_text("{}", encoding="utf-8")
+    with pytest.raises(TypeError):
+        device_curve(model, batch=2)  # what is damaged is
+
+
+def test_settings_of_the_menu_are_known_to_the_curve(lawful, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = tiny().eval()
+    curve = device_curve(model).curve
+    menu = [s for entry in registry().values() for s in entry.menu(model.backbone)]
+    unknown = [s for s in menu if curve.predict(model.at(s).eval()) is None]
+    assert not unknown and len(menu) > 20

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from saccade.cli.application import app
-from saccade.cli.common import Json, Threads, print_json, print_result, use_threads
+from saccade.cli.common import Json, Threads, open_model, print_json, print_result, use_threads
 
 
 @app.command("doctor")
-def command(threads: Threads = None, json: Json = False) -> None:
+def command(
+    curve: Annotated[
+        str | None, typer.Option(help="A model: measure what its blocks take here by their tokens, and each method.")
+    ] = None,
+    runner: Annotated[str, typer.Option(help="Of the curve: eager, onnx, 'openvino bf16', …")] = "eager",
+    batch: Annotated[int, typer.Option(min=1, help="Images at once, of the curve.")] = 1,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
     """Processor and number types, threads, allocator, versions, engines found and missing, what autotune measured.
 
-    Example: saccade doctor
+    With --curve, a model's latency curve on this machine instead, which is measured once and kept in your cache folder.
+
+    Example: saccade doctor --curve deit_small_patch16_224 --runner openvino
     """
+    from saccade.evaluation.device_curve import device_curve
     from saccade.evaluation.doctor import doctor
+    from saccade.terminal.progress import Progress
+    from saccade.terminal.results import Result
 
     use_threads(threads)
-    found = doctor()
+    found: Result
+    if curve is None:
+        found = doctor()
+    else:
+        vit = open_model(curve, None, False, "auto", threads, trained=False)
+        with Progress(shown=True) as progress:
+            found = device_curve(vit, runner=runner, batch=batch, progress=progress)
     if json:
         print_json(found.to_dicts())
         return

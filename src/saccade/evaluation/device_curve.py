@@ -1,0 +1,90 @@
+"""The latency curve of a model on this device, measured once and kept: ``saccade doctor --curve MODEL``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from saccade.core.registry import registry
+from saccade.evaluation.circumstances import circumstances
+from saccade.evaluation.latency_curve import LatencyCurve, measure
+from saccade.execution.policy import cache_file
+from saccade.model import AdaptiveViT
+from saccade.runners.runner import FP32, Runner
+from saccade.storage.files import write_json
+from saccade.terminal.progress import Progress
+from saccade.terminal.results import Result
+from saccade.terminal.text_table import Column, Table
+
+
+@dataclass(frozen=True)
+class CurveRow:
+    """One part of a forward's time."""
+
+    part: str
+    ms: float  #      of a batch
+    each_token_us: float | None = None  # microseconds more for each token that comes to it; None: no such part
+
+
+class DeviceCurve(Result):
+    """What a block takes by its tokens, what deciding takes by method, and tokenizer and head."""
+
+    def __init__(self, curve: LatencyCurve) -> None:
+        self.curve = curve
+        blocks = zip(curve.tokens, curve.block, strict=True)
+        self.rows = [CurveRow(f"a block of {round(n)} tokens", ms) for n, ms in blocks]
+        self.rows += [
+            CurveRow(f"{name or 'own grid'}: embedding and head", ms) for name, ms in curve.tokenizers.items()
+        ]
+        self.rows += [
+            CurveRow(f"{name}: deciding, a block", ms, 1e3 * token) for name, (ms, token) in curve.methods.items()
+        ]
+
+    def table(self) -> Table:
+        """As the command prints it."""
+        cells = [
+            [row.part, f"{row.ms:.3f}", "" if row.each_token_us is None else f"{row.each_token_us:+.2f}"]
+            for row in self.rows
+        ]
+        columns = [Column("part", rank=0), Column("ms a batch", rank=0), Column("µs more a token", rank=0)]
+        return Table(f"Latency curve: {self.curve.runner}, batch {self.curve.batch}", columns, cells)
+
+
+def device_curve(
+    model: AdaptiveViT,
+    *,
+    runner: Runner | str = FP32,
+    batch: int = 1,
+    seconds: float = 10.0,
+    progress: Progress | None = None,
+) -> DeviceCurve:
+    """The curve of a model in a runner: read, where it was measured here before, or measured and kept.
+
+    Raises UserError for an unknown runner, or an engine that is not installed.
+    """
+    runner = Runner.of(runner)
+    file = curve_file(model, runner, batch)
+    curve = _read(file)
+    if curve is None:
+        menus = [(entry.kind, entry.menu(model.backbone)) for entry in registry().values()]
+        some = [s for kind, menu in menus for s in (menu if kind == "tokenizer" else menu[:1] + menu[-1:])]
+        curve = measure(model, some, runner=runner, batch=batch, seconds=seconds, progress=progress)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, curve.to_dict())
+    return DeviceCurve(curve)
+
+
+def curve_file(model: AdaptiveViT, runner: Runner, batch: int) -> Path:
+    """Where a curve is kept: named by the model's shapes, runner, batch, device, threads and versions."""
+    facts = [repr(model.vit), repr(model.backbone), str(runner), batch, sorted(circumstances(model).items())]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+    return cache_file().parent / f"latency-{key}.json"
+
+
+def _read(file: Path) -> LatencyCurve | None:
+    try:
+        return LatencyCurve.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
