@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist w
 FLOOR := .venv-floor
 FLOOR_TESTS := $(addprefix tests/,test_floors.py methods/test_contract.py backbones/test_vit.py backbones/test_eva.py core/test_macs.py core/test_operator_counter.py runners/test_compile.py runners/test_export.py)
 
-.PHONY: demo test test-all test-floor docs lint format clean
+.PHONY: demo test test-all test-floor test-notebooks docs lint format clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,6 +33,9 @@ $(FLOOR)/.ready: pyproject.toml floors.txt
 
 test-floor: $(FLOOR)/.ready
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest --numprocesses auto --dist worksteal $(FLOOR_TESTS)
+
+test-notebooks: $(READY)
+	$(PYTEST) -m "" tests/test_examples.py
 
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'

@@ -1,4 +1,4 @@
-"""What the README says can be run is run, as it stands: every ``saccade`` command and every Python block, in order.
+"""What the README and the pages of reference say can be run is run, as it stands, in their order.
 
 Small versions stand in for models and data: timm's names give narrow, shallow ViTs of 64 pixels with random weights,
 also where ``--pretrained`` would fetch them (no test reaches for the network); pictures are drawn; timing takes its
@@ -29,18 +29,23 @@ from saccade.evaluation import speed, sweep
 from saccade.training import config
 from small_runs import shorten
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/settings.md", "docs/commands.md", "docs/python.md", "docs/deploy.md")
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+SCREEN = 70  # lines of the README: more is for the site
 SMALL = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 3}
 SYNSETS = ("n01440764", "n02102040", "n03394916")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    block = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [found for text in TEXTS.values() for found in block.findall(text)]
 
 
 def commands() -> list[list[str]]:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("saccade ")]
+    found = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("saccade ")]
+    return [command for command in found if command != ["demo"]]  # two minutes, and a test of its own
 
 
 def run(arguments: list[str]) -> None:
@@ -52,7 +57,35 @@ def run(arguments: list[str]) -> None:
 def test_there_is_something_to_run():
     verbs = {command[0] for command in commands()}
     assert {"tune", "eval", "bench", "view", "train", "stem", "convert", "analyze", "predict"} <= verbs
-    assert len(blocks("python")) >= 2
+    assert len(blocks("python")) >= 3
+
+
+def test_the_readme_is_one_screen_and_its_links_lead_somewhere():
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= SCREEN
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert links and [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results():
+    """A row of the table says the same accuracies as the results, and the same speed-ups in the engine."""
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = [row for row in table_rows(TEXTS["README.md"]) if row[0].startswith("`")]
+    assert len(rows) >= 5
+    for setting, macs, photos, nette, *speeds in rows:
+        name = setting.partition(",")[0]
+        measured = next(row for row in table_rows(results) if row[0] == name)
+        dense = name == "`dense`"
+        assert [macs, photos, nette] == [measured[1], measured[2 if dense else 3], measured[4 if dense else 5]]
+        for batch, said in zip("18", speeds, strict=True):
+            timed = [row[3] for row in table_rows(results) if row[:3] == ["ViT-Ti", batch, name]]
+            assert said == ("1.00×" if dense else f"{timed[0]}×" if timed else "not timed")
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of every line of every table."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""Pages of the documentation that the code writes: one for each method, the reference, the changelog. By mkdocs."""
+"""Pages of the documentation that are made: of methods, notebooks, the reference, the changelog. Run by mkdocs."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ def on_files(files: Files, config: Any) -> Files:
     pages = {"changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), "reference.md": reference()}
     pages |= {f"methods/{name}.md": page(entry) for name, entry in registry().items()}
     pages["methods/index.md"] = index()
+    pages |= {f"examples/{file.stem}.md": example(file) for file in sorted((ROOT / "examples").glob("*.ipynb"))}
     for place, text in pages.items():
         files.append(File.generated(config, place, content=text))
     return files
@@ -49,6 +51,17 @@ def page(entry: Entry) -> str:
     try_it = f"saccade view vit_tiny_patch16_224 photo.jpg --pretrained -s '{entry.name}()' --out photo.png"
     parts = [f"# {entry.name}", dedented(head), "## Knobs", "\n".join(table), legend, dedented(after)]
     return "\n\n".join([*filter(None, parts), "## See it", f"```text\n{try_it}\n```"]) + "\n"
+
+
+def example(notebook: Path) -> str:
+    """A notebook as a page: its prose and its code."""
+    parts = []
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    title, rest = parts[0].split("\n", 1) if "\n" in parts[0] else (parts[0], "")
+    note = f"*A notebook: `examples/{notebook.name}`.*"
+    return "\n\n".join([title, note, rest.strip(), *parts[1:]]) + "\n"
 
 
 def index() -> str:

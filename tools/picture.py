@@ -1,32 +1,58 @@
-"""The picture of the README, made anew: what three settings look at, on one photo.
+"""The pictures of the documentation, made anew.
 
-python tools/picture.py vit_tiny_patch16_224 --weights vit_tiny_patch16_224.safetensors
+What three settings look at, on one photo:
+
+    python tools/picture.py settings vit_tiny_patch16_224 --weights vit_tiny_patch16_224.safetensors
+
+Accuracy against measured speed-up, of the first table of docs/results.md or of a frontier.csv of ``saccade tune``:
+
+    python tools/picture.py frontier
+    python tools/picture.py frontier runs/photos/frontier.csv --out frontier.png
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import re
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 import saccade
 from saccade.data import Preprocess
+from saccade.reports.frontier_picture import Point, frontier_picture
 from saccade.reports.render_tokens import token_map
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
-PHOTO, PICTURE = PICTURES / "cat.jpg", PICTURES / "settings.jpg"
+PHOTO, PICTURE, FRONTIER = PICTURES / "cat.jpg", PICTURES / "settings.jpg", PICTURES / "frontier.png"
+RESULTS = PICTURES.parent / "results.md"
+TITLE = "ViT-Ti/16, nothing trained: 1,000 Imagenette photos, PyTorch on a CPU, batch 32"
 SETTINGS = ("tome(r=13)", "evit(0.7)", "quadtree(97)")
 SIDE, GAP, LINE, QUALITY = 256, 12, 24, 85  # pixels; of the JPEG
 
 
 def main() -> None:
-    """Write the picture beside the photo."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--weights", required=True)
+    """Write the picture that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    settings = kinds.add_parser("settings")
+    settings.add_argument("model")
+    settings.add_argument("--weights", required=True)
+    frontier = kinds.add_parser("frontier")
+    frontier.add_argument("measured", nargs="?", type=Path, help="a frontier.csv; without: docs/results.md")
+    frontier.add_argument("--out", type=Path, default=FRONTIER)
     asked = parser.parse_args()
-    model = saccade.create_model(asked.model, weights=asked.weights)
+    if asked.kind == "settings":
+        board(asked.model, asked.weights).save(PICTURE, quality=QUALITY)
+        return
+    points = published() if asked.measured is None else tuned(asked.measured)
+    frontier_picture(points, title=TITLE if asked.measured is None else "").save(asked.out, optimize=True)
+
+
+def board(name: str, weights: str) -> Image.Image:
+    """The photo and what three settings make of it, side by side."""
+    model = saccade.create_model(name, weights=weights)
     photo = Image.open(PHOTO).convert("RGB")
     crop = Preprocess.of(model.vit, model.input_size()).crop(photo)
     panels = [("the photo, 196 tokens", Image.fromarray(crop.permute(1, 2, 0).numpy()))]
@@ -40,7 +66,31 @@ def main() -> None:
         left = GAP + place * (SIDE + GAP)
         draw.text((left, GAP), title, fill=(24, 28, 34), font=font)
         board.paste(panel.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left, GAP + LINE))
-    board.save(PICTURE, quality=QUALITY)
+    return board
+
+
+def published() -> list[Point]:
+    """The settings of the first table of docs/results.md: accuracy on 1,000 Imagenette photos, and speed-up."""
+    text = RESULTS.read_text(encoding="utf-8").partition("| ViT-Ti/16, training-free |")[2].partition("\n\n")[0]
+    points = []
+    for line in text.splitlines()[2:]:
+        name, _, _, _, accuracy, _, _, speedup, _ = (part.strip() for part in re.split(r"(?<!\\)\|", line)[1:-1])
+        setting = name.strip("`").replace("\\|", "|")
+        family = "dense" if setting.startswith(("dense", "grid")) else setting.partition("(")[0]
+        family = family if family in ("dense", "random") else "reduction"
+        points.append(Point(setting, family, float(speedup.rstrip("×")), float(accuracy.rstrip(" %")) / 100))
+    return points
+
+
+def tuned(file: Path) -> list[Point]:
+    """The settings of a frontier.csv that have accuracy and speed."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["top1"] and row["speedup"]]
+    return [
+        Point(row["setting"], row["family"], *(float(row[key]) for key in ("speedup", "top1", "top1_low", "top1_high")),
+              row["chosen"] == "True")
+        for row in rows
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ _HOME = {
     "detect": "tasks.detection.average_precision:evaluate_detection",
     "zeroshot": "tasks.image_text.zero_shot:evaluate_words",
     "view": "reports",
+    "relevance_map": "analysis.relevance_map",
     "predict": "prediction.predictor",
     "Predictor": "prediction.predictor",
     "Prediction": "prediction.predictions",

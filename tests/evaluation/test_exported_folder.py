@@ -202,6 +202,16 @@ def test_an_encoder_is_exported_too(tmp_path, photo):
     assert saccade.Predictor(opened)(photo)[0].embedding.shape == (192,)
 
 
+def test_a_model_of_half_precision_is_exported_as_fp32(model, exported, tmp_path):
+    model.save(tmp_path / "model")
+    half = saccade.load(tmp_path / "model").half()
+    saccade.export(half, tmp_path / "half", runner="torch")
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    folders = (tmp_path / "half", exported)
+    rounded, whole = (torch.as_tensor(open_artefact(folder, trusted=True)(images).logits) for folder in folders)
+    assert rounded.dtype == torch.float32 and torch.allclose(rounded, whole, atol=1e-2)  # weights were rounded once
+
+
 def test_what_cannot_be_exported_is_said_first(model, tmp_path):
     with pytest.raises(UserError, match="runner bf16 is not exported"):
         saccade.export(model, tmp_path / "m", runner="bf16")

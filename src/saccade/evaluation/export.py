@@ -30,7 +30,7 @@ from saccade.runners.engine import check_dtype, engine_of, versions
 from saccade.runners.exported import IMAGES, Exported, has_fixed_counts
 from saccade.runners.input_stage import InputStage
 from saccade.runners.predict_script import script
-from saccade.runners.runner import Runner
+from saccade.runners.runner import FP32, Runner
 from saccade.setting import Setting
 from saccade.storage.files import discard, write_text
 from saccade.terminal.progress import Progress
@@ -131,7 +131,7 @@ def export(
         raise UserError(f"least={least} is not a share from 0 to 1")
     engine = engine_of(way.engine)
     check_dtype(engine, way.engine, way.dtype)
-    whole = open_model(model, weights, pretrained, "cpu").deploy(None).eval()
+    whole = FP32.model(open_model(model, weights, pretrained, "cpu")).eval()  # a folder may hold half precision
     names = [str(_sized(whole, s, size)) for s in (settings or [str(whole.setting)])]
     views = {name: whole.at(name).eval() for name in dict.fromkeys(names)}
     folders = {name: Path(out) / _slug(name) if len(views) > 1 else Path(out) for name in views}

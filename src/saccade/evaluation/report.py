@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from saccade.backbones.saving import check_savable, save
 from saccade.checkpoint import Source, open_model
 from saccade.data import ImageSet
@@ -22,6 +24,7 @@ from saccade.evaluation.options import Measured, Search
 from saccade.evaluation.recommendation import Recommendation, conclude
 from saccade.evaluation.tune import search
 from saccade.model import AdaptiveViT
+from saccade.reports.frontier_picture import Point, frontier_picture
 from saccade.reports.frontier_report import Report, render_report
 from saccade.reports.render_tokens import token_map
 from saccade.reports.rows import Row, Sample
@@ -76,6 +79,17 @@ class TuneResult(Result):
         more = [f"{hidden} more rows, random baselines among them: report.html, frontier.csv."] if hidden else []
         said = "\n".join([*more, "", *self.recommendation]).replace("`", "")
         return Table("Best of each kind, the frontier (95 % intervals), and the choice (→)", names, cells, said)
+
+    def frontier(self) -> Image.Image:
+        """A picture of accuracy against measured speed-up. Raises UserError where no accuracy was measured."""
+        return frontier_picture(
+            [
+                Point(row.setting, row.family, row.speedup, row.top1, row.top1_low, row.top1_high, row.chosen)
+                for row in self.rows
+                if row.speedup is not None and row.top1 is not None
+            ],
+            "accuracy",
+        )
 
 
 def shown(rows: Sequence[Row]) -> list[Row]:

@@ -18,6 +18,7 @@ from saccade.core.record import BlockTrace
 from saccade.data import Preprocess, decode
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
+from saccade.reports.formatting import escape
 from saccade.reports.token_map import draw_blocks, draw_tokens
 from saccade.storage.files import check_picture, write_picture
 from saccade.storage.run_folder import check_apart
@@ -44,9 +45,7 @@ class View(Result, _Seen):
         return f"View: {len(self.tokens)} blocks, {ends} tokens, {self.picture.width}×{self.picture.height} pixels"
 
     def _repr_html_(self) -> str:
-        file = io.BytesIO()
-        self.picture.save(file, "PNG")
-        return f'<img alt="{self!r}" src="data:image/png;base64,{b64encode(file.getvalue()).decode()}">'
+        return inline(self.picture, repr(self))
 
 
 def view(
@@ -91,6 +90,13 @@ def view(
     return View(picture, counts)
 
 
+def inline(picture: Image.Image, words: str) -> str:
+    """A picture as markup for a notebook, whole in itself; ``words`` stand for it where it is not shown."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return f'<img alt="{escape(words)}" src="data:image/png;base64,{b64encode(file.getvalue()).decode()}">'
+
+
 def token_map(model: AdaptiveViT, image: Image.Image) -> Image.Image:
     """What each token stands for after the last block."""
     photo, _, owners, grid = _look(model, image)
@@ -100,8 +106,11 @@ def token_map(model: AdaptiveViT, image: Image.Image) -> Image.Image:
 Looked = tuple[Image.Image, Tensor, list[Tensor], tuple[int, int]]
 
 
-def _look(model: AdaptiveViT, image: Image.Image | str | os.PathLike) -> Looked:
-    """The photo as the model sees it, the tokenizer's owner map, those after each block, and the grid."""
+def as_seen(model: AdaptiveViT, image: Image.Image | str | os.PathLike) -> tuple[Image.Image, Tensor, str]:
+    """A photo or its path as the model sees it: the crop, the same as input [1, 3, h, w], and the photo's name.
+
+    Raises ImageError for an image that cannot be read.
+    """
     if isinstance(image, Image.Image):
         name, photo = str(getattr(image, "filename", "") or "image"), image.convert("RGB")
     else:
@@ -109,8 +118,14 @@ def _look(model: AdaptiveViT, image: Image.Image | str | os.PathLike) -> Looked:
     prepare = Preprocess.of(model.vit, model.input_size())
     crop = prepare.crop(photo, name)
     weight = next(model.parameters())
+    images = prepare.normalise(crop).unsqueeze(0).to(weight.device, weight.dtype)
+    return to_pil_image(crop), images, name
+
+
+def _look(model: AdaptiveViT, image: Image.Image | str | os.PathLike) -> Looked:
+    """The photo as the model sees it, the tokenizer's owner map, those after each block, and the grid."""
+    crop, images, name = as_seen(model, image)
     with torch.inference_mode():
-        images = prepare.normalise(crop).unsqueeze(0).to(weight.device, weight.dtype)
         tokens, trace = model.forward_tokens(images, sparse=False)  # the gates are in the trace of what is masked
     if not tokens.x.isfinite().all():
         raise UserError(
@@ -118,7 +133,7 @@ def _look(model: AdaptiveViT, image: Image.Image | str | os.PathLike) -> Looked:
             "check the weights and the number type"
         )
     owners = [_computed(block).cpu() for block in trace.blocks]
-    return to_pil_image(crop), trace.first[0].cpu(), owners, trace.grid
+    return crop, trace.first[0].cpu(), owners, trace.grid
 
 
 def _computed(block: BlockTrace) -> Tensor:
