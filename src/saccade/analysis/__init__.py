@@ -137,7 +137,7 @@ def analyze(
             offer. The first is the one that others are held against.
         what: analyses by name, with knobs: ``"cka | relevance(photos=6)"``; empty: all that fit the images.
         split: of a folder of splits; None: the held-out one.
-        limit: at most so many images, spread evenly over the set.
+        limit: at most this many images, spread evenly over the set.
         batch: images at once.
         out: a folder, written after each analysis; called again with it, an interrupted call goes on from there.
         progress: where to show it; None: nowhere.

@@ -68,7 +68,7 @@ def usage(
         data: a folder or zip of images, with classes or without.
         setting: None: the model's own.
         out: a PNG to write: the mean over all images, three of them, and cost against difficulty.
-        limit: at most so many images, evenly spread.
+        limit: at most this many images, evenly spread.
 
     Raises:
         UserError: bad setting or data.

@@ -94,7 +94,7 @@ class Embeds(nn.Module):
 
         Args:
             images: [B, C, h, w], normalised.
-            indices: numbers of blocks; the last so many; None: all.
+            indices: numbers of blocks; the last this many; None: all.
             return_prefix_tokens: pairs of map and prefix tokens [B, P, D].
             norm: by the ViT's last norm.
             stop_early: not used: the blocks after the last one that is asked for run in any case.

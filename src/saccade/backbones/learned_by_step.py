@@ -1,4 +1,4 @@
-"""Folders of before, in which a method's parameters have the number of its step in their name, and not the block.
+"""Earlier folders, in which a method's parameters have the number of its step in their name, and not the block.
 
 Then settings shared them by that number, whatever their blocks. The settings that a folder was trained for tell which
 blocks a step had; where they contradict each other, its parameters keep their old names, and settings that need them

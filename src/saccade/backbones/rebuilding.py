@@ -77,7 +77,7 @@ def require_plugins(ours: Ours, setting: str, path: Path) -> None:
 
 
 def restore_class_names(vit: ViT, config: FolderConfig) -> None:
-    """Inverse of ``_class_names``. Folders of before have the names that they were trained on, as ``classes``."""
+    """Inverse of ``_class_names``. Earlier folders have the names that they were trained on, as ``classes``."""
     names = config.label_names
     if names is None and config.saccade.task == "classify":
         before = (config.saccade.__pydantic_extra__ or {}).get("classes")

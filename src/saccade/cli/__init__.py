@@ -38,7 +38,7 @@ def common(
     plugin: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="A Python file with methods of one's own (docs/add-a-method.md); also after the verb."
+            metavar="FILE", help="A Python file with your own methods (docs/add-a-method.md); also after the verb."
         ),
     ] = None,
 ) -> None:

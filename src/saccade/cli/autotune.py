@@ -14,9 +14,9 @@ from saccade.cli.common import Device, Json, Model, Pretrained, Settings, Thread
 def command(
     model: Model,
     setting: Settings = [],  # noqa: B006  (typer reads it)
-    batch: Annotated[list[int], typer.Option(help="Images at once; several: --batch 1 8 32.")] = [1, 8],  # noqa: B006
-    dtype: Annotated[list[str], typer.Option(help="fp32, bf16 or fp16; several.")] = ["fp32", "bf16"],  # noqa: B006
-    out: Annotated[str | None, typer.Option(help="The table; else in your cache folder.")] = None,
+    batch: Annotated[list[int], typer.Option(help="Batch sizes: --batch 1 8 32.")] = [1, 8],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="Number types: fp32, bf16, fp16; repeatable.")] = ["fp32", "bf16"],  # noqa: B006
+    out: Annotated[str | None, typer.Option(help="Where to write the table; your cache folder by default.")] = None,
     weights: Weights = None,
     pretrained: Pretrained = False,
     device: Device = "auto",

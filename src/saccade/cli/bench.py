@@ -25,7 +25,7 @@ from saccade.cli.common import (
 def command(
     model: Model,
     setting: Settings = [],  # noqa: B006  (typer reads it)
-    batch: Annotated[list[int], typer.Option(help="Images at once; several: --batch 1 8 32.")] = [1, 8, 32],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Batch sizes: --batch 1 8 32.")] = [1, 8, 32],  # noqa: B006
     runner: Annotated[
         list[str],
         typer.Option(
@@ -37,15 +37,19 @@ def command(
         bool,
         typer.Option(
             "--ideal",
-            help="Time the same token counts by plain slicing too: kept, its time ÷ time, says what deciding costs.",
+            help="Also time the same token counts by plain slicing; 'kept', its time ÷ time, is what deciding costs.",
         ),
     ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="fp32 (the default), bf16 or fp16, for dense too: a runner's short form.")
     ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Under torch.compile, dense too.")] = False,
-    autotuned: Annotated[bool, typer.Option("--autotuned", help="By the table that `saccade autotune` wrote.")] = False,
-    seconds: Annotated[float, typer.Option(min=0, help="Of timed runs for each batch size; at least 7 runs.")] = 10.0,
+    compile: Annotated[bool, typer.Option("--compile", help="Run everything under torch.compile.")] = False,
+    autotuned: Annotated[
+        bool, typer.Option("--autotuned", help="Use the table that `saccade autotune` wrote.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds of timing for each batch size; at least 7 runs.")
+    ] = 10.0,
     weights: Weights = None,
     pretrained: Pretrained = False,
     device: Device = "auto",

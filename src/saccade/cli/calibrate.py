@@ -33,7 +33,7 @@ def command(
         str,
         typer.Option("--setting", "-s", help="A method with a threshold, or with counts to learn: see saccade list."),
     ],
-    gmacs: Annotated[float, typer.Option(help="The budget: mean 10^9 multiply-accumulates an image.")],
+    gmacs: Annotated[float, typer.Option(help="The budget: mean GMACs (10^9 multiply-accumulates) per image.")],
     out: Annotated[str | None, typer.Option(help="Folder for the model under the setting that is found.")] = None,
     cache: Annotated[str | None, typer.Option(help="Folder for what was measured, to go on after a stop.")] = None,
     weights: Weights = None,
@@ -41,9 +41,11 @@ def command(
     split: Split = None,
     limit: Annotated[int, LIMIT] = 200,
     batch: Batch = 32,
-    moves: Annotated[int, typer.Option(min=0, help="Of learning counts: settings tried, 96 images each.")] = 150,
-    steps: Annotated[int, typer.Option(min=0, help="Of gradients before them, 16 images each.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the images' order, where counts are learned.")] = 0,
+    moves: Annotated[
+        int, typer.Option(min=0, help="Where counts are learned: how many settings to try, 96 images each.")
+    ] = 150,
+    steps: Annotated[int, typer.Option(min=0, help="Gradient steps before that, 16 images each.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the images' order, where counts are learned.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,

@@ -35,31 +35,36 @@ def complete_setting(given: str) -> list[str]:
     return [f"{before}{bar}{' ' if bar else ''}{name}" for name in names if name.startswith(last.strip())]
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A timm model name, or a folder saved by Saccade.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A timm name, hf-hub:owner/name, or a folder that Saccade saved.")
+]
 Data = Annotated[
-    str, typer.Argument(metavar="DATA", help="Images: class/name, split/class/name, a zip, or unlabelled.")
+    str, typer.Argument(metavar="DATA", help="A folder or zip of images: class/name, split/class/name, or unlabelled.")
 ]
 Settings = Annotated[
     list[str],
     typer.Option(
         "--setting",
         "-s",
-        help="Like 'tome(r=13)' or 'grid(20) | evit(0.7)'; repeatable.",
+        help="A setting: 'tome(r=13)', 'grid(20) | evit(0.7)'; repeatable.",
         rich_help_panel=MODEL,
         autocompletion=complete_setting,
     ),
 ]
-Weights = Annotated[str | None, typer.Option(help="A safetensors file with timm's keys.", rich_help_panel=MODEL)]
+Weights = Annotated[
+    str | None, typer.Option(help="Weights to load: a safetensors file with timm's keys.", rich_help_panel=MODEL)
+]
 Pretrained = Annotated[
-    bool, typer.Option("--pretrained", help="timm's own weights, from the hub.", rich_help_panel=MODEL)
+    bool,
+    typer.Option("--pretrained", help="Download the pretrained weights of a timm or hub name.", rich_help_panel=MODEL),
 ]
 Split = Annotated[
     str | None,
-    typer.Option(help="Split of a folder of splits; the held-out one by default.", rich_help_panel=IMAGES),
+    typer.Option(help="Which split of DATA to use; the held-out one by default.", rich_help_panel=IMAGES),
 ]
-LIMIT = typer.Option(min=1, help="At most so many images, evenly spread.", rich_help_panel=IMAGES)
+LIMIT = typer.Option(min=1, help="Use at most this many images, spread evenly.", rich_help_panel=IMAGES)
 Limit = Annotated[int | None, LIMIT]
-BATCH = typer.Option(min=1, help="Images at once.", rich_help_panel=IMAGES)
+BATCH = typer.Option(min=1, help="Batch size.", rich_help_panel=IMAGES)
 Batch = Annotated[int, BATCH]
 ListedImages = Annotated[
     str | None,

@@ -12,11 +12,13 @@ from saccade.cli.common import Json, Pretrained, Weights, open_model, print_json
 
 @app.command("convert")
 def command(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A timm model name, or a folder saved by Saccade.")],
-    patch: Annotated[str, typer.Option(help="Pixels of a patch: 16; 14:16 checks that the source has 14.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A timm name, hf-hub:owner/name, or a folder that Saccade saved.")
+    ],
+    patch: Annotated[str, typer.Option(help="New patch size in pixels: 16; 14:16 also checks that the source has 14.")],
     out: Annotated[str, typer.Option(help="Folder for the model.")],
     size: Annotated[
-        int | None, typer.Option(help="Input pixels; by default as many patches as the source has.")
+        int | None, typer.Option(help="Input size in pixels; by default as many patches as the source has.")
     ] = None,
     resize: Annotated[
         str | None, typer.Option(help="default (antialiased bilinear), google (FlexiViT's weights) or timm (bicubic).")

@@ -12,9 +12,9 @@ from saccade.cli.common import Json, kept_in, open_model
 
 @app.command("demo")
 def command(
-    model: Annotated[str | None, typer.Option(help="A timm model name or a folder; without: the one built in.")] = None,
-    weights: Annotated[str | None, typer.Option(help="The weights of a timm name, safetensors.")] = None,
-    data: Annotated[str, typer.Option(help="Images; without: the built-in scenes.")] = "scenes",
+    model: Annotated[str | None, typer.Option(help="A timm name or a folder; the built-in model by default.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of a timm name, safetensors.")] = None,
+    data: Annotated[str, typer.Option(help="A folder or zip of images, or the built-in scenes.")] = "scenes",
     out: Annotated[str, typer.Option(help="Folder for the report.")] = "runs/demo",
     json: Json = False,
 ) -> None:

@@ -34,7 +34,7 @@ def command(
     ask: Annotated[
         list[str] | None, typer.Option(help="What to look for in a photo, in words; repeatable. Default: its classes.")
     ] = None,
-    least: Annotated[float, typer.Option(min=0, max=1, help="Of the score, in a photo.")] = 0.3,
+    least: Annotated[float, typer.Option(min=0, max=1, help="Draw what scores at least this, in a photo.")] = 0.3,
     split: Split = None,
     limit: Limit = None,
     batch: Batch = 32,

@@ -38,19 +38,21 @@ def command(
     limit: Limit = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Images at once, for timing too. Default: 32, or 8.", rich_help_panel=IMAGES),
+        typer.Option(min=1, help="Batch size, also of the timing. Default: 32, or 8.", rich_help_panel=IMAGES),
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0, help="Of interleaved timing; 0: none. Default: 10 with a range, else 0.")
+        float | None,
+        typer.Option(min=0, help="Seconds of timing, all settings in turn; 0: none. Default: 10 with a range, else 0."),
     ] = None,
     out: Annotated[
-        str | None, typer.Option(help="Folder for scores.csv, scores.json and report.html; then it can be resumed.")
+        str | None,
+        typer.Option(help="Folder for scores.csv, scores.json and report.html; the run can then be resumed."),
     ] = None,
     corrupt: Annotated[
         str | None, typer.Option(help="Corrupt the images: masks:50, gaussian_noise:3, jpeg:2, … (strength 1 to 5).")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16, for dense too. Default: what the folder is run in.")
+        str | None, typer.Option(help="Number type, for dense too: fp32, bf16 or fp16. Default: the folder's.")
     ] = None,
     device: Device = "auto",
     threads: Threads = None,

@@ -18,20 +18,20 @@ def command(
         str, typer.Option(help="onnx, openvino, aoti or torch; with a number type: 'openvino bf16', 'onnx int8'.")
     ] = "onnx",
     setting: Settings = [],  # noqa: B006  (typer reads it)
-    batch: Annotated[str, typer.Option(help="Images of every call: 1, 8, …; or dynamic.")] = "dynamic",
-    size: Annotated[int | None, typer.Option(min=1, help="Pixels of a side, where the setting says none.")] = None,
+    batch: Annotated[str, typer.Option(help="Batch size of every call: 1, 8, …; or dynamic for any.")] = "dynamic",
+    size: Annotated[int | None, typer.Option(min=1, help="Input size in pixels, where the setting has none.")] = None,
     data: Annotated[
         str | None, typer.Option(help="Images to compare on; without: drawn scenes.", rich_help_panel=IMAGES)
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many of them.", rich_help_panel=IMAGES)] = 300,
+    limit: Annotated[int, typer.Option(min=1, help="Use at most this many of them.", rich_help_panel=IMAGES)] = 300,
     provenance: Annotated[
-        bool, typer.Option("--provenance", help="Outputs 'owner', the token of each cell, and 'tokens' too.")
+        bool, typer.Option("--provenance", help="Add the outputs 'owner' (the token of each cell) and 'tokens'.")
     ] = False,
     pixels: Annotated[
         bool, typer.Option("--pixels", help="Take photos of any size, uint8 NHWC: preprocessing is in the graph.")
     ] = False,
     least: Annotated[
-        float, typer.Option(min=0, max=1, help="Agreement with the original below which nothing is written.")
+        float, typer.Option(min=0, max=1, help="Write nothing where fewer answers agree with the original.")
     ] = 0.995,
     weights: Weights = None,
     pretrained: Pretrained = False,

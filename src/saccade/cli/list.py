@@ -12,7 +12,7 @@ from saccade.cli.common import Json, print_json
 
 @app.command("list")
 def command(
-    name: Annotated[str | None, typer.Argument(metavar="METHOD", help="One of them, whose knobs are told.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="METHOD", help="One method, to see its knobs.")] = None,
     json: Json = False,
 ) -> None:
     """Methods and tokenizers that a setting may name; of one, its knobs and where their defaults are from.

@@ -16,10 +16,10 @@ def command(
     model: Model,
     images: Annotated[list[str], typer.Argument(metavar="IMAGES...", help="Photos, folders, zips, or '*.jpg'.")],
     setting: Annotated[
-        str | None, typer.Option("--setting", "-s", help="Like 'tome(r=13)'; without: the model's own.")
+        str | None, typer.Option("--setting", "-s", help="A setting, 'tome(r=13)'; the model's own by default.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 5,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images at once; default: as the folder says, or 8.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to name for each image.")] = 5,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size; default: as the folder says, or 8.")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row for each image.")] = False,
     embed: Annotated[
         str | None, typer.Option(help="Write embeddings and names: FILE.npz or FILE.safetensors.", metavar="FILE")

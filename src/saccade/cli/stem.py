@@ -12,12 +12,14 @@ from saccade.cli.common import Json, Pretrained, Weights, open_model, print_json
 
 @app.command("stem")
 def command(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A timm model name, or a folder saved by Saccade.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="A timm name, hf-hub:owner/name, or a folder that Saccade saved.")
+    ],
     data: Annotated[str, typer.Argument(metavar="[DATA]", help="Folder or zip of images to fit on.")] = "scenes",
     out: Annotated[str, typer.Option(help="Folder for the model.")] = "runs/stem",
     weights: Weights = None,
     pretrained: Pretrained = False,
-    limit: Annotated[int, typer.Option(min=2, help="At most so many images, evenly spread.")] = 256,
+    limit: Annotated[int, typer.Option(min=2, help="Use at most this many images, spread evenly.")] = 256,
     json: Json = False,
 ) -> None:
     """Four overlapping convolutions that give nearly the tokens of the patch embedding (arXiv 2412.16491): stem().

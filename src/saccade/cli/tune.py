@@ -36,32 +36,33 @@ QUICK = 2.0  # minutes
 def command(
     model: Model,
     data: Data,
-    target: Annotated[str | None, typer.Option(help="Speed-up over dense: 1.5x, 2x.")] = None,
-    gmacs: Annotated[float | None, typer.Option(help="10^9 multiply-accumulates an image.")] = None,
-    ms: Annotated[float | None, typer.Option(help="Milliseconds a batch, median.")] = None,
-    max_drop: Annotated[str | None, typer.Option(help="Accuracy that may be lost: 1%. Then the fastest wins.")] = None,
+    target: Annotated[str | None, typer.Option(help="Target: a speed-up over dense, 1.5x or 2x.")] = None,
+    gmacs: Annotated[float | None, typer.Option(help="Target: GMACs (10^9 multiply-accumulates) per image.")] = None,
+    ms: Annotated[float | None, typer.Option(help="Target: median milliseconds per batch.")] = None,
+    max_drop: Annotated[str | None, typer.Option(help="Target: the fastest that loses at most this, 1%.")] = None,
     out: Annotated[
         str, typer.Option(help="Folder for frontier.csv, frontier.json, report.html and model/.")
     ] = "runs/tune",
     weights: Weights = None,
     pretrained: Pretrained = False,
     split: Split = None,
-    limit: Annotated[int, typer.Option(min=20, help="At most so many images; half choose, half report.")] = 2000,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once, for timing.")] = 8,
-    quick: Annotated[bool, typer.Option("--quick", help="In two minutes: fewer images and settings.")] = False,
-    minutes: Annotated[
-        float | None, typer.Option(help="That all of it may take. Without: as long as it needs.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Of interleaved timing.")] = 30.0,
-    compiled: Annotated[bool, typer.Option(help="Also time dense under torch.compile.")] = True,
+    limit: Annotated[
+        int, typer.Option(min=20, help="Use at most this many images: half to choose, half to report.")
+    ] = 2000,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of the timing.")] = 8,
+    quick: Annotated[bool, typer.Option("--quick", help="Finish in two minutes: fewer images and settings.")] = False,
+    minutes: Annotated[float | None, typer.Option(help="Time limit for all of it; none by default.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Seconds of timing, all settings in turn.")] = 30.0,
+    compiled: Annotated[bool, typer.Option(help="Also time the dense model under torch.compile.")] = True,
     runner: Annotated[
         list[str],
-        typer.Option(help="auto: bf16, torch.compile and the engines that are installed; or bf16, onnx, openvino, …"),
+        typer.Option(help="How to run: auto (bf16, torch.compile, installed engines), bf16, onnx, openvino, …"),
     ] = ["auto"],  # noqa: B006  (typer reads it)
     schedules: Annotated[
-        int | None, typer.Option(min=0, help="Tried, to find the best for the budget; 0: none. Without: 300, or fewer.")
+        int | None,
+        typer.Option(min=0, help="Schedules to try in a search for the budget's best; 0: none. Default: up to 300."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split into halves, and of what is tried.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split into halves, and of the search.")] = 0,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,

@@ -18,7 +18,7 @@ def command(
     out: Annotated[str, typer.Option(help="The PNG to write.")] = "tokens.png",
     weights: Weights = None,
     pretrained: Pretrained = False,
-    limit: Annotated[int, typer.Option(min=1, help="Of a folder: at most so many images, evenly spread.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, help="Of a folder, use at most this many images, spread evenly.")] = 200,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

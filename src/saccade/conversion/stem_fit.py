@@ -55,7 +55,7 @@ def fit_stem(
         source: a timm name, a folder saved by Saccade, a timm ViT or an AdaptiveViT.
         images: what to fit on: a folder or zip, "scenes" for the built-in ones, or normalised images [n, C, h, w].
         weights, pretrained: as in ``saccade.create_model``.
-        limit: at most so many images, evenly spread; 64 are enough for most.
+        limit: at most this many images, evenly spread; 64 are enough for most.
 
     Raises:
         UserError: a source or images that do not fit, fewer than one image, a model that a stem does not fit.

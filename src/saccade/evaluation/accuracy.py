@@ -132,7 +132,7 @@ def evaluate(
     Args:
         data: a folder or zip of images, ``class/name`` (see ``saccade.data.open_images``); without classes the metric
             is agreement with the dense model.
-        limit: at most so many images, spread evenly over the set.
+        limit: at most this many images, spread evenly over the set.
         cache: a folder for what settings said, so that an interrupted call goes on from there.
         corrupt: ``"masks:50"``, ``"gaussian_noise:3"``, … (``saccade.data.corrupt``), the same for all settings.
         progress: where to show it; None: nowhere.

@@ -90,7 +90,7 @@ def plan(
     time too short even for that is overdrawn, and ``seconds`` says it.
 
     Args:
-        images: at most so many.
+        images: at most this many.
         runners: other ways to run that are timed beside the survivors, in settings.
         timing: seconds of timed runs, if there is time for them.
         ratio: the MAC ratio aimed at.

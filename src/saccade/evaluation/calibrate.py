@@ -161,7 +161,7 @@ def calibrate(
             whose counts can be learned: those of the line are where learning starts, multiplied to meet the budget.
         gmacs: the budget, 10^9 MACs that run, mean over images.
         split: of a folder of splits; None: the held-out one.
-        limit: at most so many images, spread evenly over the set.
+        limit: at most this many images, spread evenly over the set.
         cache: a folder for what settings said, so that an interrupted call goes on from there.
         search: how counts are learned; None: by 150 moves.
         progress: where to show it; None: nowhere.

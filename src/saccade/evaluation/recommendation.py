@@ -152,7 +152,7 @@ def _cost(m: Measured, dense: Measured, evaluator: Evaluator) -> str:
 
 
 def _alone(chosen: Measured, dense: Measured, search: Search) -> list[str]:
-    """Whether so many images can tell what the choice costs."""
+    """Whether this many images can tell what the choice costs."""
     evaluator = search.evaluator
     assert evaluator is not None and chosen.found is not None
     count = len(chosen.found.indices)
@@ -178,7 +178,7 @@ def _rival(chosen: Measured, fit: Sequence[Measured], evaluator: Evaluator) -> l
         return [] if chosen.option.plain else ["Only token reduction gets there."]
     rival = max(others, key=lambda m: (m.rank, m.speed.speedup))
     gap = difference(chosen, rival, evaluator)
-    sure = "" if gap.low > 0 or gap.high < 0 else ", which so many images cannot tell apart"
+    sure = "" if gap.low > 0 or gap.high < 0 else ", which this many images cannot tell apart"
     return [f"The best {kind}: {described(rival)}; the choice − this = {points(gap)}{sure}."]
 
 

@@ -60,7 +60,7 @@ def evaluate(
         settings: one or several, ranges too: ``"grid(8..40)"``, ``"evit(0.3..0.9..0.1)"``. A range stops at what makes
             sense to its method, for a grid at the patches that divide the input.
         split: of a folder of splits; None: the held-out one.
-        limit: at most so many images, spread evenly over the set.
+        limit: at most this many images, spread evenly over the set.
         batch: images at once, for timing too.
         seconds: of timed runs, all settings interleaved with dense, never fewer than 7 of each; 0: no timing;
             None: 10 where there is a range, else 0.

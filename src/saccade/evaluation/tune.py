@@ -52,7 +52,7 @@ def search(
     Args:
         data: images (see ``saccade.data.open_images``); None: measure speed only.
         cache: folder for what was measured, to go on after an interruption; None: forget.
-        limit: at most so many images, spread evenly over the set; half select, half report.
+        limit: at most this many images, spread evenly over the set; half select, half report.
         batch: images at once, for timing.
         seconds: of interleaved timing.
         compiled: also time the dense model under ``torch.compile``; False, with "auto": PyTorch eager alone.

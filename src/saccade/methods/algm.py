@@ -106,8 +106,8 @@ def algm(
         local_at: 0-based block that merges windows; tokens must still be a whole grid there.
         merge_at: 0-based block that merges anywhere; None: at a third of the depth.
         proportional: attention counts a merged token as often as it has patches; False, as its code: once.
-        gmacs: find multiples of ``local`` and ``merge`` for so many GMACs an image (of the model's own size) instead.
-        speed: find multiples of them for so many times fewer MACs instead.
+        gmacs: find multiples of ``local`` and ``merge`` for this many GMACs per image (at its own size) instead.
+        speed: find multiples of them for this many times fewer MACs instead.
     """
     local, merge = fraction("algm", "local", local), fraction("algm", "merge", merge, 0.0, 0.5)
     whole("algm", "local_at", local_at, 0, backbone.depth - 1)

@@ -57,8 +57,8 @@ def cut(
             the model's own size.
         at: 0-based blocks, in order; None: at a quarter of the depth.
         site: 'attn', between attention and MLP, or 'block', before the block.
-        gmacs: find ``tokens``, the same for all blocks, for so many GMACs an image (of the model's own size) instead.
-        speed: find ``tokens`` for so many times fewer MACs instead.
+        gmacs: find ``tokens``, the same for all blocks, for this many GMACs per image (at its own size) instead.
+        speed: find ``tokens`` for this many times fewer MACs instead.
     """
     kind = SITES[one_of("cut", "site", site, SITES)]
     chosen = blocks("cut", at, backbone.stages()[:1], backbone.depth)

@@ -53,8 +53,8 @@ def depth(
         blocks: how many; None: all of them.
         head: 'shared', the ViT's own norm and classifier; 'own', one of each for this depth, which has to be learned
             (it reads the class token).
-        gmacs: find ``blocks`` for so many GMACs an image (of the model's own size) instead.
-        speed: find ``blocks`` for so many times fewer MACs instead.
+        gmacs: find ``blocks`` for this many GMACs per image (at its own size) instead.
+        speed: find ``blocks`` for this many times fewer MACs instead.
     """
     blocks = backbone.depth if blocks is None else blocks
     if type(blocks) is not int or not 1 <= blocks <= backbone.depth:

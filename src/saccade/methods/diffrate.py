@@ -202,8 +202,8 @@ def diffrate(
         merge: tokens merged away likewise, each into the most similar token that is kept.
         metric: similarity of the features 'x' behind attention, as published, or of the mean 'key' over heads.
         score: 'class' attention, or mean attention 'received', for models without a class token.
-        gmacs: find multiples of these numbers for so many GMACs an image (of the model's own size) instead.
-        speed: find multiples for so many times fewer MACs instead.
+        gmacs: find multiples of these numbers for this many GMACs per image (at its own size) instead.
+        speed: find multiples for this many times fewer MACs instead.
     """
     one_of("diffrate", "metric", metric, METRICS)
     reading = check_score("diffrate", score, backbone)

@@ -82,8 +82,8 @@ def dpc_knn(
         learned: weigh tokens by exp of a learned linear score (TCFormer; to be trained); False: all alike.
         proportional: attention counts a merged token as often as it has patches; False: once.
         weighted: weigh tokens by the patches in them, where nothing is learned; False: all alike.
-        gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead.
-        speed: find ``keep`` for so many times fewer MACs instead.
+        gmacs: find ``keep`` for this many GMACs per image (at its own size) instead.
+        speed: find ``keep`` for this many times fewer MACs instead.
     """
     keep = fraction("dpc_knn", "keep", keep, 0.001)
     at = blocks("dpc_knn", at, backbone.stages(), backbone.depth)

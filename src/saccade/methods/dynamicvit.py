@@ -155,8 +155,8 @@ def dynamicvit(
             one for all blocks or one for each; None: the same number in every image. Training is the same for all.
         ratio: weight of the loss that holds training to ``keep``.
         tau: temperature of the draws in training.
-        gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead, by fixed counts.
-        speed: find ``keep`` for so many times fewer MACs instead.
+        gmacs: find ``keep`` for this many GMACs per image (at its own size) instead, by fixed counts.
+        speed: find ``keep`` for this many times fewer MACs instead.
     """
     keep = fraction("dynamicvit", "keep", keep, 0.001)
     for knob, value, least in (("ratio", ratio, 0.0), ("tau", tau, 0.001)):

@@ -35,8 +35,8 @@ def evit(
         at: 0-based blocks that drop; None: at a quarter, a half and three quarters of the depth.
         fuse: add one token, the attention-weighted sum of those dropped (not divided by the weights' sum).
         score: 'class' attention, or mean attention 'received', for models without a class token.
-        gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead.
-        speed: find ``keep`` for so many times fewer MACs instead.
+        gmacs: find ``keep`` for this many GMACs per image (at its own size) instead.
+        speed: find ``keep`` for this many times fewer MACs instead.
     """
     keep = fraction("evit", "keep", keep, 0.001)
     if not isinstance(fuse, bool):

@@ -148,8 +148,8 @@ def imagepiece(
         of: what ``merge`` is a share of: the 'tokens' there are, the 'bottom' ones, or the 'first', those of a whole
             image (of the model's own size).
         split: the bottom tokens part into two sides by rank: 'alternate', in 'halves', or at 'random'.
-        gmacs: find ``keep`` for so many GMACs an image (of the model's own size); ``merge``, where that is enough.
-        speed: the same for so many times fewer MACs.
+        gmacs: find ``keep`` for this many GMACs per image (at its own size); ``merge``, where that is enough.
+        speed: the same for this many times fewer MACs.
     """
     p, merge = fraction("imagepiece", "p", p), fraction("imagepiece", "merge", merge)
     keep = fraction("imagepiece", "keep", keep, 0.001)

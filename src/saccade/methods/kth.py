@@ -60,8 +60,8 @@ def kth(
         k: 1 keeps all of them.
         at: 0-based blocks; None: at a quarter of the depth.
         merge: the others merge into the most similar ones kept (ToMe's k-th matching, but none is lost); False: drop.
-        gmacs: find ``k`` for so many GMACs an image (of the model's own size) instead.
-        speed: find ``k`` for so many times fewer MACs instead.
+        gmacs: find ``k`` for this many GMACs per image (at its own size) instead.
+        speed: find ``k`` for this many times fewer MACs instead.
     """
     whole("kth", "k", k, 1, 10**6)
     switch("kth", "merge", merge)

@@ -103,9 +103,9 @@ def mctf(
             of the depth (the paper's fast variant is ``mctf(share=0.35)``).
         info: exponent of the attention that tokens receive, in [0, 1]; 0: it does not count.
         size: exponent of the patches in them, in [0, 1].
-        gmacs: find the share for so many GMACs an image (of the model's own size) instead; where a half at the default
+        gmacs: find the share for this many GMACs per image (at its own size) instead; where a half at the default
             blocks is not enough, the other blocks but the first merge a share too.
-        speed: the same for so many times fewer MACs.
+        speed: the same for this many times fewer MACs.
     """
     if isinstance(r, tuple) and not all(knob is None for knob in (share, at, gmacs, speed)):
         raise UserError(

@@ -54,8 +54,8 @@ def patchmerger(
         tokens: mixtures, 1 to 10,000; where there are no more patch tokens than that it does nothing.
         at: the 0-based block before which it stands; None: half of the depth.
         scale: of the scores, above 0; D ** -0.5 makes the first mixtures softer.
-        gmacs: find ``tokens`` for so many GMACs an image (of the model's own size) instead.
-        speed: find ``tokens`` for so many times fewer MACs instead.
+        gmacs: find ``tokens`` for this many GMACs per image (at its own size) instead.
+        speed: find ``tokens`` for this many times fewer MACs instead.
     """
     whole("patchmerger", "tokens", tokens, 1, 10_000)
     if isinstance(scale, bool) or not 0 < scale <= 1e6:

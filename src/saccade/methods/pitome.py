@@ -77,8 +77,8 @@ def pitome(
         margin: cosine above which tokens attract, in the first block; it falls to 0 behind the last.
         metric: similarity of the mean 'key' over heads, or of the features 'x'.
         proportional: attention counts a merged token as often as it has patches; False, the default of its code: once.
-        gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead.
-        speed: find ``keep`` for so many times fewer MACs instead.
+        gmacs: find ``keep`` for this many GMACs per image (at its own size) instead.
+        speed: find ``keep`` for this many times fewer MACs instead.
     """
     keep, margin = fraction("pitome", "keep", keep, 0.5), fraction("pitome", "margin", margin, -1.0)
     one_of("pitome", "metric", metric, METRICS)

@@ -65,8 +65,8 @@ def radial(
         keep: share of patch tokens kept at each of the blocks, in (0, 1].
         at: 0-based blocks that drop; None: at a quarter, a half and three quarters of the depth.
         norm: of the distance: 'l1', 'l2' or 'linf'.
-        gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead.
-        speed: find ``keep`` for so many times fewer MACs instead.
+        gmacs: find ``keep`` for this many GMACs per image (at its own size) instead.
+        speed: find ``keep`` for this many times fewer MACs instead.
     """
     one_of("radial", "norm", norm, NORMS)
     keep = fraction("radial", "keep", keep, 0.001)

@@ -46,8 +46,8 @@ def random(
         keep: share of patch tokens kept at each of the blocks, in (0, 1].
         at: 0-based blocks that drop; None: at a quarter, a half and three quarters of the depth.
         seed: of the places.
-        gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead.
-        speed: find ``keep`` for so many times fewer MACs instead.
+        gmacs: find ``keep`` for this many GMACs per image (at its own size) instead.
+        speed: find ``keep`` for this many times fewer MACs instead.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise UserError(f"random: seed={seed!r} is not a whole number in [0, 2**31)")

@@ -67,8 +67,8 @@ def tofu(
         r: patch tokens that leave in each block, or a list with one number per block.
         merge_from: the first 0-based block that merges; those before it prune. None: half of the depth.
         total: patch tokens that leave in all blocks together, instead of r.
-        gmacs: find the total for so many GMACs an image (of the model's own size) instead.
-        speed: find the total for so many times fewer MACs instead.
+        gmacs: find the total for this many GMACs per image (at its own size) instead.
+        speed: find the total for this many times fewer MACs instead.
     """
     depth = backbone.depth
     first = whole("tofu", "merge_from", depth // 2 if merge_from is None else merge_from, 0, depth)

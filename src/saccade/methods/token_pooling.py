@@ -129,8 +129,8 @@ def token_pooling(
         iterations: of the clustering, 0 to 20.
         start: first centres: those of the highest 'weight', or 'even' places; None: by weight where weighted.
         proportional: attention counts a centre as often as it has patches; False, the paper: once.
-        gmacs: find ``keep`` for so many GMACs an image (of the model's own size) instead.
-        speed: find ``keep`` for so many times fewer MACs instead.
+        gmacs: find ``keep`` for this many GMACs per image (at its own size) instead.
+        speed: find ``keep`` for this many times fewer MACs instead.
     """
     keep = fraction("token_pooling", "keep", keep, 0.001)
     at = blocks("token_pooling", at, backbone.stages(), backbone.depth)

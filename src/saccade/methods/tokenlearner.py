@@ -155,8 +155,8 @@ def tokenlearner(
         version: '1.1', an MLP and a softmax over places, or '1.0', convolutions and sigmoids (needs a whole grid).
         pool: for version '1.0', a 'sum' or a 'mean' over places.
         fuse_at: the 0-based block before which all tokens come back (TokenFuser), for dense tasks; None: they do not.
-        gmacs: find ``tokens`` for so many GMACs an image (of the model's own size) instead; not with ``fuse_at``.
-        speed: find ``tokens`` for so many times fewer MACs instead.
+        gmacs: find ``tokens`` for this many GMACs per image (at its own size) instead; not with ``fuse_at``.
+        speed: find ``tokens`` for this many times fewer MACs instead.
     """
     whole("tokenlearner", "tokens", tokens, 1, 10_000)
     one_of("tokenlearner", "version", version, VERSIONS)

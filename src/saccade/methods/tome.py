@@ -40,8 +40,8 @@ def tome(
         metric: similarity of the mean 'key' over heads, or of the features 'x'.
         proportional: attention counts a merged token as often as it has patches; False (better without supervision,
             says the paper): once.
-        gmacs: find the total for so many GMACs an image (of the model's own size) instead.
-        speed: find the total for so many times fewer MACs instead.
+        gmacs: find the total for this many GMACs per image (at its own size) instead.
+        speed: find the total for this many times fewer MACs instead.
     """
     width = backbone.head_dim if one_of("tome", "metric", metric, METRICS) == "key" else backbone.dim
     switch("tome", "proportional", proportional)

@@ -56,7 +56,7 @@ def evaluate(
         data: images as the task has them: ``class/name``, pairs of images and labels, a COCO file, images with texts.
         settings: one or several; ranges too where it is a classifier.
         split: of a folder of splits; None: the held-out one.
-        limit: at most so many images, spread evenly over the set.
+        limit: at most this many images, spread evenly over the set.
         batch: images at once; None: as many as the task's function says.
         seconds, out, corrupt, dtype: of a classifier; see ``saccade.evaluation.sweep.evaluate``.
         progress: where to show it; None: nowhere.

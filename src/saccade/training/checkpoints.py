@@ -96,7 +96,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if type(step) is not int or step < 0 or not isinstance(facts.get("config", {}), dict):
             raise ValueError(f"{FACTS} names no step, or no config")
         seal = facts.pop(SEAL, None)
-        if seal is not None and _seal(folder / TENSORS, facts) != seal:  # checkpoints of before have none
+        if seal is not None and _seal(folder / TENSORS, facts) != seal:  # checkpoints of earlier versions have none
             raise ValueError(f"{TENSORS} or {FACTS} was changed: the checksum is another")
         return load_file(folder / TENSORS), facts
     except (KeyError, *READ_ERRORS) as error:

@@ -86,7 +86,7 @@ def evaluate_detection(
         model: a detector, or a folder that one was trained in; ``device`` as in ``saccade.checkpoint.open_model``.
         boxes: a set, a COCO file, or the word "scenes", which has splits.
         images: the folder or zip that the file's images lie in; None: the file's own folder.
-        limit: at most so many images, spread evenly.
+        limit: at most this many images, spread evenly.
         top: detections of an image that count, at most 100.
 
     Raises UserError where nothing can be read, nothing is there to be found, or a class is no query that is known.

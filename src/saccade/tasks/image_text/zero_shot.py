@@ -147,7 +147,7 @@ def zero_shot(
     Args:
         templates: with one ``{}`` each for a class's name; a class is the mean of its prompts.
         names: of the classes; None: the folders' names in words.
-        limit: at most so many images, spread evenly.
+        limit: at most this many images, spread evenly.
 
     Raises UserError for an unlabelled set, other than one name a class, or bad templates.
     """

@@ -187,7 +187,7 @@ def evaluate_segmentation(
         data: a folder or zip, see ``saccade.tasks.segmentation.segmentation_data``; classes are the model's own.
         void: the value in label files that is no class; None: as in training.
         how: see ``saccade.tasks.segmentation.segmenter.look``.
-        limit: at most so many images, spread evenly over the set.
+        limit: at most this many images, spread evenly over the set.
 
     Raises:
         UserError: bad data or settings.
