@@ -48,9 +48,21 @@ def page(entry: Entry) -> str:
         )
     table = ["| knob | default | from | what it is |", "|---|---|---|---|", *rows] if rows else ["It has no knobs."]
     legend = "; ".join(f"*{name}*: {words}" for name, words in SOURCES.items())
+    picture = ROOT / "docs" / "pictures" / "methods" / f"{entry.name}.jpg"
+    shown = f"![The photo, and the tokens that {entry.name} leaves](../pictures/methods/{picture.name})"
     try_it = f"saccade view vit_tiny_patch16_224 photo.jpg --pretrained -s '{entry.name}()' --out photo.png"
     parts = [f"# {entry.name}", dedented(head), "## Knobs", "\n".join(table), legend, dedented(after)]
-    return "\n\n".join([*filter(None, parts), "## See it", f"```text\n{try_it}\n```"]) + "\n"
+    parts += [engines(entry.name), "## See it", shown if picture.exists() else "", f"```text\n{try_it}\n```"]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def engines(name: str) -> str:
+    """The rows of docs/engines.md that a method has, or nothing."""
+    lines = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| setting |"))
+    rows = [line for line in lines[head:] if line.startswith(f"| `{name}(")]
+    note = "Largest difference of any logit from PyTorch's; [what the numbers are](../engines.md)."
+    return "\n".join(["## In engines", "", *lines[head : head + 2], *rows, "", note]) if rows else ""
 
 
 def example(notebook: Path) -> str:

@@ -4,6 +4,10 @@ What three settings look at, on one photo:
 
     python tools/picture.py settings vit_tiny_patch16_224 --weights vit_tiny_patch16_224.safetensors
 
+What each method leaves of the same photo, where nothing has to be learned first, into docs/pictures/methods/:
+
+    python tools/picture.py methods vit_tiny_patch16_224 --weights vit_tiny_patch16_224.safetensors
+
 Accuracy against measured speed-up, of the first table of docs/results.md or of a frontier.csv of ``saccade tune``:
 
     python tools/picture.py frontier
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -29,34 +34,59 @@ PHOTO, PICTURE, FRONTIER = PICTURES / "cat.jpg", PICTURES / "settings.jpg", PICT
 RESULTS = PICTURES.parent / "results.md"
 TITLE = "ViT-Ti/16, nothing trained: 1,000 Imagenette photos, PyTorch on a CPU, batch 32"
 SETTINGS = ("tome(r=13)", "evit(0.7)", "quadtree(97)")
-SIDE, GAP, LINE, QUALITY = 256, 12, 24, 85  # pixels; of the JPEG
+METHODS = [
+    "algm()",
+    "ats()",
+    "cut()",
+    "dpc_knn()",
+    "evit(0.7)",
+    "grid(32)",
+    "imagepiece()",
+    "kth()",
+    "mctf()",
+    "pitome()",
+    "quadtree(97)",
+    "radial()",
+    "random(0.7)",
+    "random_plus(0.7)",
+    "tofu()",
+    "token_pooling()",
+    "tome(r=13)",
+]
+SIDE, GAP, LINE = 256, 12, 24  # pixels
+QUALITY, SMALLER = 85, 65  # of the JPEGs: one for the README, many for the methods' pages
 
 
 def main() -> None:
     """Write the picture that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    settings = kinds.add_parser("settings")
-    settings.add_argument("model")
-    settings.add_argument("--weights", required=True)
+    for kind in ("settings", "methods"):
+        drawn = kinds.add_parser(kind)
+        drawn.add_argument("model")
+        drawn.add_argument("--weights", required=True)
     frontier = kinds.add_parser("frontier")
     frontier.add_argument("measured", nargs="?", type=Path, help="a frontier.csv; without: docs/results.md")
     frontier.add_argument("--out", type=Path, default=FRONTIER)
     asked = parser.parse_args()
-    if asked.kind == "settings":
-        board(asked.model, asked.weights).save(PICTURE, quality=QUALITY)
+    if asked.kind != "frontier":
+        model, photo = saccade.create_model(asked.model, weights=asked.weights), Image.open(PHOTO).convert("RGB")
+        if asked.kind == "settings":
+            board(model, photo, SETTINGS).save(PICTURE, quality=QUALITY)
+            return
+        for setting in METHODS:
+            name = setting.partition("(")[0]
+            board(model, photo, [setting]).save(PICTURES / "methods" / f"{name}.jpg", quality=SMALLER)
         return
     points = published() if asked.measured is None else tuned(asked.measured)
     frontier_picture(points, title=TITLE if asked.measured is None else "").save(asked.out, optimize=True)
 
 
-def board(name: str, weights: str) -> Image.Image:
-    """The photo and what three settings make of it, side by side."""
-    model = saccade.create_model(name, weights=weights)
-    photo = Image.open(PHOTO).convert("RGB")
+def board(model: saccade.AdaptiveViT, photo: Image.Image, settings: Sequence[str]) -> Image.Image:
+    """The photo and what settings make of it, side by side."""
     crop = Preprocess.of(model.vit, model.input_size()).crop(photo)
     panels = [("the photo, 196 tokens", Image.fromarray(crop.permute(1, 2, 0).numpy()))]
-    for setting in SETTINGS:
+    for setting in settings:
         view = model.at(setting).eval()
         left = saccade.view(model, photo, setting).tokens[-1]
         panels.append((f"{setting}, {left} left", token_map(view, photo)))
