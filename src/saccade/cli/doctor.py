@@ -13,9 +13,10 @@ from saccade.cli.common import Json, Threads, open_model, print_json, print_resu
 @app.command("doctor")
 def command(
     curve: Annotated[
-        str | None, typer.Option(help="Measure the latency curve of this model: time of a block by tokens, and of each method.")
+        str | None,
+        typer.Option(help="Measure the latency curve of this model: time of a block by tokens, and of each method."),
     ] = None,
-    runner: Annotated[str, typer.Option(help="Runner of the curve: eager, onnx, 'openvino bf16', …")] = "eager",
+    runner: Annotated[str, typer.Option(help="Runner of the curve: eager, onnx, openvino, …")] = "eager",
     batch: Annotated[int, typer.Option(min=1, help="Batch size of the curve.")] = 1,
     threads: Threads = None,
     json: Json = False,
