@@ -101,7 +101,7 @@ def small(monkeypatch, tmp_path) -> Path:
     shorten(monkeypatch)
     monkeypatch.setattr(sweep, "SECONDS", 0.0)
     monkeypatch.setattr(speed, "bench", quickly(speed.bench))
-    monkeypatch.setattr(publish, "tune", quickly(publish.tune))
+    monkeypatch.setattr(publish, "tune", quickly(publish.tune, schedules=0))
     read = config.read_config
 
     def two_steps(source: Any, changes: Any = ()) -> config.Config:
@@ -129,12 +129,12 @@ def small(monkeypatch, tmp_path) -> Path:
     return tmp_path
 
 
-def quickly(verb: Callable) -> Callable:
-    """A verb with no more timing than it needs, and nothing compiled."""
+def quickly(verb: Callable, **always: Any) -> Callable:
+    """A verb with no more timing than it needs, and nothing compiled; and with these options."""
     least = {"seconds": 0.0, "compiled": False}
 
     def call(*given: Any, **options: Any) -> Any:
-        return verb(*given, **{name: least.get(name, value) for name, value in options.items()})
+        return verb(*given, **{name: least.get(name, value) for name, value in options.items()} | always)
 
     return call
 

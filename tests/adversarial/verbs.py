@@ -56,7 +56,7 @@ def lay(root: Path) -> None:
 def verbs(root: Path, out: Path) -> list[Verb]:
     """The commands, with their output at ``out``."""
     model, images, photo = str(root / "model"), str(root / "images"), str(root / "photo.png")
-    tune = ["--target", "1.2x", "--no-compiled", "--seconds", "0", "--batch", "2"]
+    tune = ["--target", "1.2x", "--no-compiled", "--seconds", "0", "--batch", "2", "--schedules", "0"]
     return [
         Verb("eval", ["eval", model, images, "-s", "evit(0.5)", "--out", str(out)], "scores.json"),
         Verb("tune", ["tune", model, images, *tune, "--out", str(out)], "model/config.json"),

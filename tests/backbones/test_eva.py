@@ -429,7 +429,7 @@ SLOW = pytest.mark.slow
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("engine", ["onnx", pytest.param("openvino", marks=SLOW), pytest.param("aoti", marks=SLOW)])
+@pytest.mark.parametrize("engine", ["torch", *(pytest.param(e, marks=SLOW) for e in ("onnx", "openvino", "aoti"))])
 @pytest.mark.parametrize("setting", ["tome(r=2)", *(pytest.param(s, marks=SLOW) for s in ("evit(0.5)", "adavit(0.7)"))])
 def test_in_engines(engine, setting):
     for package in import_module(f"saccade.runners.engines.{engine}").PACKAGES:

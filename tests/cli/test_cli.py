@@ -30,7 +30,7 @@ from saccade.evaluation.evaluator import Evaluator
 from saccade.terminal.text_table import Table, print_table
 from small_runs import files, shorten
 
-QUICK = ["--no-compiled", "--seconds", "0", "--batch", "2"]
+QUICK = ["--no-compiled", "--seconds", "0", "--batch", "2", "--schedules", "0"]
 
 
 def everything(folder: Path) -> set[tuple[Path, int]]:
@@ -214,7 +214,7 @@ def test_demo(run, tmp_path, monkeypatch):
 
 
 def without_waiting(tune, *args, **options):
-    return tune(*args, **{**options, "seconds": 0.0, "minutes": None})
+    return tune(*args, **{**options, "seconds": 0.0, "minutes": None, "schedules": 0})
 
 
 # Pictures

@@ -25,6 +25,7 @@ BRIEF = ((64, 64), (96, 128), (112, 64))  # both sides become symbols at once
 SETTINGS = ["dense", "tome(r=2)", "evit(0.6, fuse=True)", "grid(24) | topk(0.5)", "imagepiece(p=0.6, merge=0.2)"]
 MOSAICS = ["quadtree(13)", "quadtree(13) | tome(r=1)"]  # their constants depend on the grid
 MOSAIC_SIZES = ((64, 64), (112, 64), (160, 64), (64, 112))  # which all can have 13 tokens
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def agrees(plain: AdaptiveViT, compiled, sizes=None) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("setting", "dynamic"),
-    cases([("dense", None), ("grid(24) | topk(0.5)", True)], product([*SETTINGS, *MOSAICS], [None, True])),
+    cases([("dense", None)], product([*SETTINGS, *MOSAICS], [None, True])),
 )
 def test_one_model_over_sizes(setting: str, dynamic: bool | None) -> None:
     plain = model(setting, depth=1 if setting == "dense" else 2)
@@ -64,8 +65,8 @@ def test_one_model_over_sizes_without_symbols(setting: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["siglip-average", "no-positions", "dynamic-size"])
-@pytest.mark.parametrize(("depth", "sizes"), [(1, BRIEF), pytest.param(2, SIZES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", [pytest.param("siglip-average", marks=SLOW), "no-positions", "dynamic-size"])
+@pytest.mark.parametrize(("depth", "sizes"), [(1, BRIEF), pytest.param(2, SIZES, marks=SLOW)])
 def test_families_over_sizes(family: str, depth: int, sizes: tuple) -> None:
     plain = model("tome(r=2)", family, depth)
     agrees(plain, torch.compile(plain, backend="eager", fullgraph=True), sizes)
@@ -84,7 +85,7 @@ def test_settings_of_one_model_share_constants() -> None:
 @pytest.mark.parametrize(
     ("how", "dynamic"),
     cases(
-        [("pi", True), ("sigma", None), ("sigma", True), ("token_norm", True)],
+        [("pi", True), ("sigma", None)],
         product(["pi", "sigma", "token_norm"], [None, True]),
     ),
 )
@@ -130,7 +131,7 @@ def test_macs_of_a_network_over_sizes() -> None:
 @pytest.mark.parametrize(
     ("setting", "strict"),
     cases(
-        [("grid(24) | evit(0.6)", False), ("quadtree(15)", False), ("quadtree(15)", True)],
+        [("grid(24) | evit(0.6)", False), ("quadtree(15)", False)],
         product(["grid(24) | evit(0.6)", "quadtree(15)"], [False, True]),
     ),
 )

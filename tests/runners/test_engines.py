@@ -49,7 +49,8 @@ def agrees(model: AdaptiveViT, name: str) -> None:
     ("name", "setting"),
     [
         ("torch", TOGETHER),
-        ("onnx", TOGETHER),
+        ("onnx", TIES),
+        pytest.param("onnx", TOGETHER, marks=pytest.mark.slow),
         ("openvino", TIES),
         pytest.param("aoti", TOGETHER, marks=pytest.mark.slow),
     ],
@@ -226,7 +227,7 @@ print("heard", len(heard))
 """
 
 
-@pytest.mark.parametrize("first", ["here", "elsewhere"])
+@pytest.mark.parametrize("first", ["here", pytest.param("elsewhere", marks=pytest.mark.slow)])
 def test_a_signal_after_the_last_session(first):
     """OpenVINO gives a thread a stack for signals and takes it away in another: Ctrl-C then ended the process."""
     installed("openvino")

@@ -57,7 +57,7 @@ def fresh_compiler():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "setting"), [("vit", ""), TOGETHER, *slow([*ONE_EACH, POOLED, *FAMILIES])])
 def test_compiled_in_one_graph(family, setting, backend):
     module = Logits(family, setting)

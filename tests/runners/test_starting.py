@@ -27,6 +27,7 @@ def graphs(monkeypatch) -> list:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_more_models_than_torch_keeps_variants_of_one_function(graphs):
     base = AdaptiveViT(make_vit("vit")).eval()
     images = make_images(base.vit, 2)

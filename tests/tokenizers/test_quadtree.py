@@ -232,7 +232,7 @@ def test_the_sort_splits_what_the_loop_splits():
 # --- mosaics --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(
     st.integers(1, 13), st.integers(1, 13), st.sampled_from([4, 7, 14, 16]), st.integers(2, 5), st.integers(0, 10**6)
 )
@@ -753,7 +753,7 @@ GRAPHS = [
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("setting", [GRAPHS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in GRAPHS[1:])])
+@pytest.mark.parametrize("setting", [pytest.param(s, marks=pytest.mark.slow) for s in GRAPHS])
 def test_compiles_in_one_graph(vit, images, setting):
     torch._dynamo.reset()
     module = Logits(vit, setting)
