@@ -132,3 +132,12 @@ def test_a_head_of_another_size_is_named_with_its_own(classes, tmp_path):
     save_file(saved.vit.state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="its head has 7 classes: create this model with num_classes=7"):
         saccade.create_model("vit_tiny_patch16_224", weights=tmp_path / "w.safetensors", num_classes=classes, **shape)
+
+
+def test_a_folder_that_was_saved_under_a_setting_says_what_an_address_leaves_behind(tmp_path, recwarn):
+    model = saccade.create_model("vit_tiny_patch16_224", **SMALL, num_classes=5)
+    model.save(tmp_path / "plain")
+    assert not saccade.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).setting.calls and not recwarn
+    model.at("tome(r=2)").save(tmp_path / "merging")
+    with pytest.warns(UserWarning, match=r"'tome\(r=2\)', and this opens its plain ViT: saccade.load opens it whole"):
+        saccade.create_model(f"local-dir:{tmp_path / 'merging'}", pretrained=True)

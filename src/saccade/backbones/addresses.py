@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -55,6 +56,7 @@ def open_address(address: str, pretrained: bool, **kwargs: Any) -> ViT:
     data = _read(address, fetch(CONFIG))
     if is_theirs(values := _values(data)):
         return _theirs(address, fetch, values, pretrained, kwargs)
+    _say_what_is_left(address, values)
     config = _config(address, data)
     check_name(config.architecture)
     told = {} if config.num_classes is None else {"num_classes": config.num_classes}
@@ -70,6 +72,19 @@ def open_address(address: str, pretrained: bool, **kwargs: Any) -> ViT:
     if pretrained:
         load_weights(vit, fetch(WEIGHTS))
     return vit
+
+
+def _say_what_is_left(address: str, values: Mapping[str, Any]) -> None:
+    """Warns of a folder that Saccade saved: an address opens its ViT alone."""
+    ours = values.get("saccade")
+    setting = ours.get("setting") if isinstance(ours, dict) else None
+    if setting not in (None, "", "dense"):
+        how = "saccade.load" if address.startswith(LOCAL) else "AdaptiveViT.from_pretrained"
+        warnings.warn(
+            f"{address!r} was saved under the setting {str(setting)[:100]!r}, and this opens its plain ViT: {how} opens "
+            "it whole",
+            stacklevel=5,
+        )
 
 
 def _theirs(address: str, fetch: Fetch, values: Mapping[str, Any], pretrained: bool, kwargs: Mapping[str, Any]) -> ViT:
