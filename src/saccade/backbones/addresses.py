@@ -81,8 +81,8 @@ def _say_what_is_left(address: str, values: Mapping[str, Any]) -> None:
     if setting not in (None, "", "dense"):
         how = "saccade.load" if address.startswith(LOCAL) else "AdaptiveViT.from_pretrained"
         warnings.warn(
-            f"{address!r} was saved under the setting {str(setting)[:100]!r}, and this opens its plain ViT: {how} opens "
-            "it whole",
+            f"{address!r} was saved under the setting {str(setting)[:100]!r}, and this opens its plain ViT: {how} "
+            "opens it whole",
             stacklevel=5,
         )
 
