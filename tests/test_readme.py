@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 import saccade
 from data_helpers import encode, picture, write_folder
 from saccade.cli import main
+from saccade.evaluation import device_curve, speed, sweep
 from saccade.evaluation import report as publish
-from saccade.evaluation import speed, sweep
 from saccade.training import config
 from small_runs import shorten
 
@@ -102,6 +102,8 @@ def small(monkeypatch, tmp_path) -> Path:
     monkeypatch.setattr(sweep, "SECONDS", 0.0)
     monkeypatch.setattr(speed, "bench", quickly(speed.bench))
     monkeypatch.setattr(publish, "tune", quickly(publish.tune, schedules=0))
+    monkeypatch.setattr(device_curve, "device_curve", quickly(device_curve.device_curve, seconds=0.0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     read = config.read_config
 
     def two_steps(source: Any, changes: Any = ()) -> config.Config:
