@@ -118,8 +118,3 @@ def test_every_public_name_is_there_and_its_own():
     assert {v.__name__ for v in verbs} >= {"evaluate", "bench", "tune", "view", "create_model", "load"}
     with pytest.raises(AttributeError, match="nonsense"):
         _ = saccade.nonsense
-
-
-def test_the_version_is_that_of_the_package():
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert f'version = "{saccade.__version__}"' in text
