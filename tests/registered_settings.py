@@ -48,7 +48,7 @@ HARD = {
     ],
     "tofu": ["tofu(r=[0, 20, 8, 4], merge_from=2)", "tofu(r=1000, merge_from=0)"],
     "pitome": ["pitome(0.5)", "pitome(0.8, metric='x', proportional=True)"],
-    "mctf": ["mctf(r=9)", "mctf(r=1000, info=1, size=1)"],
+    "mctf": ["mctf(r=9)", "mctf(r=[0, 9, 0, 4])", "mctf(r=1000, info=1, size=1)"],
     "depth": ["depth(3, head='own')", "depth(1)"],
     "algm": ["algm(0.5, 0, local_at=3)", "algm(1, 0.5, merge_at=0)"],
     "kth": ["kth(3, at=[0, 2], merge=True)", "kth(100, at=1)"],

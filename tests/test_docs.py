@@ -14,12 +14,18 @@ import saccade
 from test_readme import run, small
 
 DOCS = Path(__file__).parents[1] / "docs"
+LONG = ("milliseconds", "one-file")  # which start engines
 GUIDES = sorted([DOCS / "index.md", DOCS / "concepts.md", *(DOCS / "guide").glob("*.md")])
 RUN = re.compile(r"^```(python|bash)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 assert small  # a fixture
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def in_time(page: Path) -> Any:
+    """A page, slow where it takes long."""
+    return pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in LONG else ())
+
+
+@pytest.mark.parametrize("page", [in_time(page) for page in GUIDES])
 def test_what_a_guide_shows_runs_in_its_order(page, small, capsys):
     text = page.read_text(encoding="utf-8")
     if "onnx" in "".join(block for _, block in RUN.findall(text)) or "saccade export" in text:

@@ -425,12 +425,10 @@ def test_whatever_tune_tries_can_be_built(name):
         model.at(setting)
 
 
-SLOW = pytest.mark.slow
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("engine", ["torch", *(pytest.param(e, marks=SLOW) for e in ("onnx", "openvino", "aoti"))])
-@pytest.mark.parametrize("setting", ["tome(r=2)", *(pytest.param(s, marks=SLOW) for s in ("evit(0.5)", "adavit(0.7)"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "onnx", "openvino", "aoti"])
+@pytest.mark.parametrize("setting", ["tome(r=2)", "evit(0.5)", "adavit(0.7)"])
 def test_in_engines(engine, setting):
     for package in import_module(f"saccade.runners.engines.{engine}").PACKAGES:
         pytest.importorskip(package, reason=f"{package} is not installed")

@@ -99,7 +99,7 @@ def test_the_script_prepares_photos_as_saccade_does(exported, photo, tmp_path, m
         assert far.abs().max() <= 1 / 255 / 0.224 + 1e-6
 
 
-@pytest.mark.parametrize("engine", ["torch", "onnx", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["onnx", *(pytest.param(e, marks=pytest.mark.slow) for e in ("torch", "openvino"))])
 def test_photos_of_any_size_go_in_as_they_are(model, tmp_path, photo, engine):
     if engine != "torch":
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")

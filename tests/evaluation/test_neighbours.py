@@ -83,6 +83,7 @@ def test_a_batch_and_a_limit_change_no_answer(encoder, photos):
     assert some[0].images == 10
 
 
+@pytest.mark.slow
 def test_tune_gives_an_encoder(encoder, photos, tmp_path):
     found = saccade.tune(encoder, photos, "1.2x", seconds=0.0, compiled=False, schedules=0, out=tmp_path / "out")
     assert "neighbour" in " ".join(found.recommendation)

@@ -74,6 +74,7 @@ TOKENIZERS = [name for name, entry in registry().items() if entry.kind == "token
 # another count in every image: a fixed share beside them is one of the batch's longest image
 RAGGED = {"ats", "avit", "ltmp"}
 PARTNERS = {"evit", "tome", "tokenlearner"}  # of each kind: drops and fuses, merges, mixes
+PAIRED, MIXED = {"evit", "tome"}, {"evit", "tome", "adavit", "imagepiece"}  # behind what mixes fewer are enough
 ONE_EACH = [settings_of(name)[-1] for name in registry()]
 # What is saved is a line and what the methods have learned: one setting of each name, and of those that learn all.
 SAVED = [text if text in ONE_EACH or learns(text) else pytest.param(text, marks=slow, id=text) for text in SETTINGS]
@@ -85,19 +86,23 @@ COARSE = {"kth", "depth"}  # few strengths: a budget is met, and not used up
 
 
 def in_pairs() -> list:
-    """Every method behind one of each kind, before one, and behind every tokenizer; slow: with every other, both ways.
+    """Every method behind one that drops and one that merges, before one, and behind a mosaic; slow: with every other,
+    both ways, and behind every tokenizer.
 
     Baselines decide nothing that could go wrong in company: one partner is enough.
     """
     strong = {name: settings_of(name)[min(2, len(settings_of(name)) - 1)] for name in registry()}
     found: list = []
     for a, b in itertools.permutations(METHODS, 2):
-        partners = {"tome"} if registry()[a].baseline or registry()[b].baseline else PARTNERS
+        partners = {"tome"} if registry()[a].baseline or registry()[b].baseline else PARTNERS if b in MIXED else PAIRED
         text = f"{strong[a]} | {strong[b]}"
         if "head='own'" in text and "avit" in (a, b):
             continue  # two heads, which is refused: ``test_avit``
         found.append(pytest.param(text, marks=() if a in partners or b == "tome" else slow, id=text))
-    return found + [f"{strong[t]} | {strong[m]}" for t in TOKENIZERS for m in METHODS]
+    for t, m in itertools.product(TOKENIZERS, METHODS):
+        text = f"{strong[t]} | {strong[m]}"
+        found.append(pytest.param(text, marks=() if t == "quadtree" or m in PARTNERS else slow, id=text))
+    return found
 
 
 @pytest.fixture(scope="module")

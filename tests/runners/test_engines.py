@@ -49,7 +49,7 @@ def agrees(model: AdaptiveViT, name: str) -> None:
     ("name", "setting"),
     [
         ("torch", TOGETHER),
-        ("onnx", TIES),
+        pytest.param("onnx", TIES, marks=pytest.mark.slow),
         pytest.param("onnx", TOGETHER, marks=pytest.mark.slow),
         ("openvino", TIES),
         pytest.param("aoti", TOGETHER, marks=pytest.mark.slow),

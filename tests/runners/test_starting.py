@@ -10,6 +10,7 @@ import torch
 from oracles import make_images, make_vit, relative
 from saccade.model import AdaptiveViT
 from saccade.runners import starting
+from slow_cases import cases
 
 
 @pytest.fixture
@@ -38,7 +39,9 @@ def test_more_models_than_torch_keeps_variants_of_one_function(graphs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("setting", ["tome(r=2)", "adavit()", "imagepiece(p=0.6, merge=0.2)"])
+@pytest.mark.parametrize(
+    "setting", cases([("tome(r=2)",)], [("tome(r=2)",), ("adavit()",), ("imagepiece(p=0.6, merge=0.2)",)])
+)
 def test_one_graph_for_each_size_of_batch(graphs, setting):
     model = AdaptiveViT(make_vit("vit"), setting).eval()
     session = model.runner("compile")
