@@ -38,6 +38,7 @@ def command(
             limit=1000,
             batch=32,
             seconds=10.0,
+            schedules=60,
             runner=["bf16", *installed()[-1:]],  # OpenVINO if it is there: it starts several times sooner
             command="saccade demo",
             progress=progress,
