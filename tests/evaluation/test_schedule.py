@@ -101,6 +101,19 @@ def test_a_setting_is_written_without_what_does_nothing(space):
     assert str(space.setting(only)) == "tome(r=(0, 4, 5))"
 
 
+def test_a_setting_is_short_and_hardly_used_rules_are_gone(space):
+    of = {(r.method, r.knob): i for i, r in enumerate(space.rules)}
+    counts = [[0, 0, 0] for _ in space.rules]
+    counts[of["diffrate", "prune"]] = [0, 1, 0]
+    counts[of["tome", "r"]] = [9, 12, 0]
+    some = Schedule("", tuple(map(tuple, counts)))
+    assert str(space.setting(some)) == "diffrate(prune=(0, 1), merge=0) | tome(r=(9, 12))"
+    assert str(space.setting(space.tidied(some))) == "tome(r=(9, 13))" and space.tidied(some).total == some.total
+    counts[of["diffrate", "prune"]] = [0, 5, 0]
+    even = Schedule("", tuple(map(tuple, counts)))
+    assert space.tidied(even) == even
+
+
 def test_distance_is_the_divergence_of_the_answers(evaluator):
     places = list(range(IMAGES))
     distance = Distance(evaluator, places)

@@ -24,6 +24,7 @@ from saccade.setting import Call, Setting
 
 STEPS = (1, 2, 4, 8, 16)  # tokens of a move
 NEAR = (-3, -2, -1, 1, 2, 3)  # blocks that a move reaches most often
+LEAST_SHARE = 0.05  # of the tokens that leave, by one rule: deciding costs something for each
 OTHER_TOKENS, OTHER_METHOD, FAR = 0.1, 0.25, 0.4  # how often a move changes these
 
 
@@ -98,7 +99,11 @@ class Space:
         calls: dict[tuple, list[tuple[str, tuple[int, ...]]]] = {}
         for rule, counts in zip(self.rules, schedule.counts, strict=True):
             calls.setdefault((rule.method, rule.others), []).append((rule.knob, counts))
-        made = [Call(m, (), (*lists, *others)) for (m, others), lists in calls.items() if any(sum(c) for _, c in lists)]
+        made = [
+            Call(method, (), (*((knob, _brief(counts)) for knob, counts in lists), *others))
+            for (method, others), lists in calls.items()
+            if any(sum(counts) for _, counts in lists)
+        ]
         return Setting((*(Setting.parse(schedule.tokenizer).calls if schedule.tokenizer else ()), *made))
 
     def macs(self, schedule: Schedule) -> float:
@@ -136,6 +141,16 @@ class Space:
         parts, rules = whole_parts(by_block, total), len(self.rules)
         return replace(schedule, counts=tuple(tuple(parts[rule::rules]) for rule in range(rules)))
 
+    def tidied(self, schedule: Schedule) -> Schedule:
+        """The same without rules by which hardly a token leaves: those leave by the one that takes the most."""
+        sums = [sum(counts) for counts in schedule.counts]
+        few, most = LEAST_SHARE * sum(sums), sums.index(max(sums))
+        zero = (0,) * self.depth
+        kept = [zero if r != most and sums[r] < few else counts for r, counts in enumerate(schedule.counts)]
+        given = [c for r, c in enumerate(schedule.counts) if r != most and sums[r] < few]
+        kept[most] = tuple(map(sum, zip(kept[most], *given, strict=True)))
+        return replace(schedule, counts=tuple(kept))
+
     def shaped(self, tokenizer: str, rules: Mapping[Rule, float], profile: Sequence[float]) -> Schedule:
         """A thousand tokens by some rules in these shares, over the blocks as a profile says."""
         shares = [rules.get(rule, 0.0) for rule in self.rules]
@@ -160,6 +175,12 @@ class Space:
             counts[to[0]][to[1]] += many
         other = draw.choice(self.tokenizers) if draw.random() < OTHER_TOKENS else schedule.tokenizer
         return Schedule(other, tuple(map(tuple, counts)))
+
+
+def _brief(counts: tuple[int, ...]) -> tuple[int, ...] | int:
+    """A list without the zeros at its end, which methods add themselves; 0 for one of zeros."""
+    last = max((block for block, count in enumerate(counts) if count), default=-1)
+    return counts[: last + 1] if last >= 0 else 0
 
 
 def _rules(name: str, backbone: Backbone) -> list[Rule]:

@@ -19,7 +19,7 @@ from saccade.terminal.progress import Progress
 RACED = 3  # of the schedules found for a budget
 MARGIN = 1.06  # fewer MACs than the ratio asks for: not all of what they save becomes time
 ASSUMED = 1.5  # the ratio, where none is aimed at
-SHARE, LEAST_MINUTES = 0.25, 4.0  # of a limited time; and how much of it there must be
+SHARE, LEAST_MINUTES = 0.15, 4.0  # of a limited time; and how much of it there must be
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def schedules(
 
     Args:
         places: of the images that choose; no other is looked at.
-        tries: schedules that are run, at most; None: 300, or as many as a quarter of a limited time suffices for.
+        tries: schedules that are run, at most; None: 300, or as many as a seventh of a limited time suffices for.
         folder: for the state, so that an interrupted search goes on; None: none is kept.
     """
     if tries == 0 or (tries is None and allowance.limited and allowance.seconds < 60 * LEAST_MINUTES):

@@ -95,7 +95,7 @@ class ScheduleSearch:
         """The population after one of it has moved: a nearer child takes the place of the farthest."""
         draw = random.Random(f"{self.seed} {self.tried}")
         parent = population[min(len(population) - 1, int(draw.expovariate(PRESSURE)))]
-        child = self.space.within(self.space.moved(parent.schedule, draw), self.cost, self.limit)
+        child = self.space.within(self.space.tidied(self.space.moved(parent.schedule, draw)), self.cost, self.limit)
         if child is None or any(child == other.schedule for other in population):
             self.tried += 1  # another draw next time
             return population

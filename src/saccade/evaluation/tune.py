@@ -25,7 +25,7 @@ from saccade.runners.engine import check_dtype, engine_of, installed
 from saccade.runners.runner import COMPILE, FP32, Runner
 from saccade.terminal.progress import Progress
 
-COMPILE_MINUTES = 6.0  # of time without which nothing is compiled: that takes a minute each
+COMPILE_MINUTES = 6.0  # of time without which nothing is compiled: that takes a minute each; twice beside an engine
 EXPORT_MINUTES = 3.0  # without which nothing is exported
 AUTO = "auto"
 
@@ -94,6 +94,7 @@ def _runners(named: str | Sequence[str | Runner], compiled: bool, allowance: All
                 check_dtype(engine_of(runner.engine), runner.engine, runner.dtype)
         return [runner for runner in dict.fromkeys(chosen) if runner != FP32]
     found, minutes = [Runner("bf16")], allowance.seconds / 60 if allowance.limited else math.inf
-    if compiled and minutes >= COMPILE_MINUTES:
+    engines = installed() if compiled and minutes >= EXPORT_MINUTES else []
+    if compiled and minutes >= COMPILE_MINUTES * (2 if engines else 1):
         found += [Runner("fp32", COMPILE), Runner("bf16", COMPILE)]
-    return found + (installed() if compiled and minutes >= EXPORT_MINUTES else [])
+    return found + engines
