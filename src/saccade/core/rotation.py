@@ -134,7 +134,8 @@ def _sums(cells: Tensor, tokens: Tokens) -> Tensor:
 def _unit(sums: Tensor) -> Tensor:
     """Sums of sines and cosines [..., 2d], brought to length 1."""
     pair = sums.unflatten(-1, (2, -1))
-    length = torch.linalg.vector_norm(pair, dim=-2, keepdim=True)
+    sine, cosine = pair.square().unbind(-2)  # a norm over two values costs more than all the merging
+    length = (sine + cosine).sqrt().unsqueeze(-2)
     still = _still(pair.shape[-1], pair.device).to(pair.dtype).view(2, -1)
     return torch.where(length > SHORT, pair / length.clamp(min=SHORT), still).flatten(-2)
 
