@@ -57,7 +57,7 @@ def schedules(
         return Schedules([])
     limit, until = dense / ((ratio or ASSUMED) * MARGIN), allowance.spent() + SHARE * allowance.seconds
     distance = Distance(evaluator, places)
-    key = hashlib.sha256(json.dumps([str(model.plan), limit, seed, *map(str, places)]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps([limit, seed, *map(int, places)]).encode()).hexdigest()[:24]
     advance = progress.start("searching for schedules", most)
     search = ScheduleSearch(
         space,
@@ -67,7 +67,7 @@ def schedules(
         seed,
         most,
         enough=lambda: allowance.spent() > until,
-        advance=lambda done: advance(done),
+        advance=advance,
         file=None if folder is None else folder / f"schedules-{key}.json",
         key=key,
     )
