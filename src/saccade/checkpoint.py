@@ -183,6 +183,7 @@ def open_model(
     pretrained: bool = False,
     device: str | torch.device | None = None,
     *,
+    num_classes: int | None = None,
     trained: bool = True,
     deployed: bool = False,
 ) -> AdaptiveViT:
@@ -194,6 +195,7 @@ def open_model(
         weights: a safetensors file with timm's keys.
         pretrained: timm's own weights, from the hub.
         device: "cpu", "cuda:1", …; "auto": a GPU where there is one. None: where a model is; for others "auto".
+        num_classes: of a name's classifier, where its weights have another than timm's; 0: none, an encoder.
         trained: refuse a name without weights.
         deployed: run a folder's model as the folder recommends; else as it is, in fp32 and eager.
 
@@ -202,6 +204,8 @@ def open_model(
     """
     if weights is not None and pretrained:
         raise UserError("give one of --weights and --pretrained (in Python: weights=, pretrained=)")
+    if num_classes is not None and (isinstance(source, nn.Module) or os.path.isdir(source)):
+        raise UserError(f"num_classes={num_classes} is for a name and its weights: a folder or a module has its head")
     if isinstance(source, nn.Module):
         model = _module(source, weights, pretrained, device)
         return model if deployed or model.deployed is None else model.deploy(None)
@@ -227,7 +231,8 @@ def open_model(
                 f"{name} would have random weights: give --weights FILE or --pretrained "
                 "(in Python: weights=, pretrained=True)"
             )
-        model = create_model(name, weights=weights, pretrained=pretrained)
+        head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+        model = create_model(name, weights=weights, pretrained=pretrained, **head)
     return model.to(open_device("auto" if device is None else device))
 
 

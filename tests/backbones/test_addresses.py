@@ -125,13 +125,16 @@ def test_a_folder_is_told_from_a_name(tmp_path):
         saccade.create_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("classes", [0, 1000])
-def test_a_head_of_another_size_is_named_with_its_own(classes, tmp_path):
+def test_a_head_of_another_size_is_named_with_its_own_and_none_leaves_it_out(tmp_path):
     shape = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32}
     saved = saccade.create_model("vit_tiny_patch16_224", num_classes=7, **shape)
     save_file(saved.vit.state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="its head has 7 classes: create this model with num_classes=7"):
-        saccade.create_model("vit_tiny_patch16_224", weights=tmp_path / "w.safetensors", num_classes=classes, **shape)
+    name, shape["weights"] = "vit_tiny_patch16_224", tmp_path / "w.safetensors"
+    with pytest.raises(UserError, match=r"its head has 7 classes: .* num_classes=7 \(--num-classes 7\), or with 0"):
+        saccade.create_model(name, **shape)
+    encoder, images = saccade.create_model(name, num_classes=0, **shape), torch.rand(2, 3, 32, 32)
+    features = saved.forward_head(saved.forward_features(images), pre_logits=True)
+    assert torch.allclose(encoder(images).logits, features, atol=1e-6)
 
 
 def test_a_folder_that_was_saved_under_a_setting_says_what_an_address_leaves_behind(tmp_path, recwarn):

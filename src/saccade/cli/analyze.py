@@ -16,6 +16,7 @@ from saccade.cli.common import (
     Device,
     Json,
     Model,
+    NumClasses,
     Pretrained,
     Settings,
     Split,
@@ -38,6 +39,7 @@ def command(
     out: Annotated[str, typer.Option(help="Folder for analysis.json and report.html.")] = "runs/analyze",
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     split: Split = None,
     limit: Annotated[int, LIMIT] = 300,
     batch: Batch = 32,
@@ -56,7 +58,7 @@ def command(
     from saccade.terminal.progress import Progress
 
     check_apart(out, [model, data, weights])
-    vit = open_model(model, weights, pretrained, device, threads)
+    vit = open_model(model, weights, pretrained, device, threads, num_classes=num_classes)
     with Progress(shown=True) as progress, kept_in(out, "cache/*.json"):
         found = analyze(
             vit,

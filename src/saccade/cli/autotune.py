@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from saccade.cli.application import app
-from saccade.cli.common import Device, Json, Model, Pretrained, Settings, Threads, Weights, open_model, print_json
+from saccade.cli.common import (
+    Device,
+    Json,
+    Model,
+    NumClasses,
+    Pretrained,
+    Settings,
+    Threads,
+    Weights,
+    open_model,
+    print_json,
+)
 
 
 @app.command("autotune")
@@ -19,6 +30,7 @@ def command(
     out: Annotated[str | None, typer.Option(help="Where to write the table; your cache folder by default.")] = None,
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -33,7 +45,7 @@ def command(
     from saccade.execution.policy import cache_file
     from saccade.terminal.progress import Progress
 
-    vit = open_model(model, weights, pretrained, device, threads, trained=False)
+    vit = open_model(model, weights, pretrained, device, threads, trained=False, num_classes=num_classes)
     with Progress(shown=True) as progress:
         found = autotune(vit, setting, batch=batch, dtypes=dtype, out=out, progress=progress)
     if json:

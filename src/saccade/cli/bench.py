@@ -11,6 +11,7 @@ from saccade.cli.common import (
     Device,
     Json,
     Model,
+    NumClasses,
     Pretrained,
     Settings,
     Threads,
@@ -52,6 +53,7 @@ def command(
     ] = 10.0,
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -75,7 +77,7 @@ def command(
         short = "--compile" if compile else f"--dtype {dtype}"
         raise UserError(f"{short} beside --runner {runner[0]!r}: write it into the runner, like --runner 'onnx bf16'")
     runners = [*map(Runner.of, runner)] or [Runner(dtype or "fp32", "compile" if compile else "eager")]
-    vit = open_model(model, weights, pretrained, device, threads, trained=False)
+    vit = open_model(model, weights, pretrained, device, threads, trained=False, num_classes=num_classes)
     if autotuned:
         vit.execution = Execution.from_cache()
     with Progress(shown=True) as progress:

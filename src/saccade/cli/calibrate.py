@@ -14,6 +14,7 @@ from saccade.cli.common import (
     Device,
     Json,
     Model,
+    NumClasses,
     Pretrained,
     Split,
     Threads,
@@ -38,6 +39,7 @@ def command(
     cache: Annotated[str | None, typer.Option(help="Folder for what was measured, to go on after a stop.")] = None,
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     split: Split = None,
     limit: Annotated[int, LIMIT] = 200,
     batch: Batch = 32,
@@ -69,7 +71,7 @@ def command(
         check_apart(out, [model, data, weights])
     if cache is not None:
         check_apart(cache, [model, data, weights])
-    vit = open_model(model, weights, pretrained, device, threads)
+    vit = open_model(model, weights, pretrained, device, threads, num_classes=num_classes)
     if out is not None:
         check_savable(vit)
     with Progress(shown=True) as progress, kept_in(cache):

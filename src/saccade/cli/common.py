@@ -58,6 +58,14 @@ Pretrained = Annotated[
     bool,
     typer.Option("--pretrained", help="Download the pretrained weights of a timm or hub name.", rich_help_panel=MODEL),
 ]
+NumClasses = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Classes of a name's head, where its weights have another; 0: none, an encoder.",
+        rich_help_panel=MODEL,
+    ),
+]
 Split = Annotated[
     str | None,
     typer.Option(help="Which split of DATA to use; the held-out one by default.", rich_help_panel=IMAGES),
@@ -88,13 +96,14 @@ def open_model(
     device: str = "auto",
     threads: int | None = None,
     *,
+    num_classes: int | None = None,
     trained: bool = True,
 ) -> AdaptiveViT:
-    """The model that MODEL, --weights and --pretrained name, on its device; see ``saccade.checkpoint``."""
+    """The model that MODEL and the options beside it name, on its device; see ``saccade.checkpoint``."""
     from saccade import checkpoint as opening
 
     use_threads(threads)
-    return opening.open_model(name, weights, pretrained, device, trained=trained)
+    return opening.open_model(name, weights, pretrained, device, num_classes=num_classes, trained=trained)
 
 
 def use_threads(threads: int | None) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from saccade.cli.application import app
-from saccade.cli.common import Json, Pretrained, Weights, open_model, print_json
+from saccade.cli.common import Json, NumClasses, Pretrained, Weights, open_model, print_json
 
 
 @app.command("convert")
@@ -25,6 +25,7 @@ def command(
     ] = None,
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     json: Json = False,
 ) -> None:
     """A plain model for another patch size: kernel PI-resized, positions resized, no training. See docs/convert.md.
@@ -37,7 +38,7 @@ def command(
 
     check_place(out)
     check_apart(out, [source, weights])
-    model = open_model(source, weights, pretrained, device="cpu")
+    model = open_model(source, weights, pretrained, device="cpu", num_classes=num_classes)
     made = convert(model, patch, out, size=size, resize=resize)
     (oh, ow), (h, w) = model.backbone.patch_size, made.backbone.patch_size
     (height, width), scale, tokens = made.input_size(), (h * w) / (oh * ow), made.backbone.num_patches

@@ -16,6 +16,7 @@ from saccade.cli.common import (
     Json,
     Limit,
     Model,
+    NumClasses,
     Pretrained,
     Settings,
     Split,
@@ -34,6 +35,7 @@ def command(
     setting: Settings = [],  # noqa: B006  (typer reads it)
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     split: Split = None,
     limit: Limit = None,
     batch: Annotated[
@@ -75,7 +77,7 @@ def command(
 
     if out is not None:
         check_apart(out, [model, data, weights])
-    vit = open_model(model, weights, pretrained, device, threads)
+    vit = open_model(model, weights, pretrained, device, threads, num_classes=num_classes)
     with Progress(shown=True) as progress, kept_in(out):
         found = evaluate(
             vit,

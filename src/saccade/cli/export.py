@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from saccade.cli.application import app
-from saccade.cli.common import IMAGES, Json, Model, Pretrained, Settings, Weights, open_model, print_json, print_result
+from saccade.cli.common import (
+    IMAGES,
+    Json,
+    Model,
+    NumClasses,
+    Pretrained,
+    Settings,
+    Weights,
+    open_model,
+    print_json,
+    print_result,
+)
 
 
 @app.command("export")
@@ -35,6 +46,7 @@ def command(
     ] = 0.995,
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     json: Json = False,
 ) -> None:
     """A model under a setting as one file for an engine, with predict.py, which needs no Saccade, and a parity report.
@@ -51,7 +63,7 @@ def command(
     check_apart(out, [model, weights, data])
     with Progress(shown=True) as progress:
         made = export(
-            open_model(model, weights, pretrained, "cpu"),
+            open_model(model, weights, pretrained, "cpu", num_classes=num_classes),
             out,
             runner=runner,
             settings=setting,

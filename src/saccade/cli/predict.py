@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from saccade.cli.application import app
-from saccade.cli.common import Device, Json, Model, Pretrained, Threads, Weights, use_threads
+from saccade.cli.common import Device, Json, Model, NumClasses, Pretrained, Threads, Weights, use_threads
 
 
 @app.command("predict")
@@ -27,6 +27,7 @@ def command(
     out: Annotated[str | None, typer.Option(help="Folder for predictions.csv, and tokens/: token maps as PNG.")] = None,
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -54,7 +55,14 @@ def command(
     keepers += [] if embed is None else [EmbeddingFile(embed)]
     keepers += [] if out is None else [PredictionFolder(out, top)]
     predictor = Predictor(
-        model, weights=weights, pretrained=pretrained, setting=setting, device=device, batch=batch, top=top
+        model,
+        weights=weights,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        setting=setting,
+        device=device,
+        batch=batch,
+        top=top,
     )
     for line in notes(images):
         print(line, file=sys.stderr)

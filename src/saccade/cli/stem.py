@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from saccade.cli.application import app
-from saccade.cli.common import Json, Pretrained, Weights, open_model, print_json
+from saccade.cli.common import Json, NumClasses, Pretrained, Weights, open_model, print_json
 
 
 @app.command("stem")
@@ -19,6 +19,7 @@ def command(
     out: Annotated[str, typer.Option(help="Folder for the model.")] = "runs/stem",
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     limit: Annotated[int, typer.Option(min=2, help="Use at most this many images, spread evenly.")] = 256,
     json: Json = False,
 ) -> None:
@@ -36,7 +37,7 @@ def command(
 
     check_place(out)
     check_apart(out, [source, data, weights])
-    model = open_model(source, weights, pretrained, device="cpu")
+    model = open_model(source, weights, pretrained, device="cpu", num_classes=num_classes)
     check_savable(model)
     with Progress(shown=True) as progress:
         images = read_images(model, data, limit, progress)

@@ -20,6 +20,9 @@ def command(
     out: Annotated[
         str, typer.Option(help="Folder for checkpoints, metrics.csv, report.html and model/.")
     ] = "runs/train",
+    new_head: Annotated[
+        bool, typer.Option("--new-head", help="Leave out the classifier of the weights: model.new_head=true.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in that folder.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the config as it would be run, and stop.")] = False,
     json: Json = False,
@@ -31,14 +34,15 @@ def command(
     from saccade.terminal.progress import Progress
     from saccade.training.config import read_config, shipped
 
-    settled = read_config(config, changes or [])
+    changes = [*(changes or []), *(["model.new_head=true"] if new_head else [])]
+    settled = read_config(config, changes)
     if show:
         head = [line for line in shipped().get(config, "").splitlines() if line.startswith("#")]
         print("\n".join([*head, settled.model_dump_json(indent=2)]) if not json else settled.model_dump_json(indent=2))
         return
     from saccade.training.train import train
 
-    line = "saccade train " + shlex.join([config, *(changes or []), "--out", out])
+    line = "saccade train " + shlex.join([config, *changes, "--out", out])
     with Progress(shown=True) as progress, kept_in(out, how="the same command with --resume"):
         trained = train(settled, out=out, resume=resume, command=line, progress=progress)
     facts = {

@@ -15,6 +15,7 @@ from saccade.cli.common import (
     Device,
     Json,
     Model,
+    NumClasses,
     Pretrained,
     Split,
     Threads,
@@ -45,6 +46,7 @@ def command(
     ] = "runs/tune",
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     split: Split = None,
     limit: Annotated[
         int, typer.Option(min=20, help="Use at most this many images: half to choose, half to report.")
@@ -81,7 +83,7 @@ def command(
         raise UserError("give one of --quick and --minutes")
     check_apart(out, [model, data, weights])
     start = time.perf_counter()
-    vit = open_model(model, weights, pretrained, device, threads)
+    vit = open_model(model, weights, pretrained, device, threads, num_classes=num_classes)
     minutes = QUICK if quick else minutes
     used = (time.perf_counter() - start) / 60 if minutes is not None and minutes > 0 else 0.0  # opening the model
     with Progress(shown=True) as progress, kept_in(out):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from saccade.cli.application import app
-from saccade.cli.common import Device, Json, Model, Pretrained, Settings, Weights, open_model, print_json
+from saccade.cli.common import Device, Json, Model, NumClasses, Pretrained, Settings, Weights, open_model, print_json
 
 
 @app.command("view")
@@ -18,6 +18,7 @@ def command(
     out: Annotated[str, typer.Option(help="The PNG to write.")] = "tokens.png",
     weights: Weights = None,
     pretrained: Pretrained = False,
+    num_classes: NumClasses = None,
     limit: Annotated[int, typer.Option(min=1, help="Of a folder, use at most this many images, spread evenly.")] = 200,
     device: Device = "auto",
     json: Json = False,
@@ -35,7 +36,7 @@ def command(
 
     if len(setting) > 1:
         raise UserError(f"view draws one setting and {len(setting)} were given; run it once for each")
-    vit = open_model(model, weights, pretrained, device)
+    vit = open_model(model, weights, pretrained, device, num_classes=num_classes)
     if os.path.isdir(image) or image.endswith(".zip"):
         with Progress(shown=True) as progress:
             found = usage(vit, image, setting[0] if setting else None, out=out, limit=limit, progress=progress)

@@ -41,7 +41,7 @@ class Predictor:
     Args:
         model: a folder that Saccade wrote (run as it recommends: number type, engine) or exported, a timm name with
             ``weights`` or ``pretrained``, a timm ViT or an AdaptiveViT.
-        weights, pretrained, device: as in ``saccade.checkpoint.open_model``.
+        weights, pretrained, num_classes, device: as in ``saccade.checkpoint.open_model``.
         setting: instead of the model's own.
         batch: images at once; None: as many as the folder's model was chosen for, else 8.
         top: labels of an image.
@@ -56,6 +56,7 @@ class Predictor:
         *,
         weights: str | os.PathLike | None = None,
         pretrained: bool = False,
+        num_classes: int | None = None,
         setting: str | None = None,
         device: str | None = None,
         batch: int | None = None,
@@ -66,8 +67,8 @@ class Predictor:
                 raise UserError(f"{name}={value!r} is not a whole number of 1 or more")
         self.batch, self.top = batch or BATCH, top
         if (exported := _artefact(model)) is not None:
-            if setting is not None or weights is not None or pretrained:
-                raise UserError(f"{exported.folder} is exported: leave out setting and weights")
+            if setting is not None or weights is not None or pretrained or num_classes is not None:
+                raise UserError(f"{exported.folder} is exported: leave out setting, weights and num_classes")
             if exported.config.pixels:
                 raise UserError(f"{exported.folder} takes photos as they are: run its predict.py, or call it")
             self.model: AdaptiveViT | Artefact = exported
@@ -76,7 +77,7 @@ class Predictor:
             self.classes = Classes(names, tuple(exported.labels or names))
             return
         assert not isinstance(model, Artefact)
-        opened = open_model(model, weights, pretrained, device, deployed=True)
+        opened = open_model(model, weights, pretrained, device, num_classes=num_classes, deployed=True)
         if (head := opened.task_head) is not None and not head.embeds:
             raise UserError(
                 f"this is a model for task {head.task!r}, which predict does not know: use saccade {head.verb}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saccade.errors import UserError
 from saccade.storage.files import shortened
 
+CLASSIFIER = ("head.", "head_dist.")  # what timm's classifiers are called
 COMMON_PREFIXES = "module., _orig_mod., backbone., model., encoder. and the like"
 # What a key in the file that the model has not, or the other way about, says of how the model is to be made.
 UNEXPECTED = {
@@ -99,11 +100,15 @@ def digest(file: Path) -> str:
 
 
 def load_weights(module: nn.Module, file: str | os.PathLike) -> None:
-    """Load a safetensors file strictly, in the module's own dtype; a prefix that all its keys have is taken off.
+    """Load a safetensors file strictly, in the module's own dtype; a prefix that all its keys have is taken off, and
+    a classifier is left out where the module is one without classes (``num_classes=0``).
 
     Raises UserError that lists what does not fit, and says what would.
     """
-    fill(module, without_prefix(read_weights(file), module.state_dict()), str(file))
+    state = without_prefix(read_weights(file), module.state_dict())
+    if getattr(module, "num_classes", None) == 0:
+        state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIER)}
+    fill(module, state, str(file))
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], file: str) -> None:
@@ -176,7 +181,10 @@ def _advice(own: Shapes, state: Shapes, missing: list[str], unknown: list[str], 
     found = []
     if "head.weight" in (*odd, *unknown):
         classes = state["head.weight"][0]
-        found.append(f"its head has {classes} classes: create this model with num_classes={classes}")
+        found.append(
+            f"its head has {classes} classes: create this model with num_classes={classes} (--num-classes {classes}), "
+            "or with 0 to leave that head out (saccade train: --new-head)"
+        )
     kernel = "patch_embed.proj.weight"
     if kernel in odd and state[kernel][:2] == own[kernel][:2]:
         found.append(f"create this model with patch_size={tuple(state[kernel][2:])}, or convert it afterwards")

@@ -36,6 +36,7 @@ class Source(Section):
     name: str = "vit_tiny_patch16_224"  # a timm name, or a folder saved by Saccade
     weights: str | None = None  #         a safetensors file with timm's keys
     pretrained: bool = False  #           timm's own weights, from the hub
+    new_head: bool = False  #             leave out their classifier: one is made for the images, whatever theirs knows
     size: int | tuple[int, int] | None = None  # input pixels, or (h, w); positions are resized; None: the model's own
     crop_pct: float | None = Field(None, gt=0, le=1)  # of evaluation; None: the model's own
     args: dict[str, Any] = {}  #          further arguments of timm.create_model (drop_path_rate, embed_dim, …)
@@ -231,9 +232,8 @@ class Config(Section):
 
 def shipped() -> dict[str, str]:
     """Names and texts of the configs that come with the package."""
-    folder = files("saccade.configs")
-    found = sorted(f.name for f in folder.iterdir() if f.name.endswith(".toml"))
-    return {name.removesuffix(".toml"): folder.joinpath(name).read_text(encoding="utf-8") for name in found}
+    found = sorted((f.name, f) for f in files("saccade.configs").iterdir() if f.name.endswith(".toml"))
+    return {name.removesuffix(".toml"): file.read_text(encoding="utf-8") for name, file in found}
 
 
 def read_config(source: str | Path | Mapping[str, Any], changes: Iterable[str] = ()) -> Config:

@@ -29,8 +29,11 @@ def open_source(source: Source) -> AdaptiveViT:
         if source.weights or source.pretrained or source.args:
             raise UserError(f"{source.name!r} is a model folder: leave out model.weights, model.pretrained, model.args")
         model = load_model(source.name, "dense", runner=None).float()
+        if source.new_head:
+            model.vit.reset_classifier(0)
     else:
-        model = create_model(source.name, weights=source.weights, pretrained=source.pretrained, **source.args)
+        args = source.args | ({"num_classes": 0} if source.new_head else {})
+        model = create_model(source.name, weights=source.weights, pretrained=source.pretrained, **args)
     vit = model.vit
     if source.size is not None:
         size = (source.size, source.size) if isinstance(source.size, int) else source.size
