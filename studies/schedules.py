@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,8 @@ from saccade.evaluation.candidates import price
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.schedule import Space
-from saccade.evaluation.schedule_candidates import MARGIN, schedules
+from saccade.evaluation.schedule_candidates import schedules
+from saccade.evaluation.schedule_price import macs
 from saccade.evaluation.stats import paired_difference
 from saccade.evaluation.successive_halving import shuffled_halves
 from saccade.storage.files import write_json
@@ -63,7 +65,13 @@ def main() -> None:
     for speed in given.speeds:
         lines = {family: rivals(model, family, speed) for family in FAMILIES[:3]}
         found = schedules(
-            evaluator, halves[0], speed / MARGIN, Allowance(), tries=given.tries, seed=given.seed, folder=store.folder
+            evaluator,
+            halves[0],
+            partial(macs, ratio=speed),
+            Allowance(),
+            tries=given.tries,
+            seed=given.seed,
+            folder=store.folder,
         )
         lines["schedule"] = [candidate.setting for candidate in found.candidates]
         print(f"{speed}×: {found.note}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("SACCADE_SKIP", "always")  # counts that do not depend on a measurement; its own tests unset it
 os.environ.setdefault("SACCADE_ATTENTION", "fused")  # nor on which kernel a stopwatch found faster in half precision
+os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))  # fonts are looked for once
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="saccade-tests-")  # what was measured here stays out of tests
 os.environ.pop("COLUMNS", None)  # of the terminal that the tests run in; tests of tables give their own
 torch.set_num_threads(1)  # small models: a second thread only waits
 

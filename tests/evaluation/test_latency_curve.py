@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +17,20 @@ from saccade.evaluation.schedule import Space
 from saccade.evaluation.work import static_work, work_of
 from small_runs import tiny
 
-KNOWN = ["tome(r=1)", "tome(r=8)", "evit(0.8, at=(1,))", "evit(0.3, at=(0, 1))", "grid(16, size=48)"]
+KNOWN = [
+    "tome(r=1)",
+    "tome(r=8)",
+    "evit(0.8, at=(1,))",
+    "evit(0.3, at=(0, 1))",
+    "grid(16, size=48)",
+    "grid(16, size=16)",
+]
 UNSEEN = [
     "tome(r=2)",
     "tome(r=(0, 5))",
     "evit(0.5, at=(0, 1))",
     "grid(16, size=48) | tome(r=1)",
+    "grid(16, size=32) | tome(r=1)",
     "evit(0.6) | tome(r=1)",
 ]
 SITE, TOKEN = {"tome": 0.3, "evit": 0.5}, {"tome": 0.02, "evit": 0.01}
@@ -29,7 +38,7 @@ SITE, TOKEN = {"tome": 0.3, "evit": 0.5}, {"tome": 0.02, "evit": 0.01}
 
 def law(model) -> float:
     """Milliseconds, written out: a block of n tokens takes 1 + n / 10, shared between its halves by their MACs."""
-    cost, total = model.backbone.cost, 2.0 if "48" in str(model.setting) else 3.0
+    cost, total = model.backbone.cost, 1 + math.prod(model.input_size()) / 2048
     with torch.inference_mode():
         trace = model(torch.zeros(1, 3, *model.input_size())).trace
     prefix = model.backbone.num_prefix
@@ -76,7 +85,11 @@ def test_settings_that_were_not_timed_are_priced(lawful):
         view = model.at(setting).eval()
         assert curve.predict(view) == pytest.approx(law(view), rel=1e-6), setting
     assert curve.predict(model.at("pitome(0.7)").eval()) is None, "its deciding was not measured"
-    assert curve.predict(model.at("grid(32)").eval()) is None, "nor this tokenizer"
+    assert curve.predict(model.at("quadtree(7)").eval()) is None, "nor this tokenizer"
+    slower = curve.scaled(1.5)
+    for setting in KNOWN:
+        view = model.at(setting).eval()
+        assert slower.predict(view) == pytest.approx(1.5 * law(view), rel=1e-6), setting
     assert LatencyCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from saccade.evaluation.distance import Distance
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.schedule import Rule, Schedule, Space, by_macs
 from saccade.evaluation.schedule_candidates import schedules
+from saccade.evaluation.schedule_price import macs
 from saccade.evaluation.schedule_search import ScheduleSearch
 from saccade.evaluation.tune import search
 from saccade.setting import Setting
@@ -185,14 +187,17 @@ def test_a_rule_that_fails_is_left_out(evaluator, space, monkeypatch):
     assert found.nearest and not any("tofu" in str(space.setting(t.schedule)) for t in found.nearest)
 
 
-def test_tune_races_schedules_and_says_from_how_many(evaluator, monkeypatch):
+def test_tune_races_schedules_and_says_from_how_many(evaluator, space, monkeypatch):
+    target = Target.of(gmacs=space.macs(space.empty("")) / 1.4e9)
     images, photos = evaluator.images, list[int]()
     shorten(monkeypatch)
     monkeypatch.setattr(Distance, "__init__", _seen(photos, Distance.__init__))
-    found = search(evaluator.dense, images, Target.of("1.4x"), compiled=False, seconds=0.0, batch=2, schedules=40)
+    found = search(evaluator.dense, images, target, compiled=False, seconds=0.0, batch=2, schedules=40)
     searched = [m.option.candidate for m in found.measured if m.option.candidate.tried]
     assert photos and not {*photos} & {*found.report_places}, "the reported half had no part"
-    assert any("schedules were tried on 10 of the images that choose" in note for note in found.notes)
+    assert any(
+        "schedules were tried on 10 of the images that choose" in note and "of MACs" in note for note in found.notes
+    )
     assert all(c.tried >= 40 and evaluator.dense.at(c.setting) for c in searched)
 
 
@@ -205,9 +210,9 @@ def _seen(photos, real):
 
 
 def test_no_schedules_where_none_are_asked_for_or_time_is_short(evaluator):
-    assert schedules(evaluator, range(IMAGES), 1.5, Allowance(), tries=0).candidates == []
-    assert schedules(evaluator, range(IMAGES), 1.5, Allowance(120.0)).candidates == []
-    none = schedules(evaluator, range(IMAGES), 50.0, Allowance(), tries=1)
+    assert schedules(evaluator, range(IMAGES), partial(macs, ratio=1.5), Allowance(), tries=0).candidates == []
+    assert schedules(evaluator, range(IMAGES), partial(macs, ratio=1.5), Allowance(120.0)).candidates == []
+    none = schedules(evaluator, range(IMAGES), partial(macs, ratio=50.0), Allowance(), tries=1)
     assert none.candidates == [] and none.note == "no schedule is within the budget"
 
 

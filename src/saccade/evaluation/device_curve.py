@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from saccade.evaluation.circumstances import circumstances
 from saccade.evaluation.latency_curve import LatencyCurve, measure
 from saccade.execution.policy import cache_file
 from saccade.model import AdaptiveViT
+from saccade.runners.engine import engine_of, versions
 from saccade.runners.runner import FP32, Runner
 from saccade.storage.files import write_json
 from saccade.terminal.progress import Progress
@@ -64,21 +66,46 @@ def device_curve(
 
     Raises UserError for an unknown runner, or an engine that is not installed.
     """
-    runner = Runner.of(runner)
-    file = curve_file(model, runner, batch)
-    curve = _read(file)
-    if curve is None:
-        menus = [(entry.kind, entry.menu(model.backbone)) for entry in registry().values()]
-        some = [s for kind, menu in menus for s in (menu if kind == "tokenizer" else menu[:1] + menu[-1:])]
-        curve = measure(model, some, runner=runner, batch=batch, seconds=seconds, progress=progress)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, curve.to_dict())
-    return DeviceCurve(curve)
+    runner, some = Runner.of(runner), some_of_each(model)
+    return DeviceCurve(curve_of(model, some, runner=runner, batch=batch, seconds=seconds, progress=progress))
 
 
-def curve_file(model: AdaptiveViT, runner: Runner, batch: int) -> Path:
-    """Where a curve is kept: named by the model's shapes, runner, batch, device, threads and versions."""
-    facts = [repr(model.vit), repr(model.backbone), str(runner), batch, sorted(circumstances(model).items())]
+def curve_of(
+    model: AdaptiveViT,
+    some: Sequence[str],
+    *,
+    runner: Runner,
+    batch: int,
+    seconds: float = 10.0,
+    progress: Progress | None = None,
+) -> LatencyCurve:
+    """The curve by some settings of a model: one that was measured here before by these or by the whole menu, or a new
+    one, which is kept."""
+    if (known := known_curve(model, some, runner, batch)) is not None:
+        return known
+    curve = measure(model, some, runner=runner, batch=batch, seconds=seconds, progress=progress)
+    file = curve_file(model, some, runner, batch)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, curve.to_dict())
+    return curve
+
+
+def known_curve(model: AdaptiveViT, some: Sequence[str], runner: Runner, batch: int) -> LatencyCurve | None:
+    """A curve by some settings, or by the whole menu, that was measured here before."""
+    whole, own = (_read(curve_file(model, settings, runner, batch)) for settings in (some_of_each(model), some))
+    return whole or own
+
+
+def some_of_each(model: AdaptiveViT) -> list[str]:
+    """Settings by which methods and tokenizers are known: of a method the weakest and the strongest of its menu."""
+    menus = [(entry.kind, entry.menu(model.backbone)) for entry in registry().values()]
+    return [s for kind, menu in menus for s in (menu if kind == "tokenizer" else menu[:1] + menu[-1:])]
+
+
+def curve_file(model: AdaptiveViT, some: Sequence[str], runner: Runner, batch: int) -> Path:
+    """Where a curve is kept: named by the model's shapes, settings, runner, batch, device, threads and versions."""
+    facts = [repr(model.vit), repr(model.backbone), *some, str(runner), batch, sorted(circumstances(model).items())]
+    facts += sorted(versions(engine_of(runner.engine)).items()) if runner.exported else []
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
     return cache_file().parent / f"latency-{key}.json"
 

@@ -9,10 +9,12 @@ to it; a tokenizer takes what is left of its own setting's time.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from saccade.core.record import BlockCost
@@ -37,6 +39,8 @@ class LatencyCurve:
         tokens: numbers of tokens, prefix included, in order; block: what a block of so many takes.
         tokenizers: by tokenizer, embedding, head and all else that no block does; "": the model's own.
         methods: by method, what deciding takes for a site, and for each token that comes to it.
+        grids: tokens and milliseconds of the tokenizers that decide nothing, fewest tokens first: one that was not
+            timed takes what lies between its neighbours.
     """
 
     runner: str
@@ -46,6 +50,7 @@ class LatencyCurve:
     block: tuple[float, ...]
     tokenizers: dict[str, float]
     methods: dict[str, tuple[float, float]]
+    grids: tuple[tuple[float, float], ...] = ()
 
     def predict(self, model: AdaptiveViT) -> float | None:
         """Of a batch under a model's setting; None where the curve does not know a part of it."""
@@ -54,9 +59,27 @@ class LatencyCurve:
 
     def of(self, tokenizer: str, work: Work) -> float | None:
         """Of a batch of tokens by a tokenizer, and this work; None where a part is not known."""
-        if tokenizer not in self.tokenizers or not self.methods.keys() >= work.deciding.keys():
+        outside = self.outside(tokenizer, work)
+        if outside is None or not self.methods.keys() >= work.deciding.keys():
             return None
-        return self.tokenizers[tokenizer] + self.in_blocks(work) + self.deciding(work)
+        return outside + self.in_blocks(work) + self.deciding(work)
+
+    def outside(self, tokenizer: str, work: Work) -> float | None:
+        """Of all that is in no block; None where the tokenizer is not known."""
+        if tokenizer in self.tokenizers or not self.grids or not decides_nothing(tokenizer):
+            return self.tokenizers.get(tokenizer)
+        tokens, times = zip(*self.grids, strict=True)
+        return float(np.interp(work.attention[0], [*tokens], [*times]))
+
+    def scaled(self, factor: float) -> LatencyCurve:
+        """The same where everything takes so many times as long: a machine is not as fast in every hour."""
+        return replace(
+            self,
+            block=tuple(factor * ms for ms in self.block),
+            tokenizers={name: factor * ms for name, ms in self.tokenizers.items()},
+            methods={name: (factor * site, factor * token) for name, (site, token) in self.methods.items()},
+            grids=tuple((tokens, factor * ms) for tokens, ms in self.grids),
+        )
 
     def in_blocks(self, work: Work) -> float:
         """Of the blocks alone."""
@@ -85,10 +108,11 @@ class LatencyCurve:
         tokens, block = (tuple(map(float, told[name])) for name in ("tokens", "block"))
         tokenizers = {str(name): float(ms) for name, ms in told["tokenizers"].items()}
         methods = {str(name): (float(site), float(token)) for name, (site, token) in told["methods"].items()}
+        grids = tuple((float(n), float(ms)) for n, ms in told["grids"])
         if len(tokens) < 2 or len(tokens) != len(block):
             raise ValueError
         cost = BlockCost(**{name: int(value) for name, value in told["cost"].items()})
-        return cls(str(told["runner"]), int(told["batch"]), cost, tokens, block, tokenizers, methods)
+        return cls(str(told["runner"]), int(told["batch"]), cost, tokens, block, tokenizers, methods, grids)
 
 
 def weights(cost: BlockCost, tokens: Sequence[float], work: Work) -> list[float]:
@@ -113,6 +137,11 @@ def split(setting: Setting) -> tuple[str, Setting]:
     )
 
 
+def decides_nothing(tokenizer: str) -> bool:
+    """Whether a tokenizer is a grid, of whatever size: it treats all images, and all of an image, alike."""
+    return bool(tokenizer) and all(registry()[call.name].baseline for call in Setting.parse(tokenizer).calls)
+
+
 def measure(
     model: AdaptiveViT,
     settings: Iterable[str],
@@ -128,32 +157,57 @@ def measure(
         settings: those that methods and tokenizers are known from: of a method two of different strength.
         seconds: of timed runs, all together; never fewer than 7 of each.
     """
-    base, n = model.deploy(runner).eval(), model.backbone.num_patches
-    counts = sorted({max(1, round(share * n)) for share in SHARES})
-    cuts = [str(Setting(calls("block", [(0, count)]))) for count in counts]
-    shorter = f"depth({max(1, model.backbone.depth // 2)})"
-    named = list(dict.fromkeys(["dense", shorter, *cuts, *settings]))
-    timed, _ = interleaved({name: base.at(name).eval() for name in named}, batch, seconds, progress)
-    times = {name: 1000 * _median(found.seconds) for name, found in timed.items()}
-    tokens = tuple(float(model.backbone.num_prefix + count) for count in (*counts, n))
-    works = {name: work_of(model.at(name).eval()) for name in times}
-    cost = model.backbone.cost
-    block, rest = _blocks(cost, tokens, {name: works[name] for name in ("dense", shorter, *cuts)}, times)
-    bare = LatencyCurve(str(runner), batch, cost, tokens, block, {"": rest}, {})
-    left = {name: times[name] - bare.in_blocks(works[name]) for name in times}
-    alone = {name: split(Setting.parse(name)) for name in times}
-    tokenizers = {first: left[name] for name, (first, methods) in alone.items() if first and not methods.calls}
-    names = {name: next(iter(works[name].deciding)) for name in times if len(works[name].deciding) == 1}
+    base, some = model.deploy(replace(runner, batch=batch)).eval(), [*settings]
+    views = {name: base.at(name).eval() for name in points(model, some)}
+    timed, _ = interleaved(views, batch, seconds, progress)
+    return fitted(model, some, {name: 1000 * median(found.seconds) for name, found in timed.items()}, runner, batch)
+
+
+def points(model: AdaptiveViT, settings: Iterable[str]) -> list[str]:
+    """What is timed for a curve: dense, half of the blocks, blocks at some numbers of tokens, and these settings."""
+    return list(dict.fromkeys(["dense", _shorter(model), *_cuts(model), *settings]))
+
+
+def _shorter(model: AdaptiveViT) -> str:
+    return f"depth({max(1, model.backbone.depth // 2)})"
+
+
+def _cuts(model: AdaptiveViT) -> dict[str, float]:
+    """All blocks with fewer tokens, without deciding which: settings, and how many tokens those are, fewest first."""
+    prefix = model.backbone.num_prefix
+    counts = sorted({max(1, round(share * model.backbone.num_patches)) for share in SHARES})
+    return {str(Setting(calls("block", [(0, count)]))): float(prefix + count) for count in counts}
+
+
+def fitted(
+    model: AdaptiveViT, settings: Iterable[str], times: Mapping[str, float], runner: Runner, batch: int
+) -> LatencyCurve:
+    """The curve by milliseconds of its ``points``, of one interleaved run; what is not among them is not known."""
+    cost, cuts = model.backbone.cost, {name: n for name, n in _cuts(model).items() if name in times}
+    bare, some = ["dense", _shorter(model), *cuts], [s for s in settings if s in times]
+    works = {name: work_of(model.at(name).eval()) for name in dict.fromkeys([*bare, *some])}
+    tokens = (*cuts.values(), float(model.backbone.num_prefix + model.backbone.num_patches))
+    block, rest = _blocks(cost, tokens, {name: works[name] for name in bare}, times)
+    blocks = LatencyCurve(str(runner), batch, cost, tokens, block, {"": rest}, {})
+    left = {name: times[name] - blocks.in_blocks(work) for name, work in works.items()}
+    alone = {name: split(Setting.parse(name)) for name in some}
+    firsts = {first: name for name, (first, methods) in alone.items() if first and not methods.calls}
+    tokenizers = {first: left[name] for first, name in firsts.items()}
+    grids = {works[name].attention[0]: left[name] for first, name in firsts.items() if decides_nothing(first)}
+    grids[tokens[-1]] = rest
+    names = {name: next(iter(works[name].deciding)) for name in some if len(works[name].deciding) == 1}
     methods = {}
     for method in dict.fromkeys(names.values()):
-        own = [name for name in names if names[name] == method and not alone[name][0] and name not in cuts]
+        own = [name for name in names if names[name] == method and not alone[name][0]]
         if own:
             methods[method] = _deciding([works[o].deciding[method] for o in own], [left[o] - rest for o in own])
-    return LatencyCurve(str(runner), batch, cost, tokens, block, {"": rest, **tokenizers}, methods)
+    return LatencyCurve(
+        str(runner), batch, cost, tokens, block, {"": rest, **tokenizers}, methods, tuple(sorted(grids.items()))
+    )
 
 
 def _blocks(
-    cost: BlockCost, tokens: tuple[float, ...], works: dict[str, Work], times: dict[str, float]
+    cost: BlockCost, tokens: tuple[float, ...], works: dict[str, Work], times: Mapping[str, float]
 ) -> tuple[tuple[float, ...], float]:
     """Time of a block at each number of tokens, and of all that is in no block: by least squares."""
     rows = torch.tensor([[1.0, *weights(cost, tokens, works[name])] for name in works], dtype=torch.float64)
@@ -170,7 +224,3 @@ def _deciding(asked: list[tuple[float, float]], left: list[float]) -> tuple[floa
         return site, 0.0
     first, second = torch.linalg.lstsq(rows, y).solution.tolist()
     return first, second
-
-
-def _median(seconds: list[float]) -> float:
-    return torch.tensor(seconds, dtype=torch.float64).quantile(0.5).item()

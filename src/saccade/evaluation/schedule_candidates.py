@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,12 @@ from saccade.evaluation.allowance import Allowance
 from saccade.evaluation.candidates import RED, Candidate
 from saccade.evaluation.distance import Distance
 from saccade.evaluation.evaluator import Evaluator
-from saccade.evaluation.schedule import Space, by_macs
+from saccade.evaluation.schedule import Space
+from saccade.evaluation.schedule_price import Price
 from saccade.evaluation.schedule_search import TRIES, ScheduleSearch
 from saccade.terminal.progress import Progress
 
 RACED = 3  # of the schedules found for a budget
-MARGIN = 1.06  # fewer MACs than the ratio asks for: not all of what they save becomes time
-ASSUMED = 1.5  # the ratio, where none is aimed at
 SHARE, LEAST_MINUTES = 0.15, 4.0  # of a limited time; and how much of it there must be
 
 
@@ -33,7 +32,7 @@ class Schedules:
 def schedules(
     evaluator: Evaluator,
     places: Sequence[int],
-    ratio: float | None,
+    price: Callable[[Space], Price | None],
     allowance: Allowance,
     *,
     tries: int | None = None,
@@ -41,29 +40,29 @@ def schedules(
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Schedules:
-    """Search for schedules at a MAC ratio (``schedule_search``).
+    """Search for schedules within a budget (``schedule_search``).
 
     Args:
         places: of the images that choose; no other is looked at.
+        price: what they may cost; None: there is nothing to look for.
         tries: schedules that are run, at most; None: 300, or as many as a seventh of a limited time suffices for.
         folder: for the state, so that an interrupted search goes on; None: none is kept.
     """
     if tries == 0 or (tries is None and allowance.limited and allowance.seconds < 60 * LEAST_MINUTES):
         return Schedules([])
-    model, progress = evaluator.dense, progress or Progress()
-    space = Space.of(model)
-    most, dense = TRIES if tries is None else tries, space.macs(space.empty(""))
-    if not space.rules:
+    space, progress = Space.of(evaluator.dense), progress or Progress()
+    budget = price(space) if space.rules else None
+    if budget is None:
         return Schedules([])
-    limit, until = dense / ((ratio or ASSUMED) * MARGIN), allowance.spent() + SHARE * allowance.seconds
+    most, until = TRIES if tries is None else tries, allowance.spent() + SHARE * allowance.seconds
     distance = Distance(evaluator, places)
-    key = hashlib.sha256(json.dumps([limit, seed, *map(int, places)]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps([budget.key, seed, *map(int, places)]).encode()).hexdigest()[:24]
     advance = progress.start("searching for schedules", most)
     search = ScheduleSearch(
         space,
         distance,
-        by_macs,
-        limit,
+        budget.cost,
+        budget.limit,
         seed,
         most,
         enough=lambda: allowance.spent() > until,
@@ -77,7 +76,7 @@ def schedules(
         return Schedules([], "no schedule is within the budget")
     best = {str(space.setting(t.schedule)): space.macs(t.schedule) for t in found.nearest[:RACED]}
     note = (
-        f"{found.tried} schedules were tried on {found.images} of the images that choose, without their labels; the "
-        f"nearest {len(best)} to the dense model went into the race"
+        f"{found.tried} schedules were tried on {found.images} of the images that choose, without their labels, within "
+        f"a budget of {budget.words}; the nearest {len(best)} to the dense model went into the race"
     )
     return Schedules([Candidate(s, RED, macs, True, found.tried) for s, macs in best.items()], note)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from saccade.evaluation.accuracy import paired, score
 from saccade.evaluation.allowance import Allowance, Costs, plan
 from saccade.evaluation.answers import Predictions
-from saccade.evaluation.candidates import Candidate, Priced, Target, candidates
+from saccade.evaluation.candidates import Candidate, Priced, Target, candidates, price
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.failures import described, is_systems
 from saccade.evaluation.options import Measured, Option, Search
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.recommendation import by_importance
 from saccade.evaluation.schedule_candidates import schedules
-from saccade.evaluation.speed import ALWAYS, Speed, time_all, time_together
+from saccade.evaluation.schedule_price import price_of
+from saccade.evaluation.speed import ALWAYS, Speed, time_all
 from saccade.evaluation.successive_halving import front, shuffled_halves, successive_halving
+from saccade.evaluation.ways import Ways
+from saccade.evaluation.ways import ways as find_ways
 from saccade.model import AdaptiveViT
 from saccade.runners.runner import FP32, QUANTISED, Runner
 from saccade.terminal.progress import Bar, Progress
@@ -76,10 +80,13 @@ class SearchRun:
         """All of it, on the images at these places; tries: of the search for schedules."""
         evaluator, say = self.evaluator, self.progress.say
         costs = self._costs(places)
-        ratio = self._mac_ratio()
+        dense = Candidate("dense", "dense", price(self.plain, "dense"), False)
+        ways = find_ways(dense, runners, self._base, self.batch, self.allowance, self.progress)
+        self._leave_out(ways.failed)
+        ratio = self._mac_ratio(ways)
         halves = shuffled_halves(len(places), seed, None if evaluator.labels is None else evaluator.labels[places])
         select, report = ([places[i] for i in half] for half in halves)
-        searched = self._schedules(select, ratio, tries, seed)
+        searched = self._schedules(select, ways, tries, seed)
         priced = self._price(ratio)
         priced = replace(priced, candidates=[*priced.candidates, *searched])
         sizes = plan(
@@ -103,14 +110,14 @@ class SearchRun:
             say(f"That is more than the time asked for: about {sizes.seconds / 60:.1f} minutes.")
 
         selected = self._race(sizes.candidates, select, sizes.survivors)
-        dense = next(iter(selected))
-        options = [*selected, *self._ways(dense, selected, sizes.survivors, runners)]
+        first = next(iter(selected))
+        options = [*selected, *ways.options, *self._in_fastest(ways, selected, sizes.survivors)]
         speeds = self.time(self._by_promise(options, selected), sizes.timing, self._until(0.8))
-        chosen_by = {dense: selected[dense]}
+        chosen_by = {first: selected[first]}
         for option in speeds:
             said = selected.get(option) or self.attempt(option, lambda o=option: self.predict(o, select))  # type: ignore[misc]
             if said is not None:
-                chosen_by[option] = paired(said, selected[dense])[0]
+                chosen_by[option] = paired(said, selected[first])[0]
         measured = [self._chosen_by(o, speeds[o], said) for o, said in chosen_by.items()]
         rows = self._report(measured, report)
         rows = [rows[0], *sorted(rows[1:], key=lambda m: -m.option.candidate.macs)]
@@ -205,18 +212,18 @@ class SearchRun:
         return Costs(max(1e-9, (end - middle) / len(few)), max(0.0, 2 * middle - start - end) / len(few))
 
     def _price(self, ratio: float | None) -> Priced:
-        priced = candidates(self.plain, ratio, self.progress, lambda: self.allowance.beyond(0.15))
+        priced = candidates(self.plain, ratio, self.progress, lambda: self.allowance.beyond(0.25))
         self._leave_out(priced.failed)
         if priced.untried:
             self.notes.append(f"{priced.untried} combinations were not tried, to keep within the time")
         return priced
 
-    def _schedules(self, select: Sequence[int], ratio: float | None, tries: int | None, seed: int) -> list[Candidate]:
+    def _schedules(self, select: Sequence[int], ways: Ways, tries: int | None, seed: int) -> list[Candidate]:
         """Those that are found for the budget, by the images that choose."""
         found = schedules(
             self.evaluator,
             select,
-            ratio,
+            partial(price_of, self.target, ways, self.batch, self.allowance, self.progress),
             self.allowance,
             tries=tries,
             seed=seed,
@@ -247,29 +254,17 @@ class SearchRun:
         self.evaluator.need(selected[dense], dense.name)
         return {o: paired(p, selected[dense])[0] for o, p in selected.items()}
 
-    def _ways(
-        self, dense: Option, selected: dict[Option, Predictions], survivors: int, runners: Sequence[Runner]
-    ) -> list[Option]:
-        """Other ways to run: the dense model in each, and the best of each cost in the fastest of them, but for those
-        of ``torch.compile``, where that is faster than fp32 eager and there is time to start it."""
-        ways = [Option(dense.candidate, runner) for runner in runners]
-        quick, clock = [o for o in ways if not o.runner.compiled], self.allowance.clock
-        probe = {o.name: self._base(o.runner).at("dense").eval() for o in (dense, *quick)}
-        begun = clock()
-        timing = time_all(probe, self.batch, 0.0, self.progress, clock=clock, least=3)
-        each = (clock() - begun) / len(probe)
-        self._leave_out(timing.failed)
-        ways = [o for o in ways if o.name not in timing.failed]
-        speedups = {row.setting: row.speedup for row in timing.rows}
-        fastest = max((o for o in quick if o in ways), key=lambda o: speedups[o.name], default=dense)
-        if fastest is dense or speedups[fastest.name] <= 1:
-            return ways
-        room = self._until(0.7) / 2 / max(each, 1e-9) if fastest.runner.exported else math.inf
+    def _in_fastest(self, ways: Ways, selected: dict[Option, Predictions], survivors: int) -> list[Option]:
+        """The best settings of each cost in the fastest way to run, if that is not fp32 eager: as many as there is time
+        to start."""
+        if ways.runner == FP32:
+            return []
+        room = self._until(0.7) / 2 / max(ways.each, 1e-9) if ways.runner.exported else math.inf
         most = int(min(HALVED, survivors, room))
         hits = {o: self.evaluator.hits(p).double().mean().item() for o, p in selected.items()}
-        best = front({o: (o.candidate.macs, hits[o]) for o in selected if o.candidate.family != "random"}) - {dense}
-        ordered = sorted(best, key=lambda o: -hits[o])[:most]
-        return ways + [Option(o.candidate, fastest.runner) for o in ordered]
+        best = front({o: (o.candidate.macs, hits[o]) for o in selected if o.candidate.family != "random"})
+        ordered = sorted((o for o in best if o.candidate != ways.fastest.candidate), key=lambda o: -hits[o])[:most]
+        return [Option(o.candidate, ways.runner) for o in ordered]
 
     def _by_promise(self, options: list[Option], selected: dict[Option, Predictions]) -> list[Option]:
         """The dense model, its other ways to run, then the best; random baselines last: for where time is short."""
@@ -282,12 +277,9 @@ class SearchRun:
         """Seconds until this share of the time is over; infinite where there is no limit."""
         return max(1.0, share * self.allowance.seconds - self.allowance.spent())
 
-    def _mac_ratio(self) -> float | None:
-        """The MAC ratio that a target is about; None where none is."""
-        if self.target.kind == "speedup":
-            return self.target.value
-        if self.target.kind == "drop":
-            return None
-        dense = time_together({"dense": self.plain.at("dense").eval()}, self.batch, 1.0, self.progress)[0]
-        now = dense.gmacs if self.target.kind == "gmacs" else dense.p50_ms
-        return max(1.0, now / self.target.value)
+    def _mac_ratio(self, ways: Ways) -> float | None:
+        """The MAC ratio that a target is about, where it is met in the fastest way to run; None where none is."""
+        if self.target.kind == "gmacs":
+            return max(1.0, ways.fastest.candidate.macs / (self.target.value * 1e9))
+        speedup = {"speedup": self.target.value, "ms": ways.ms[FP32] / self.target.value}.get(self.target.kind)
+        return ways.ratio(speedup)
