@@ -28,6 +28,10 @@ COMPOSED = [
     "imagepiece() | evit(0.8)",
     "tome(r=(0, 0, 40, 0, 40))",
     "grid(16, size=192) | tofu(r=(0, 20, 0, 10, 0, 30)) | tome(r=(0, 0, 0, 10))",
+    *(
+        f"grid(16, size=160) | {s}"
+        for s in ("tome(r=9)", "tofu(r=9)", "diffrate(2, 6)", "mctf(share=0.25)", "evit(0.7)")
+    ),
 ]
 
 

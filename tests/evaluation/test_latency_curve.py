@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -153,3 +154,21 @@ def test_settings_of_the_menu_are_known_to_the_curve(lawful, monkeypatch, tmp_pa
     menu = [s for entry in registry().values() for s in entry.menu(model.backbone)]
     unknown = [s for s in menu if curve.predict(model.at(s).eval()) is None]
     assert not unknown and len(menu) > 20
+
+
+def test_what_a_graph_masks_is_not_told_by_what_pytorch_skips(lawful):
+    model = tiny().eval()
+    curve = measure(model, ["ats(0.5)"], batch=1)
+    assert curve.predict(model.at("ats(0.5)").eval()) is not None
+    exported = replace(curve, runner="fp32 openvino")
+    assert exported.predict(model.at("ats(0.5)").eval()) is None
+    assert exported.predict(model.at("depth(2)").eval()) is not None
+
+
+def test_deciding_takes_no_less_than_nothing():
+    """What is told of other numbers of tokens lies between times by sites and times by tokens."""
+    exact = [(12.0, 2000.0), (12.0, 1000.0)]
+    assert latency_curve._deciding(exact, [6.2, 5.1]) == pytest.approx((4.0 / 12, 0.0011))
+    assert latency_curve._deciding(exact, [5.0, 6.0]) == pytest.approx((5.5 / 12, 0.0)), "fewer tokens took longer"
+    assert latency_curve._deciding(exact, [6.0, 2.9]) == pytest.approx((0.0, (2000 * 6 + 1000 * 2.9) / 5e6))
+    assert latency_curve._deciding(exact[:1], [6.0]) == pytest.approx((0.5, 0.0))

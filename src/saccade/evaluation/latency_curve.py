@@ -24,7 +24,8 @@ from saccade.evaluation.schedule import Schedule, Space
 from saccade.evaluation.work import Work, attention_share, static_work, work_of
 from saccade.methods.cut import calls
 from saccade.model import AdaptiveViT
-from saccade.runners.runner import FP32, Runner
+from saccade.runners.exported import has_fixed_counts
+from saccade.runners.runner import EAGER, FP32, Runner
 from saccade.setting import Setting
 from saccade.terminal.progress import Progress
 
@@ -53,7 +54,10 @@ class LatencyCurve:
     grids: tuple[tuple[float, float], ...] = ()
 
     def predict(self, model: AdaptiveViT) -> float | None:
-        """Of a batch under a model's setting; None where the curve does not know a part of it."""
+        """Of a batch under a model's setting; None where the curve does not know a part of it, and where a runner masks
+        what PyTorch skips."""
+        if masked(model, Runner.of(self.runner)):
+            return None
         tokenizer, _ = split(model.setting)
         return self.of(tokenizer, work_of(model))
 
@@ -128,6 +132,11 @@ def weights(cost: BlockCost, tokens: Sequence[float], work: Work) -> list[float]
     return found
 
 
+def masked(model: AdaptiveViT, runner: Runner) -> bool:
+    """Whether a runner's graph of a setting masks, as its counts depend on the image, what PyTorch skips."""
+    return runner.engine != EAGER and not has_fixed_counts(model)
+
+
 def split(setting: Setting) -> tuple[str, Setting]:
     """Tokenizer ("": the model's own) and methods of a setting."""
     known = registry()
@@ -184,7 +193,8 @@ def fitted(
 ) -> LatencyCurve:
     """The curve by milliseconds of its ``points``, of one interleaved run; what is not among them is not known."""
     cost, cuts = model.backbone.cost, {name: n for name, n in _cuts(model).items() if name in times}
-    bare, some = ["dense", _shorter(model), *cuts], [s for s in settings if s in times]
+    some = [s for s in settings if s in times and not masked(model.at(s).eval(), runner)]
+    bare = ["dense", _shorter(model), *cuts]
     works = {name: work_of(model.at(name).eval()) for name in dict.fromkeys([*bare, *some])}
     tokens = (*cuts.values(), float(model.backbone.num_prefix + model.backbone.num_patches))
     block, rest = _blocks(cost, tokens, {name: works[name] for name in bare}, times)
@@ -217,10 +227,16 @@ def _blocks(
 
 
 def _deciding(asked: list[tuple[float, float]], left: list[float]) -> tuple[float, float]:
-    """Time for a site and for a token, by what is left of some settings' times; by sites alone where they are alike."""
+    """Time for a site and for a token, by what is left of some settings' times: neither is below zero, for what is
+    told of fewer or more tokens is then between them; by one of the two alone where both would not be."""
     rows, y = torch.tensor(asked, dtype=torch.float64), torch.tensor(left, dtype=torch.float64)
-    site = ((rows[:, 0] @ y) / (rows[:, 0] @ rows[:, 0])).item()
-    if len(asked) < 2 or torch.linalg.cond(rows / rows.norm(dim=0)) > 20:
-        return site, 0.0
-    first, second = torch.linalg.lstsq(rows, y).solution.tolist()
-    return first, second
+    both = torch.linalg.lstsq(rows, y).solution if len(asked) > 1 else torch.full((2,), -1.0, dtype=torch.float64)
+    if (both < 0).any():
+        alone = [torch.diag(rows.T @ rows)[i].reciprocal() * (rows[:, i] @ y) for i in (0, 1)]
+        ways = [
+            torch.stack([alone[0], torch.zeros_like(alone[0])]),
+            torch.stack([torch.zeros_like(alone[1]), alone[1]]),
+        ]
+        both = min(ways, key=lambda way: (rows @ way - y).square().sum().item())
+    site, token = both.tolist()
+    return site, token
