@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist w
 FLOOR := .venv-floor
 FLOOR_TESTS := $(addprefix tests/,test_floors.py methods/test_contract.py backbones/test_vit.py backbones/test_eva.py core/test_macs.py core/test_operator_counter.py runners/test_compile.py runners/test_export.py)
 
-.PHONY: demo test test-all test-floor test-notebooks docs lint format clean
+.PHONY: demo test test-all test-floor test-notebooks docs dist lint format clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,8 +38,15 @@ test-notebooks: $(READY)
 	$(PYTEST) -m "" tests/test_examples.py
 
 docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
-	$(BIN)/mkdocs build --strict --site-dir build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
+
+# A wheel and a source archive, in dist/, that hold what they must and nothing else.
+dist: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	rm -rf dist build/lib
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tools/check_dist.py dist/*
 
 lint: $(READY)
 	$(BIN)/ruff check .
