@@ -10,11 +10,14 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 import saccade
+from measured import measured, summary
 from saccade.core.registry import SOURCES, Entry, registry
 from saccade.setting import presets
 
 ROOT = Path(__file__).parents[1]
 PAPER = re.compile(r"(?<!/)\barXiv[: ](\d{4}\.\d{4,5})")
+CODE = re.compile(r"`[^`]*`")
+FENCE = "```"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -35,6 +38,19 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """mkdocs' event: the text of a page, made or written, with bars in code as the site's Markdown has them.
+
+    In a table GitHub wants a bar in code escaped. The site's Markdown shows the backslash, and needs none.
+    """
+    lines, fenced = [], False
+    for line in markdown.splitlines(keepends=True):
+        fenced ^= line.lstrip().startswith(FENCE)
+        row = not fenced and line.startswith("|")
+        lines.append(CODE.sub(lambda code: code[0].replace("\\|", "|"), line) if row else line)
+    return "".join(lines)
+
+
 def page(entry: Entry) -> str:
     """What a method is, its knobs with where their defaults are from, and the rest of what it says of itself."""
     text = linked(entry.build.__doc__ or "")
@@ -52,7 +68,8 @@ def page(entry: Entry) -> str:
     shown = f"![The photo, and the tokens that {entry.name} leaves](../pictures/methods/{picture.name})"
     try_it = f"saccade view vit_tiny_patch16_224 photo.jpg --pretrained -s '{entry.name}()' --out photo.png"
     parts = [f"# {entry.name}", dedented(head), "## Knobs", "\n".join(table), legend, dedented(after)]
-    parts += [engines(entry.name), "## See it", shown if picture.exists() else "", f"```text\n{try_it}\n```"]
+    parts += [measured(entry.name), engines(entry.name), "## See it", shown if picture.exists() else ""]
+    parts += [f"```text\n{try_it}\n```"]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -78,7 +95,10 @@ def example(notebook: Path) -> str:
 
 def index() -> str:
     """All names, and the published systems by name."""
-    rows = [f"| [{name}]({name}.md) | {entry.kind} | {cell(entry.summary)} |" for name, entry in registry().items()]
+    rows = [
+        f"| [{name}]({name}.md) | {entry.kind} | {cell(entry.summary)} | {summary(name) or 'has to be trained'} |"
+        for name, entry in registry().items()
+    ]
     systems = [
         f"| `{name}()` | `{cell(preset.setting)}` | {cell(preset.about)} |" for name, preset in presets().items()
     ]
@@ -86,10 +106,11 @@ def index() -> str:
         [
             "# Methods",
             "",
-            "A setting is built from these, joined by `|`; a tokenizer comes first.",
+            "A setting is built from these, joined by `|`; a tokenizer comes first. Points are top-1 against the dense",
+            "model, where nothing is trained; each method's page has the intervals and says on which photos.",
             "",
-            "| name | kind | what it does |",
-            "|---|---|---|",
+            "| name | kind | what it does | points, at how many times fewer MACs |",
+            "|---|---|---|---|",
             *rows,
             "",
             "## Published systems",
