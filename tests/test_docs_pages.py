@@ -61,10 +61,10 @@ def docs(tmp_path) -> Path:
 
 
 def test_a_method_has_its_measured_rows_below_dense(docs):
-    text = measured.measured("tome", docs)
+    text = measured.measured("tome", docs).replace("\u00a0", " ")
     assert "| `dense` | 80.0 % [75.0, 85.0] |  | 1.25 | 1.00× | not timed |" in text
     assert "| `tome(r=13)` | 78.0 % [73.0, 83.0] | −2.0 [−4.0, +0.0] | 0.78 | 1.60× | not timed |" in text
-    assert measured.summary("tome", docs) == "−2.0 at 1.6×" and measured.summary("evit", docs) == ""
+    assert measured.summary("tome", docs) == "−2.0\u00a0at\u00a01.6×" and measured.summary("evit", docs) == ""
     assert "300 photos of `D.zip`" in text and "Not timed yet" in text
 
 
@@ -80,7 +80,7 @@ def test_a_method_without_rows_shows_those_of_the_results(docs):
     text = measured.measured("evit", docs)
     assert "| a | `evit(0.5)` |" in text and "| b | `evit(0.4) \\| tome()` |" in text
     assert "From [By `keep`, at 2×](../results.md#by-keep-at-2)." in text
-    assert "No trained run of it has been measured" in measured.measured("topk", docs)
+    assert "No trained model is measured" in measured.measured("topk", docs)
 
 
 def test_every_registered_method_has_a_page_that_says_what_was_measured():

@@ -69,7 +69,7 @@ def page(entry: Entry) -> str:
     try_it = f"saccade view vit_tiny_patch16_224 photo.jpg --pretrained -s '{entry.name}()' --out photo.png"
     parts = [f"# {entry.name}", dedented(head), "## Knobs", "\n".join(table), legend, dedented(after)]
     parts += [measured(entry.name), engines(entry.name), "## See it", shown if picture.exists() else ""]
-    parts += [f"```text\n{try_it}\n```"]
+    parts += [f"```bash\n{try_it}\n```"]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -83,11 +83,14 @@ def engines(name: str) -> str:
 
 
 def example(notebook: Path) -> str:
-    """A notebook as a page: its prose and its code."""
+    """A notebook as a page: its prose, its code, and the pictures that ``tools/picture.py`` made of it."""
     parts = []
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+    for place, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
         text = "".join(cell["source"])
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        picture = ROOT / "docs" / "pictures" / "examples" / f"{notebook.stem}-{place}.jpg"
+        if picture.exists():
+            parts.append(f"![What the cell shows](../pictures/examples/{picture.name})")
     title, rest = parts[0].split("\n", 1) if "\n" in parts[0] else (parts[0], "")
     note = f"*A notebook: `examples/{notebook.name}`.*"
     return "\n\n".join([title, note, rest.strip(), *parts[1:]]) + "\n"
@@ -95,10 +98,13 @@ def example(notebook: Path) -> str:
 
 def index() -> str:
     """All names, and the published systems by name."""
-    rows = [
-        f"| [{name}]({name}.md) | {entry.kind} | {cell(entry.summary)} | {summary(name) or 'has to be trained'} |"
-        for name, entry in registry().items()
-    ]
+    groups: dict[str, list[str]] = {"Tokenizers": [], "Methods that reduce": [], "Controls": []}
+    for name, entry in registry().items():
+        group = "Tokenizers" if entry.kind == "tokenizer" else "Controls" if entry.baseline else "Methods that reduce"
+        row = f"| [{name}]({name}.md) | {cell(entry.summary)} | {summary(name) or 'has to be trained'} |"
+        groups[group].append(row)
+    head = ["| name | what it does | points, at how many times fewer MACs |", "|---|---|---|"]
+    tables = [line for group, rows in groups.items() for line in (f"## {group}", "", *head, *rows, "")]
     systems = [
         f"| `{name}()` | `{cell(preset.setting)}` | {cell(preset.about)} |" for name, preset in presets().items()
     ]
@@ -109,10 +115,7 @@ def index() -> str:
             "A setting is built from these, joined by `|`; a tokenizer comes first. Points are top-1 against the dense",
             "model, where nothing is trained; each method's page has the intervals and says on which photos.",
             "",
-            "| name | kind | what it does | points, at how many times fewer MACs |",
-            "|---|---|---|---|",
-            *rows,
-            "",
+            *tables,
             "## Published systems",
             "",
             "| name | setting | what it is |",

@@ -24,13 +24,11 @@ def measured(name: str, docs: Path = DOCS) -> str:
     """The part of a method's page that says what was measured of it."""
     rows = scored(name, docs)
     found = elsewhere(name, docs)
-    parts = ["## Measured", rows or "It has to be trained before it can be measured."]
-    if not rows:
-        parts += [shown(place) for place in found] or ["No trained run of it has been measured here yet."]
-    elif found:
+    if rows:
         links = dict.fromkeys(f"[{place.heading}]({place.link})" for place in found)
-        parts += [f"More of it: {', '.join(links)}."]
-    return "\n\n".join(parts)
+        return "\n\n".join(["## Measured", rows, *([f"Also in the results: {', '.join(links)}."] if links else [])])
+    said = "It has to be trained. " + ("What trained models gave:" if found else "No trained model is measured yet.")
+    return "\n\n".join(["## Measured", said, *map(shown, found)])
 
 
 def scored(name: str, docs: Path) -> str:
@@ -49,7 +47,7 @@ def scored(name: str, docs: Path) -> str:
         own = [timed.get((*column, row["setting"])) for column in columns] or [None]
         cells.append([f"`{row['setting']}`", *accuracy(row), *map(speedup, own)])
     about = scores["about"]
-    said = [f"{about['model']}, nothing trained; {about['images']} photos of `{about['data']}`, 95 % intervals."]
+    said = [f"{about['model']}, nothing trained; {about['images']} photos of `{about['data']}`, 95\u00a0% intervals."]
     said += [f"Made by `{about['command']}` with {about['versions']}: [the numbers](../measured/methods.json)."]
     if timing := speeds.get("about"):
         said += [f"Speed-up over dense, with quartiles, by `{timing['command']}` on {timing['device']}, "
@@ -62,13 +60,15 @@ def scored(name: str, docs: Path) -> str:
 def summary(name: str, docs: Path = DOCS) -> str:
     """A method's rows in a cell: points lost at what MAC ratio."""
     rows = [row for row in read(docs / "measured" / "methods.json").get("rows", []) if row["method"] == name]
-    return ", ".join(f"{100 * row['delta']:+.1f} at {row['mac_ratio']:.1f}×" for row in rows).replace("-", "−")
+    return ", ".join(f"{100 * row['delta']:+.1f}\u00a0at\u00a0{row['mac_ratio']:.1f}×" for row in rows).replace(
+        "-", "−"
+    )
 
 
 def accuracy(row: Mapping[str, Any]) -> list[str]:
     """Accuracy and MACs of a row as cells."""
-    top1 = "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * row[f"top1{end}"] for end in ("", "_low", "_high")))
-    lost = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * row[f"delta{end}"] for end in ("", "_low", "_high")))
+    top1 = "{:.1f}\u00a0% [{:.1f},\u00a0{:.1f}]".format(*(100 * row[f"top1{end}"] for end in ("", "_low", "_high")))
+    lost = "{:+.1f} [{:+.1f},\u00a0{:+.1f}]".format(*(100 * row[f"delta{end}"] for end in ("", "_low", "_high")))
     lost = "" if row["setting"] == DENSE else lost.replace("-", "−")
     return [top1, lost, f"{row['gmacs']:.2f}", f"{row['mac_ratio']:.2f}×"]
 

@@ -8,6 +8,10 @@ What each method leaves of the same photo, where nothing has to be learned first
 
     python tools/picture.py methods vit_tiny_patch16_224 --weights vit_tiny_patch16_224.safetensors
 
+The pictures that the cells of a notebook end in, for its page, into docs/pictures/examples/:
+
+    python tools/picture.py example what-it-looks-at
+
 Accuracy against measured speed-up, of the first table of docs/results.md or of a frontier.csv of ``saccade tune``:
 
     python tools/picture.py frontier
@@ -17,10 +21,13 @@ Accuracy against measured speed-up, of the first table of docs/results.md or of 
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -31,7 +38,8 @@ from saccade.reports.render_tokens import token_map
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 PHOTO, PICTURE, FRONTIER = PICTURES / "cat.jpg", PICTURES / "settings.jpg", PICTURES / "frontier.png"
-RESULTS = PICTURES.parent / "results.md"
+RESULTS, EXAMPLES = PICTURES.parent / "results.md", PICTURES.parents[1] / "examples"
+WIDEST = 720  # pixels, of a notebook's picture
 TITLE = "ViT-Ti/16, nothing trained: 1,000 Imagenette photos, PyTorch on a CPU, batch 32"
 SETTINGS = ("tome(r=13)", "evit(0.7)", "quadtree(97)")
 METHODS = [
@@ -65,10 +73,15 @@ def main() -> None:
         drawn = kinds.add_parser(kind)
         drawn.add_argument("model")
         drawn.add_argument("--weights", required=True)
+    kinds.add_parser("example").add_argument("name", help="of a notebook in examples/")
     frontier = kinds.add_parser("frontier")
     frontier.add_argument("measured", nargs="?", type=Path, help="a frontier.csv; without: docs/results.md")
     frontier.add_argument("--out", type=Path, default=FRONTIER)
     asked = parser.parse_args()
+    if asked.kind == "example":
+        for place, picture in example(EXAMPLES / f"{asked.name}.ipynb"):
+            picture.convert("RGB").save(PICTURES / "examples" / f"{asked.name}-{place}.jpg", quality=SMALLER)
+        return
     if asked.kind != "frontier":
         model, photo = saccade.create_model(asked.model, weights=asked.weights), Image.open(PHOTO).convert("RGB")
         if asked.kind == "settings":
@@ -97,6 +110,21 @@ def board(model: saccade.AdaptiveViT, photo: Image.Image, settings: Sequence[str
         draw.text((left, GAP), title, fill=(24, 28, 34), font=font)
         board.paste(panel.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (left, GAP + LINE))
     return board
+
+
+def example(notebook: Path) -> Iterator[tuple[int, Image.Image]]:
+    """Run a notebook, and give the places of cells that end in a picture, and the pictures."""
+    known: dict[str, Any] = {}
+    for place, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+        tree = ast.parse("".join(cell["source"]) if cell["cell_type"] == "code" else "")
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, f"{notebook.name}, cell {place}", "exec"), known)
+        if isinstance(last, ast.Expr):
+            value = eval(compile(ast.Expression(last.value), f"{notebook.name}, cell {place}", "eval"), known)
+            picture = value if isinstance(value, Image.Image) else getattr(value, "picture", None)
+            if isinstance(picture, Image.Image):
+                picture.thumbnail((WIDEST, WIDEST))
+                yield place, picture
 
 
 def published() -> list[Point]:
