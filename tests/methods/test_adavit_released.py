@@ -193,7 +193,7 @@ def test_partial_heads_leave_the_mlp_alone_and_learn_beside_patches():
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("adavit(form='released', gmacs=0.1)", ["released", "usage", "gmacs"]),
+        ("adavit(form='released', gmacs=0.1, share=0.5)", ["gmacs", "share", "one of"]),
         ("adavit(threshold=(0.5, 0.6))", ["threshold=(0.5, 0.6)", "one for each axis"]),
         ("adavit(axes=('head', 'head'))", ["axes=('head', 'head')", "once"]),
     ],

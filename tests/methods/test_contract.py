@@ -28,6 +28,7 @@ from saccade.core.plan import Gater, Method, Plan, Reducer
 from saccade.core.reduction import Reduction, SoftReduction, reduce
 from saccade.core.registry import registry
 from saccade.core.slicing import First
+from saccade.errors import UserError
 from saccade.execution.loop import encode
 from saccade.model import AdaptiveViT
 from saccade.setting import Setting
@@ -142,14 +143,18 @@ def test_every_registered_name_says_how_it_is_switched_off():
     assert set(OFF) >= set(registry()), f"add {set(registry()) - set(OFF)} to OFF, with [] if it cannot be off"
 
 
+# what these spend follows from what they learn or draw, or differs from image to image: ``test_budgets`` says how
+AIMED = {"adavit", "avit", "ltmp", "random_plus", "ats"}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
-def test_a_budget_finds_the_strength_of_whatever_has_one(vit, images, name):
-    """By arithmetic; but where cost differs from image to image, and for gates, which are not priced beforehand."""
-    if not {"speed", "gmacs"} <= set(registry()[name].knobs):
-        strong = settings_of(name)[min(2, len(settings_of(name)) - 1)]
-        steps = [step for method in AdaptiveViT(vit, strong).plan.methods for step in method.steps]
-        assert steps and (name in RAGGED or all(isinstance(step, Gater) for step in steps)), "give it speed and gmacs"
+def test_a_budget_finds_the_strength_of_every_method(vit, images, name):
+    assert {"speed", "gmacs"} <= set(registry()[name].knobs)
+    for wrong in ("speed=0.5", "gmacs=-1", "speed=2, gmacs=1", "speed='x'"):
+        with pytest.raises(UserError, match=r"speed|gmacs"):
+            AdaptiveViT(vit, f"{name}({wrong})")
+    if name in AIMED:
         return
     dense = float(AdaptiveViT(vit)(images[:1]).trace.macs())
 

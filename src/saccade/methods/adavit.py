@@ -39,7 +39,8 @@ from saccade.core.timm_types import TimmBlock
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import blocks, fraction, one_of
-from saccade.methods.common.sampling import choose, logit
+from saccade.methods.common.budget import aim, even_usage
+from saccade.methods.common.sampling import choose, logit, mean_of
 
 AXES = ("patch", "head", "block")
 FORMS = ("token", "paper", "released")
@@ -108,7 +109,7 @@ class Decide(Gater):
 
     def decide(self, tokens: Tokens, x: Tensor, patches: Tensor) -> Gates:
         """x [B, P+N, D], of which the summary of an image is taken, and patches [B, N, D]: as they are read."""
-        summary = x[:, 0] if tokens.num_prefix else _mean(x, tokens.weights())
+        summary = x[:, 0] if tokens.num_prefix else mean_of(x, tokens.weights())
         gates: dict[str, Tensor] = {}
         for axis, layer in self.layers.items():
             of_each = axis == "patch" and self.rule.form != "paper"
@@ -122,14 +123,6 @@ class Decide(Gater):
             gates |= {"attn": chosen[:, 0], "mlp": chosen[:, 1]} if axis == "block" else {axis: chosen}
         whole = self.rule.released and not self.rule.partial
         return Gates(**gates, partial=self.rule.partial, mlp_heads=whole, inner=self.rule.released)
-
-
-def _mean(x: Tensor, weights: Tensor | None) -> Tensor:
-    """x [B, N, D] -> [B, D]."""
-    if weights is None:
-        return x.mean(1)
-    share = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)
-    return (share.unsqueeze(-1).to(x.dtype) * x).sum(1)
 
 
 class AdaViT(Method):
@@ -208,6 +201,7 @@ def adavit(
     tau: float = 5.0,
     weight: float = 2.0,
     noise: float = 1.0,
+    speed: float | None = None,
 ) -> Method:
     """Decide for each image which patches, heads and branches of a block run (arXiv 2111.15668); it has to be trained.
 
@@ -221,7 +215,8 @@ def adavit(
         axes: what is decided: 'patch', 'head', 'block' (attention and MLP branch), or several of them.
         at: 0-based blocks; None: all but the first, and but the last where only the class token is read after it
             (there nothing else is computed anyway); in the released form all, patches alone in the first.
-        gmacs: instead of ``usage``, the mean 10^9 MACs of an image that training aims at, heads left out; or
+        gmacs: instead of ``usage``, the mean 10^9 MACs of an image that training aims at, heads left out (the released
+            form: by the usage of which all axes together cost that, each part on by itself); or
         share: the same as a share of the MACs without gates.
         threshold: of the probability in evaluation, one for all axes or one for each; None: 0.5 (released: 0.6 for
             patches, and in training too). Another makes a trained model cheaper or dearer.
@@ -235,6 +230,7 @@ def adavit(
         weight: of the loss that holds training to the usage or the budget.
         noise: of the draws in training, 1: as published, 0: training decides as evaluation does (the released form by
             sigmoid(logit / tau)). A run that goes through settings of less and less noise ends where evaluation begins.
+        speed: as ``gmacs``, for this many times fewer MACs than without gates.
     """
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     for axis in axes:
@@ -247,21 +243,27 @@ def adavit(
     thresholds = _each("threshold", tuple(map(_default(released).get, axes)) if threshold is None else threshold, axes)
     fraction("adavit", "noise", noise)
     one_of("adavit", "heads", heads, HEADS)
-    if released and (gmacs is not None or share is not None):
-        raise UserError("adavit: form='released' trains to a usage: leave out gmacs and share, or take form='token'")
     if released and backbone.cost.attn_dim != backbone.dim:
         raise UserError(f"adavit: form='released' needs heads as wide as the model ({backbone.dim}) together")
-    if gmacs is not None and share is not None:
-        raise UserError("adavit: give one of gmacs and share, not both")
+    given = [knob for knob, value in (("gmacs", gmacs), ("share", share), ("speed", speed)) if value is not None]
+    if len(given) > 1:
+        raise UserError(f"adavit: give one of gmacs, share and speed, not {' and '.join(given)}")
     for knob, number, least in (("tau", tau, 0.001), ("weight", weight, 0.0), ("gmacs", gmacs, 1e-6)):
         optional = knob == "gmacs" and number is None
         if not optional and (isinstance(number, (bool, type(None))) or not least <= number <= 1e6):
             raise UserError(f"adavit: {knob}={number!r} is not a number from {least:g} up to a million")
+    if speed is not None:
+        share = aim("adavit", 1.0, None, speed)
     budget = ("gmacs", gmacs) if gmacs is not None else None
     if share is not None:
-        budget = ("share", fraction("adavit", "share", share, 0.001))
+        budget = ("share", fraction("adavit", "share", share, 1e-6 if speed else 0.001))
     outputs = {"patch": backbone.num_patches if form == "paper" else 1, "head": backbone.heads, "block": 2}
     chosen = blocks("adavit", at, tuple(range(backbone.depth)) if released else deciding(backbone), backbone.depth)
+    if released and budget is not None:
+        gated = {i: axes if i else [axis for axis in axes if axis == "patch"] for i in chosen}
+        speed = None if share is None else 1 / share
+        wanted = dict.fromkeys(axes, even_usage("adavit", backbone, gated, gmacs, speed, heads == "partial"))
+        budget = None
     rule = Rule(form, thresholds, heads == "partial", tau, noise)
     steps: list[tuple[int, Decide]] = []
     for i in chosen:

@@ -16,6 +16,7 @@ from saccade.core.reduction import Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, fraction, one_of
+from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import ceil_share, check_score
 from saccade.methods.common.sampling import keep_where, there, with_best
 
@@ -40,6 +41,13 @@ class Sample(Reducer):
         score = there(tokens, tokens.reading(self.reading).float() * tokens.reading("value_norm"))
         chosen = sample(score, levels(tokens, self.keep), self.levels == "code")
         return keep_where(with_best(chosen * (score > -torch.inf), score) > 0)
+
+
+class Most(Sample):
+    """As many tokens as there are levels: for a price that no image is above."""
+
+    def count(self, n: int) -> int:
+        return ceil_share(self.keep, n)
 
 
 def levels(tokens: Tokens, keep: float) -> Tensor:
@@ -93,6 +101,8 @@ def ats(
     at: int | Iterable[int] | None = None,
     score: str = "class",
     levels: str = "text",
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Sample the patch tokens that matter to the class token, as many as each image needs (arXiv 2111.15667).
 
@@ -105,9 +115,18 @@ def ats(
         score: 'class' attention, or mean attention 'received', for models without a class token.
         levels: of the cumulative score: by the paper's 'text', (k - ½) / K; or by its 'code', from the smallest share
             above 0 to 1, of shares that start at 0.
+        gmacs: find ``keep`` for at most this many GMACs per image (at its own size) instead; most images cost less.
+        speed: find ``keep`` for at least this many times fewer MACs instead.
     """
     keep = fraction("ats", "keep", keep, 0.001)
     reading = check_score("ats", score, backbone)
     default = tuple(range(max(1, backbone.depth // 4), backbone.depth - (backbone.pool == "token")))
     one_of("ats", "levels", levels, LEVELS)
-    return Method((i, Sample(keep, reading, levels)) for i in blocks("ats", at, default, backbone.depth))
+    chosen = blocks("ats", at, default, backbone.depth)
+
+    def build(keep: float, kind: type[Sample] = Sample) -> Method:
+        return Method((i, kind(keep, reading, levels)) for i in chosen)
+
+    if gmacs is None and speed is None:
+        return build(keep)
+    return fit("ats", backbone, lambda i: build(1 - i / 1000), 999, gmacs, speed, lambda i: build(1 - i / 1000, Most))

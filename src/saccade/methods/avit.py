@@ -12,6 +12,7 @@ halt counts.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from saccade.core.timm_types import ViT
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import blocks
+from saccade.methods.common.budget import Used, gated, strength
 from saccade.methods.common.sampling import keep_where, there, with_best
 
 EPSILON = 0.01  # a token halts when no more than this is left of its probability
@@ -124,6 +126,8 @@ def avit(
     target: float | None = None,
     gamma: float = 10.0,
     beta: float | None = None,
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Let each token halt at its own depth (A-ViT, arXiv 2112.07658); it has to be trained.
 
@@ -138,8 +142,13 @@ def avit(
         beta: its offset; None: as published, -30 up to a width of 192 and -75 above. The first channel has to reach 3,
             or 7.5, before a token halts, which it hardly does before training: the wider the model, the longer its
             features.
+        gmacs: centre the prior where this many GMACs per image (at its own size) are spent, should every token halt
+            there, and not on ``target``.
+        speed: the same for this many times fewer MACs.
     """
     last = float(backbone.depth)
+    if gmacs is not None or speed is not None:
+        target = _halt(backbone, strength("avit", backbone, partial(_price, backbone), 1000, gmacs, speed))
     target = last * 2 / 3 if target is None else target
     beta = (-30.0 if backbone.dim <= 192 else -75.0) if beta is None else beta
     ranges = {"ponder": (ponder, 0.0, 1e6), "prior": (prior, 0.0, 1e6), "target": (target, 1.0, last)}
@@ -149,3 +158,15 @@ def avit(
             raise UserError(f"avit: {knob}={value!r} is not a number in [{low:g}, {high:g}]")
     chosen = blocks("avit", at, tuple(range(1, backbone.depth)), backbone.depth)
     return AViT([(i, Halt(gamma, beta)) for i in chosen], ponder, prior, target)
+
+
+def _halt(backbone: Backbone, i: int) -> float:
+    """Blocks that tokens go through, from all to one."""
+    return backbone.depth - (backbone.depth - 1) * i / 1000
+
+
+def _price(backbone: Backbone, i: int) -> float:
+    """MACs of an image all of whose tokens halt there: the part of a block is that share of the tokens."""
+    halt, n = _halt(backbone, i), backbone.num_patches
+    used = {block: Used(n * min(1.0, max(0.0, halt - block))) for block in range(backbone.depth)}
+    return gated(backbone, used, short=True)

@@ -25,7 +25,7 @@ from saccade.errors import UserError
 from saccade.methods.common.arguments import blocks, fraction
 from saccade.methods.common.budget import fit
 from saccade.methods.common.matching import floor_share
-from saccade.methods.common.sampling import choose, keep_where, logit, there, with_best
+from saccade.methods.common.sampling import choose, keep_where, logit, mean_of, there, with_best
 
 START = 0.95  # share that is kept before anything is learned
 
@@ -60,11 +60,7 @@ class Predictor(nn.Module):
     def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """x [B, N, D], how much each counts in the mean [B, N] (None: all alike) -> [B, N]."""
         own, shared = F.gelu(self.inner(self.norm(x))).split([self.dim // 2, self.dim - self.dim // 2], dim=-1)
-        if weights is None:
-            mean = shared.mean(1, keepdim=True)
-        else:
-            share = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)  # all may be gone
-            mean = (share.unsqueeze(-1).to(shared.dtype) * shared).sum(1, keepdim=True)
+        mean = mean_of(shared, weights).unsqueeze(1)
         return self.outer(torch.cat([own, mean.expand_as(shared)], dim=-1)).squeeze(-1)
 
 

@@ -23,6 +23,7 @@ from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.budget import aim
 from saccade.methods.common.matching import alternating, cosines
 from saccade.methods.common.sampling import keep_where, present, there, with_best
 
@@ -107,16 +108,20 @@ class Prune(Reducer):
 class Thresholds(Method):
     """Learns what costs a share of the MACs."""
 
-    def __init__(self, steps: Iterable[tuple[int, Reducer]], share: float, weight: float) -> None:
+    def __init__(
+        self, steps: Iterable[tuple[int, Reducer]], share: float, weight: float, gmacs: float | None = None
+    ) -> None:
         super().__init__(steps)
-        self.share, self.weight = share, weight
+        self.share, self.weight, self.gmacs = share, weight, gmacs
 
     def loss(self, trace: Trace) -> dict[str, Tensor]:
-        """``weight`` times (share of the MACs that is wanted - share aimed at)² (paper, eq. 9)."""
+        """``weight`` times (share of the MACs that is wanted - share aimed at)² (paper, eq. 9); with ``gmacs`` that of
+        them in the MACs of all tokens."""
         if trace.images == 0 or all(block.kept is None for block in trace.blocks):
             return {}
-        ratio = trace.target_macs().mean() / trace.macs(nominal=True).mean()
-        return {"budget": (self.weight * (ratio - self.share).square()).float()}
+        whole = trace.macs(nominal=True).mean()
+        share = self.share if self.gmacs is None else self.gmacs * 1e9 / whole
+        return {"budget": (self.weight * (trace.target_macs().mean() / whole - share).square()).float()}
 
 
 # No menu: untrained, it keeps nearly everything. `tune` tries the settings that weights were trained for.
@@ -128,6 +133,8 @@ def ltmp(
     weight: float = 10.0,
     start: float = 0.1,
     merge: float | None = 0.9,
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Merge what is similar, drop what is not attended to, by learned thresholds (LTMP, TMLR 2023); to be trained.
 
@@ -137,8 +144,13 @@ def ltmp(
         weight: of the loss that holds training to the share.
         start: threshold of dropping before anything is learned, as a share of the mean attention that a token receives.
         merge: threshold of merging before anything is learned, a cosine similarity of keys; None: nothing is merged.
+        gmacs: what training aims at instead of ``share``, mean 10^9 MACs of an image.
+        speed: the same as times fewer MACs.
     """
-    share = fraction("ltmp", "share", share, 0.001)
+    if gmacs is not None or speed is not None:
+        wanted = aim("ltmp", 1.0, gmacs, speed)
+        share = share if speed is None else wanted
+    fraction("ltmp", "share", share, 1e-6 if speed else 0.001)
     if isinstance(weight, bool) or not 0 <= weight <= 1e6:
         raise UserError(f"ltmp: weight={weight!r} is not a number from 0 up to a million")
     fraction("ltmp", "start", start)
@@ -150,4 +162,4 @@ def ltmp(
         if merge is not None:
             steps.append((i, Merge(merge, backbone.head_dim)))
         steps.append((i, Prune(start)))
-    return Thresholds(steps, share, weight)
+    return Thresholds(steps, share, weight, gmacs)

@@ -8,6 +8,7 @@ draws each part.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from saccade.core.plan import Backbone, Gater, Method
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, fraction, one_of, whole
+from saccade.methods.common.budget import Used, gated, strength
 from saccade.methods.common.matching import scramble, scrambled
 
 AXES = ("patch", "head", "block")
@@ -65,6 +67,8 @@ def random_plus(
     axes: str | tuple[str, ...] = AXES,
     at: int | Iterable[int] | None = None,
     seed: int = 0,
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Leave out patches, heads and branches at random: the control for every method that gates (arXiv 2111.15668).
 
@@ -73,6 +77,8 @@ def random_plus(
         axes: what is left out: 'patch', 'head', 'block' (attention and MLP branch), or several of them.
         at: 0-based blocks; None: all but the first, and but the last where only the class token is read after it.
         seed: of the choice.
+        gmacs: find ``usage`` for this many GMACs instead, mean over draws, all that is off left out.
+        speed: find it for this many times fewer MACs instead.
     """
     usage = fraction("random_plus", "usage", usage)
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
@@ -81,6 +87,19 @@ def random_plus(
     whole("random_plus", "seed", seed, 0, 2**31 - 1)
     default = tuple(range(1, backbone.depth - (backbone.pool == "token" and backbone.depth > 2)))
     chosen = blocks("random_plus", at, default, backbone.depth)
+    if gmacs is not None or speed is not None:
+        usage = 1 - strength("random_plus", backbone, partial(_price, backbone, chosen, axes), 999, gmacs, speed) / 1000
     if usage == 1 or not axes:
         return Method(())
     return Method((i, Blind(usage, axes, backbone.heads, (nth, len(chosen)), seed)) for nth, i in enumerate(chosen))
+
+
+def _price(backbone: Backbone, at: tuple[int, ...], axes: tuple[str, ...], i: int) -> float:
+    """MACs that an image is expected to run at a usage of 1 - i / 1000, of whole parts."""
+
+    def some(axis: str, count: int) -> float:
+        return round((1 - i / 1000) * count) / count if axis in axes and count else 1.0
+
+    n = backbone.num_patches
+    used = Used(n * some("patch", n), some("head", backbone.heads), some("block", 2 * len(at)))
+    return gated(backbone, dict.fromkeys(at, used))

@@ -22,6 +22,7 @@ from saccade.core.timm_types import TimmBlock
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError
 from saccade.methods.common.arguments import blocks, fraction
+from saccade.methods.common.budget import Used, gated, macs, strength
 from saccade.methods.common.matching import ceil_share
 from saccade.methods.common.sampling import there
 
@@ -88,6 +89,8 @@ def topk(
     keep: float | tuple[float, ...] = 0.5,
     at: int | Iterable[int] | None = None,
     asks: str | None = None,
+    gmacs: float | None = None,
+    speed: float | None = None,
 ) -> Method:
     """Let each block compute only the patches that score highest in it, chosen anew every time (arXiv 2310.05654).
 
@@ -97,6 +100,8 @@ def topk(
             is read after it (there it alone is computed anyway).
         asks: whose query scores the patches, the 'class' token's or the 'mean' patch's; None: the class token's, where
             there is one.
+        gmacs: find one ``keep`` for this many GMACs per image (at its own size) instead.
+        speed: find it for this many times fewer MACs instead.
     """
     asks = ("class" if backbone.has_class_token else "mean") if asks is None else asks
     if asks not in ASKS:
@@ -106,6 +111,8 @@ def topk(
     if backbone.attention != Attention.__name__:
         raise UserError(f"topk reads the weights of timm's Attention, and this model has {backbone.attention}")
     chosen = blocks("topk", at, _default(backbone), backbone.depth)
+    if gmacs is not None or speed is not None:
+        keep = 1 - strength("topk", backbone, lambda i: price(backbone, chosen, 1 - i / 1000), 999, gmacs, speed) / 1000
     shares = tuple(keep) if isinstance(keep, (tuple, list)) else (keep,) * len(chosen)
     if len(shares) != len(chosen):
         raise UserError(f"topk: {len(shares)} values of keep for {len(chosen)} blocks ({', '.join(map(str, chosen))})")
@@ -113,3 +120,12 @@ def topk(
         fraction("topk", "keep", share, 0.001)
     pairs = zip(chosen, shares, strict=True)
     return Method((i, Choose(share, asks, backbone.dim, backbone.cost.attn_dim)) for i, share in pairs if share < 1)
+
+
+def price(backbone: Backbone, at: tuple[int, ...], keep: float) -> float:
+    """MACs of an image with one share for all blocks that choose, choosing included."""
+    if keep == 1:
+        return macs(backbone)
+    n = backbone.num_patches
+    choosing = Choose(keep, "", backbone.dim, backbone.cost.attn_dim).macs(n)
+    return gated(backbone, dict.fromkeys(at, Used(ceil_share(keep, n)))) + len(at) * choosing

@@ -49,6 +49,14 @@ def there(tokens: Tokens, score: Tensor) -> Tensor:
     return score
 
 
+def mean_of(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean over tokens, which count as much as they weigh [B, N] (None: all alike): x [B, N, D] -> [B, D]."""
+    if weights is None:
+        return x.mean(1)
+    share = weights / weights.sum(1, keepdim=True).clamp(min=1e-6)  # all may be gone
+    return (share.unsqueeze(-1).to(x.dtype) * x).sum(1)
+
+
 def with_best(chosen: Tensor, score: Tensor) -> Tensor:
     """Also choose each image's token of the highest score, so that there is one: [B, N] 0/1 (gradients go through)."""
     best = torch.zeros_like(score).scatter(1, score.detach().argmax(dim=1, keepdim=True), 1.0)
