@@ -3,13 +3,16 @@
 Claim     DiffRate (arXiv 2305.17997, Table 1): with counts learned for each block it loses less than merging or pruning
           alone, without training the model (DeiT-S at 2.3 GMACs: 78.8 %, ToMe 78.0 %).
 Method    A pretrained model. `saccade calibrate` learns diffrate's lists for each budget from photos without labels, by
-          moves on the real thing and by gradients as published;
-          every rival gets its strength by arithmetic for the same budget. Top-1 on other photos, and paired differences
-          to the dense model, 95 % intervals over images; the learned lists of one seed.
+          moves on the real thing and by gradients as published; every rival gets its strength by arithmetic for the
+          same budget, and `ltmp`, whose counts depend on the image, the threshold of dropping that meets it on the
+          photos to learn from. `dynamicvit` is untrained, and so a random control with predictors to pay for. Top-1 on
+          other photos, with paired differences to the dense model and of the counts by moves to each rival, 95 %
+          intervals over images; the learned lists of one seed.
 Command   python studies/rates.py vit_tiny_patch16_224 vit_tiny_patch16_224.safetensors --learn nette160.zip
           --test inval227_dev.zip nette160.zip --out runs/rates
-Cost      an estimate: 20 minutes of one core; interrupted runs go on
+Cost      an estimate: 40 minutes of one core; what was interrupted goes on from its last move, step or setting
 Expected  learned diffrate ≥ each rival
+Measured  docs/results.md, "Training-free methods at equal MACs"
 """
 
 from __future__ import annotations
@@ -17,19 +20,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import saccade
-from saccade.evaluation.calibrate import calibrate
+from saccade.data import open_images
+from saccade.evaluation.accuracy import spread
+from saccade.evaluation.calibrate import bisect, calibrate
+from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.knob_search import KnobSearch
-from saccade.storage.files import write_json
+from saccade.evaluation.stats import paired_difference, proportion
+from saccade.storage.files import replacing, write_json, write_text
 
 SPEEDS = (1.5, 2.0)  # times fewer MACs
-RIVALS = ("diffrate", "tome", "tofu", "mctf", "pitome", "evit", "random")
-LEARNED = {"by moves": "diffrate, by moves", "by gradients": "diffrate, by gradients"}
+FEW = 96  # photos that a threshold is found on
+BEST = "diffrate, by moves"
+RIVALS = ("diffrate", "tome", "tofu", "mctf", "pitome", "algm", "dpc_knn", "evit", "dynamicvit", "random")
+Lines = dict[tuple[str, float], str]  # settings by method and speed
+Seen = dict[str, dict[str, Tensor]]  # by setting: whether each photo is classified rightly, and its MACs, [n] each
 
 
 def main() -> None:
@@ -41,23 +54,41 @@ def main() -> None:
     parser.add_argument("--moves", type=int, default=150, help="of learning, 96 photos each")
     parser.add_argument("--steps", type=int, default=100, help="of learning by gradients, 16 photos each")
     parser.add_argument("--limit", type=int, default=400, help="photos to learn from")
+    parser.add_argument("--test-limit", type=int, help="test only so many of each kind")
     parser.add_argument("--out", type=Path, default=Path("runs/rates"))
     given = parser.parse_args()
     torch.set_num_threads(1)
+    given.out.mkdir(parents=True, exist_ok=True)
     model = saccade.create_model(given.model, weights=given.weights).eval()
+    lines = settings(model, given)
+    tables = {Path(data).stem: tested(model, data, lines, given) for data in given.test}
+    text = report(lines, tables)
+    write_text(given.out / "rates.md", text)
+    print(text)
+
+
+def settings(model: saccade.AdaptiveViT, given: argparse.Namespace) -> Lines:
+    """The line of each method at each speed; those that have to be found are written down."""
     dense = float(model(torch.zeros(1, 3, *model.input_size())).trace.macs()) / 1e9
-    lines = {(name, speed): f"{name}(speed={speed})" for speed in SPEEDS for name in RIVALS}
+    known = given.out / "settings.json"
+    found: dict[str, str] = json.loads(known.read_text()) if known.exists() else {}
+    lines: Lines = {}
     for speed in SPEEDS:
-        for how, name in LEARNED.items():
-            steps, moves = (0, given.moves) if how == "by moves" else (given.steps, 0)
-            lines[name, speed] = learned(model, dense / speed, given, KnobSearch(steps, moves=moves))
-            print(f"{speed}×, {how}: {lines[name, speed]}", file=sys.stderr, flush=True)
-    tables = {}
-    for data in given.test:
-        rows = saccade.eval(model, data, list(lines.values()), seconds=0, out=given.out / Path(data).stem)
-        tables[Path(data).stem] = rows.to_dicts()
-    write_json(given.out / "rates.json", {"lines": [[*key, line] for key, line in lines.items()], "rows": tables})
-    print(json.dumps(summary(lines, tables), indent=2))
+        gmacs = dense / speed
+        ways: dict[str, Callable[[], str]] = {
+            BEST: partial(learned, model, gmacs, given, KnobSearch(0, moves=given.moves)),
+            "diffrate, by gradients": partial(learned, model, gmacs, given, KnobSearch(given.steps, moves=0)),
+            "ltmp": partial(dropping, model, gmacs, given),
+        }
+        for name, find in ways.items():
+            key = f"{name}|{speed}"
+            if key not in found:
+                found[key] = find()
+                write_json(known, found)
+                print(f"{speed}×, {name}: {found[key]}", file=sys.stderr, flush=True)
+            lines[name, speed] = found[key]
+        lines |= {(name, speed): f"{name}(speed={speed})" for name in RIVALS}
+    return lines
 
 
 def learned(model: saccade.AdaptiveViT, gmacs: float, given: argparse.Namespace, search: KnobSearch) -> str:
@@ -67,15 +98,67 @@ def learned(model: saccade.AdaptiveViT, gmacs: float, given: argparse.Namespace,
     return found.setting
 
 
-def summary(lines: dict[tuple[str, float], str], tables: dict[str, Sequence[dict]]) -> list[dict]:
-    """Accuracy and MACs of each line, by photos and speed."""
-    rows = {(data, row["setting"]): row for data, found in tables.items() for row in found}
-    return [
-        {"photos": data, "speed": speed, "method": name, "setting": line}
-        | {key: rows[data, line][key] for key in ("top1", "delta", "delta_low", "delta_high", "gmacs")}
-        for (name, speed), line in lines.items()
-        for data in tables
-    ]
+def dropping(model: saccade.AdaptiveViT, gmacs: float, given: argparse.Namespace) -> str:
+    """ltmp with the threshold of dropping, the same in all blocks, that meets a budget on average."""
+    evaluator = Evaluator(model, open_images(given.learn, "train"))
+    places = spread(len(evaluator.images), min(FEW, given.limit))
+
+    def cost(threshold: float) -> float:
+        view = apart(model, f"ltmp(start={threshold})")
+        return evaluator.predict(view, places).macs.mean().item() / 1e9
+
+    return f"ltmp(start={bisect(cost, gmacs)})"
+
+
+def apart(model: saccade.AdaptiveViT, setting: str) -> saccade.AdaptiveViT:
+    """The same ViT under a setting, with thresholds that start there and not where another setting's did."""
+    return saccade.AdaptiveViT(model.vit, setting).eval()
+
+
+def tested(model: saccade.AdaptiveViT, data: str, lines: Lines, given: argparse.Namespace) -> Seen:
+    """What each setting says to some photos, the dense model's first; measured once."""
+    file = given.out / f"{Path(data).stem}.safetensors"
+    flat = load_file(file) if file.exists() else {}
+    evaluator = None
+    for line in ("dense", *lines.values()):
+        if f"{line}|hit" in flat:
+            continue
+        evaluator = evaluator or Evaluator(model, open_images(data))
+        view = evaluator.dense if line == "dense" else apart(model, line)
+        found = evaluator.predict(view, spread(len(evaluator.images), given.test_limit))
+        flat |= {f"{line}|hit": evaluator.hits(found), f"{line}|macs": found.macs}
+        with replacing(file) as part:
+            save_file(flat, part)
+        print(f"{Path(data).stem}: {line}", file=sys.stderr, flush=True)
+    return {line: {key: flat[f"{line}|{key}"] for key in ("hit", "macs")} for line in ("dense", *lines.values())}
+
+
+def report(lines: Lines, tables: dict[str, Seen]) -> str:
+    """Tables by photos, as Markdown: the better first."""
+    parts = []
+    for photos, seen in tables.items():
+        dense, count = seen["dense"]["hit"], len(seen["dense"]["hit"])
+        parts += [f"{photos}, {count} photos, dense {proportion(dense).percent()}:", ""]
+        parts += ["| speed | method | GMACs | top-1 | − dense, points | by moves − this, points | by moves is better |"]
+        parts += ["|" + "---|" * 7]
+        for speed in SPEEDS:
+            best = seen[lines[BEST, speed]]["hit"]
+            rows = [(name, seen[line]) for (name, at), line in lines.items() if at == speed]
+            for name, own in sorted(rows, key=lambda row: -row[1]["hit"].double().mean().item()):
+                away = paired_difference(best, own["hit"])
+                told = ("", "") if name == BEST else (away.points(), verdict(away.low, away.high))
+                cells = [f"{speed}×", name, f"{own['macs'].mean() / 1e9:.3f}", f"{own['hit'].double().mean():.1%}"]
+                cells += [paired_difference(own["hit"], dense).points(), *told]
+                parts.append("| " + " | ".join(cells) + " |")
+        parts.append("")
+    found = dict.fromkeys((name, speed, line) for (name, speed), line in lines.items() if name not in RIVALS)
+    parts += [f"- {speed}×, {name}: `{line}`" for name, speed, line in found]
+    return "\n".join(parts) + "\n"
+
+
+def verdict(low: float, high: float) -> str:
+    """Of a difference that is to be above 0."""
+    return "holds" if low > 0 else "does not hold" if high < 0 else "not decided"
 
 
 if __name__ == "__main__":
