@@ -50,7 +50,7 @@ HARD = {
     "pitome": ["pitome(0.5)", "pitome(0.8, metric='x', proportional=True)"],
     "mctf": ["mctf(r=9)", "mctf(r=[0, 9, 0, 4])", "mctf(r=1000, info=1, size=1)"],
     "depth": ["depth(3, head='own')", "depth(1)"],
-    "algm": ["algm(0.5, 0, local_at=3)", "algm(1, 0.5, merge_at=0)"],
+    "algm": ["algm(0.5, 0, local_at=3)", "algm(1, 0.5, merge_at=0, weighted=False)"],
     "kth": ["kth(3, at=[0, 2], merge=True)", "kth(100, at=1)"],
     "cut": ["cut(30, at=[0, 2], site='block')", "cut([40, 12, 1], at=[0, 1, 3])", "cut(10)"],
     "tokenlearner": ["tokenlearner(6, at=1, version='1.0')", "tokenlearner(1, at=3)", "tokenlearner(8, at=2)"],

@@ -116,6 +116,20 @@ def test_until_something_is_learned_every_place_may_start():
     model.at("dynamicvit(at=0)")  # the copy's training is its own
 
 
+def test_a_knob_that_says_where_learning_starts_is_not_ignored():
+    model = AdaptiveViT(small(), "ltmp(at=1, start=0.2)")
+    before = dict(model.learned)
+    for other in ("ltmp(at=1, start=0.9)", "ltmp(at=(1, 2), start=0.2, merge=0.5)"):
+        with pytest.raises(UserError, match=r"^ltmp\(.*ltmp\.1\.\w+\.threshold has begun otherwise .* of its own"):
+            model.at(other)
+    assert before == dict(model.learned), "what is refused leaves nothing behind"
+    assert model.at("ltmp(at=(1, 2), start=0.2)").learned is model.learned
+    trained = shake(AdaptiveViT(small(), "ltmp(at=1, start=0.2)"))
+    assert torch.equal(logits(trained.at("ltmp(at=1, start=0.9)")), logits(trained)), "it is a start and no more"
+    half = AdaptiveViT(small(), "ltmp(at=1, start=0.3)").bfloat16()
+    assert half.at("ltmp(at=1, start=0.3)").learned is half.learned
+
+
 @pytest.mark.parametrize(
     ("trained", "asked", "message"),
     [

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +20,12 @@ from torch.nn import functional as F
 import saccade
 from data_helpers import encode, picture, write_folder
 from saccade.errors import UserError
+from saccade.setting import Setting
 from saccade.tokenizers.resize.resampling import PRESETS
 from saccade.training.checkpoints import newest, publish, read_state, write_state
 from saccade.training.config import Config, Data, Knot, Optim, Ramp, Sampling, read_config, shipped
 from saccade.training.image_sets import open_sets
-from saccade.training.logging import Table, read_table
+from saccade.training.logging import Meter, Table, read_table
 from saccade.training.loss import from_teacher
 from saccade.training.multi_setting import MultiSettingModel
 from saccade.training.optimizer import build_optimizer, rate
@@ -119,6 +122,14 @@ def test_a_curriculum_is_interpolated():
     sampler = Sampler(Sampling(settings=("dense", "grid(32)"), weights=knots), [4.0, 1.0], 101, seed=0)
     assert np.allclose(sampler.weights(0), [0, 1]) and np.allclose(sampler.weights(100), [0.75, 0.25])
     assert np.allclose(sampler.weights(50), [0.375, 0.625])
+
+
+def test_a_line_of_progress_tells_no_loss_before_there_is_one():
+    meter, feed = Meter(), SimpleNamespace(waited=0.0)
+    meter.add({"loss": torch.tensor(2.0)}, 4)
+    assert meter.text == ""
+    meter.take(feed)
+    assert re.fullmatch(r", loss 2\.000, \d+ images/s", meter.text)
 
 
 @pytest.mark.parametrize("rungs", [2, 4, 31])
@@ -396,11 +407,13 @@ def test_the_command_trains_and_says_what_came_out(tmp_path, capsys):
     assert saccade.load(tmp_path / "run" / "model").trained == ("dense", "evit(0.5)")
 
 
-@pytest.mark.parametrize("teacher", ["self", "named"])
-def test_a_run_learns_from_a_teachers_tokens(tmp_path, teacher):
+@pytest.mark.parametrize(
+    ("shipped", "teacher"), [("dynamicvit", "self"), ("dynamicvit", "named"), ("dynamicvit_paper", "named")]
+)
+def test_a_run_learns_from_a_teachers_tokens(tmp_path, shipped, teacher):
     """Every term of DynamicViT's loss is there, weighed as published, the labels whole."""
     write_folder(tmp_path / "photos", {f"{c}/{i}.png": encode(picture(40, 40, seed=i)) for c in "ab" for i in range(4)})
-    config = read_config("dynamicvit", [f"data.path={tmp_path / 'photos'}", "data.workers=0", "data.holdout=0"])
+    config = read_config(shipped, [f"data.path={tmp_path / 'photos'}", "data.workers=0", "data.holdout=0"])
     size = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 16, "img_size": 64, "num_classes": 2}
     values = {**config.model_dump(), "model": {"name": "vit_tiny_patch16_224", "args": size}}
     values["run"] |= {"steps": 1, "batch": 4}
@@ -412,6 +425,7 @@ def test_a_run_learns_from_a_teachers_tokens(tmp_path, teacher):
     row = read_table(tmp_path / "run" / "metrics.csv")[-1]
     assert {f"loss/{name}" for name in ("label", "teacher", "tokens", "ratio")} <= row.keys()
     assert float(row["loss/tokens"]) > 0
+    assert saccade.load(tmp_path / "run" / "model").setting == Setting.parse(values["sampling"]["settings"][0])
 
 
 def test_the_command_shows_a_config_and_refuses_in_one_line(tmp_path, capsys):

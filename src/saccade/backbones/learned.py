@@ -128,6 +128,25 @@ def require_learned(names: Iterable[str], learned: Mapping[str, Tensor]) -> None
             )
 
 
+def require_same_start(parts: Iterable[tuple[Call, nn.Module]], learned: Mapping[str, Tensor]) -> None:
+    """Raises UserError where a knob says what a parameter begins as, and one that has not learned began otherwise.
+
+    What a setting learns is that of all settings: it would run, and be trained, from where another one began.
+    """
+    if not isinstance(learned, Learned):
+        return
+    for call, module in parts:
+        for slot in slots(module, call.name):
+            start = learned.starts.get(slot.name)
+            if start is None or slot.name not in learned or learned.has_learned(slot.name):
+                continue
+            if start.shape == slot.own.shape and not torch.equal(start, slot.own.detach().to(start)):
+                raise UserError(
+                    f"{call}: {slot.name} has begun otherwise in another setting of this model, and has learned "
+                    "nothing since: give both the same knobs, or each a model of its own"
+                )
+
+
 def _has_learned(learned: Mapping[str, Tensor], name: str) -> bool:
     return not isinstance(learned, Learned) or learned.has_learned(name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from saccade.backbones.learned import Learned, require_apart, require_learned, share, slots
+from saccade.backbones.learned import Learned, require_apart, require_learned, require_same_start, share, slots
 from saccade.core.plan import Backbone, Method, Plan, Tokenizer
 from saccade.core.registry import registry
 from saccade.errors import UserError, nearest
@@ -24,7 +24,7 @@ def build(
 
     Raises:
         UserError: unknown names, knobs out of range, learned parameters of another shape; a method that has learned
-            and not what this setting needs, or that would learn twice in one place.
+            and not what this setting needs, that would learn twice in one place, or from two starts.
     """
     known, learned = registry(), Learned() if learned is None else learned
     tokenizers: list[tuple[Call, Tokenizer]] = []
@@ -43,6 +43,7 @@ def build(
     require_apart(setting, parts)
     if not fresh:
         require_learned((slot.name for call, part in parts for slot in slots(part, call.name)), learned)
+    require_same_start(methods, learned)
     for call, part in parts:
         share(part, call.name, learned)
     tokenizer = tokenizers[0][1] if tokenizers else grid(backbone)

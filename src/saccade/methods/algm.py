@@ -8,6 +8,7 @@ not depend on its batch. The paper's "layers 1 and 5" are read as blocks 0 and 4
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -75,12 +76,20 @@ def uniformity(windows: Tensor) -> Tensor:
 class MergeAnywhere(BipartiteMerge):
     """Merge the ⌊share · n⌋ most similar pairs of tokens."""
 
-    def __init__(self, share: float, dim: int, proportional: bool) -> None:
+    def __init__(self, share: float, dim: int, proportional: bool, weighted: bool = True) -> None:
         super().__init__(0, dim, "x", proportional)
-        self.share = share
+        self.share, self.weighted = share, weighted
 
     def count(self, n: int) -> int:
         return n - min(floor_share(self.share, n), n // 2)
+
+    def forward(self, tokens: Tokens) -> Reduction:
+        found = super().forward(tokens)
+        if self.weighted or found.merge is None:
+            return found
+        ones = torch.ones_like(tokens.x[:, tokens.num_prefix :, 0], dtype=torch.float32)
+        weight = ones if tokens.valid is None else torch.where(tokens.valid, ones, 1e-6)  # nothing of padding
+        return replace(found, merge=replace(found.merge, weight=weight))
 
 
 @register(
@@ -97,6 +106,7 @@ def algm(
     proportional: bool = False,
     gmacs: float | None = None,
     speed: float | None = None,
+    weighted: bool = True,
 ) -> Method:
     """Merge uniform 2 × 2 windows, and later similar tokens wherever they are (arXiv 2406.09936).
 
@@ -108,15 +118,17 @@ def algm(
         proportional: attention counts a merged token as often as it has patches; False, as its code: once.
         gmacs: find multiples of ``local`` and ``merge`` for this many GMACs per image (at its own size) instead.
         speed: find multiples of them for this many times fewer MACs instead.
+        weighted: the later mean weighs tokens by the patches in them; False: all alike.
     """
     local, merge = fraction("algm", "local", local), fraction("algm", "merge", merge, 0.0, 0.5)
     whole("algm", "local_at", local_at, 0, backbone.depth - 1)
     later = whole("algm", "merge_at", backbone.depth // 3 if merge_at is None else merge_at, 0, backbone.depth - 1)
     switch("algm", "proportional", proportional)
+    switch("algm", "weighted", weighted)
 
     def build(local: float, merge: float) -> Method:
         steps: list[tuple[int, Reducer]] = [(local_at, MergeWindows(local, proportional))] if local else []
-        return Method([*steps, (later, MergeAnywhere(merge, backbone.dim, proportional))])
+        return Method([*steps, (later, MergeAnywhere(merge, backbone.dim, proportional, weighted))])
 
     if gmacs is None and speed is None:
         return build(local, merge)

@@ -101,6 +101,11 @@ class Meter:
         self._steps = self._images = 0
         self._since = self._clock = time.perf_counter()
 
+    @property
+    def text(self) -> str:
+        """What was last taken, for a line of progress; nothing before that."""
+        return "" if math.isnan(self.loss) else f", loss {self.loss:.3f}, {self.rate:.0f} images/s"
+
     def restart(self, feed: BatchStream) -> None:
         """Leave out the time since the last step: it was spent on something else."""
         self._since += time.perf_counter() - self._clock

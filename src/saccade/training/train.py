@@ -202,7 +202,7 @@ def _run(
     meter.restart(feed)
     for step, views in enumerate(feed.run(start, steps), start + 1):  # ``step``: how many will have been done
         meter.add(learner.step(step - 1, views, fabric.autocast), run.batch)
-        bar(1, what=f"training, loss {meter.loss:.3f}, {meter.rate:.0f} images/s")
+        bar(1, what=f"training{meter.text}")
         stop = stopping.agreed(world, fabric.device)
         saving = step % run.save_every == 0 or step == steps or stop
         if step % run.log_every == 0 or saving:
