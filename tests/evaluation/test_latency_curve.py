@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from saccade.cli import main
 from saccade.core.registry import registry
 from saccade.evaluation import latency_curve
 from saccade.evaluation.device_curve import device_curve
@@ -172,3 +173,16 @@ def test_deciding_takes_no_less_than_nothing():
     assert latency_curve._deciding(exact, [5.0, 6.0]) == pytest.approx((5.5 / 12, 0.0)), "fewer tokens took longer"
     assert latency_curve._deciding(exact, [6.0, 2.9]) == pytest.approx((0.0, (2000 * 6 + 1000 * 2.9) / 5e6))
     assert latency_curve._deciding(exact[:1], [6.0]) == pytest.approx((0.5, 0.0))
+
+
+def test_the_curve_is_drawn_as_a_page(lawful, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = device_curve(tiny().eval(), batch=2)
+    page = found.page()
+    assert page.count("<svg") >= 4, "two figures in two layouts"
+    assert f"{round(found.curve.tokens[0])} tokens: " in page and ">tome</text>" in page
+    deciding = found.curve.decision_ms()
+    assert deciding["tome"] == pytest.approx(SITE["tome"] + TOKEN["tome"] * found.curve.tokens[-1])
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", "--out", str(tmp_path / "page.html")])
+    assert "is for a curve: give --curve MODEL" in capsys.readouterr().err

@@ -18,6 +18,7 @@ def command(
     ] = None,
     runner: Annotated[str, typer.Option(help="Runner of the curve: eager, onnx, openvino, …")] = "eager",
     batch: Annotated[int, typer.Option(min=1, help="Batch size of the curve.")] = 1,
+    out: Annotated[str | None, typer.Option(help="Also write the curve as a page with plots: FILE.html.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -27,19 +28,25 @@ def command(
 
     Example: saccade doctor --curve deit_small_patch16_224 --runner openvino
     """
+    from saccade.errors import UserError
     from saccade.evaluation.device_curve import device_curve
     from saccade.evaluation.doctor import doctor
+    from saccade.storage.files import write_text
     from saccade.terminal.progress import Progress
     from saccade.terminal.results import Result
 
     use_threads(threads)
     found: Result
     if curve is None:
+        if out is not None:
+            raise UserError(f"--out {out[:60]} is for a curve: give --curve MODEL")
         found = doctor()
     else:
         vit = open_model(curve, None, False, "auto", threads, trained=False)
         with Progress(shown=True) as progress:
-            found = device_curve(vit, runner=runner, batch=batch, progress=progress)
+            measured = found = device_curve(vit, runner=runner, batch=batch, progress=progress)
+        if out is not None:
+            write_text(out, measured.page())
     if json:
         print_json(found.to_dicts())
         return

@@ -13,6 +13,9 @@ from saccade.evaluation.circumstances import circumstances
 from saccade.evaluation.latency_curve import LatencyCurve, measure
 from saccade.execution.policy import cache_file
 from saccade.model import AdaptiveViT
+from saccade.reports.figure import Figure
+from saccade.reports.latency_figures import latency_figures
+from saccade.reports.page import render_figures, render_page, section
 from saccade.runners.engine import engine_of, versions
 from saccade.runners.runner import FP32, Runner
 from saccade.storage.files import write_json
@@ -52,6 +55,17 @@ class DeviceCurve(Result):
         ]
         columns = [Column("part", rank=0), Column("ms a batch", rank=0), Column("µs more a token", rank=0)]
         return Table(f"Latency curve: {self.curve.runner}, batch {self.curve.batch}", columns, cells)
+
+    def figures(self) -> list[Figure]:
+        """A block's time by its tokens, and what deciding takes by method, as a report shows them."""
+        return latency_figures(self.curve.tokens, self.curve.block, self.curve.decision_ms(), self.curve.block[-1])
+
+    def page(self) -> str:
+        """Figures as a page of HTML."""
+        told = f"A block of {round(self.curve.tokens[-1])} tokens takes {self.curve.block[-1]:.3g} ms"
+        table = self.table()
+        shown = section("curve", "What a forward's time is made of", render_figures(self.figures()))
+        return render_page(table.title, "plain", told, [], "", [shown])
 
 
 def device_curve(

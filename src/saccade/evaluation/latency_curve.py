@@ -96,6 +96,10 @@ class LatencyCurve:
         known = [(self.methods[name], asked) for name, asked in work.deciding.items()]
         return sum(site * sites + token * tokens for (site, token), (sites, tokens) in known)
 
+    def decision_ms(self) -> dict[str, float]:
+        """By method, what one decision among all of the model's own tokens takes."""
+        return {name: site + token * self.tokens[-1] for name, (site, token) in self.methods.items()}
+
     def schedule_ms(self, space: Space, schedule: Schedule) -> float:
         """Of a schedule: a ``schedule.Cost``; infinite where a part is not known."""
         backbone = space.known[schedule.tokenizer].backbone

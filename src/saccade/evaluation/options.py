@@ -8,6 +8,7 @@ from saccade.evaluation.accuracy import Score
 from saccade.evaluation.answers import Predictions
 from saccade.evaluation.candidates import Candidate, Target
 from saccade.evaluation.evaluator import Evaluator
+from saccade.evaluation.latency_curve import LatencyCurve
 from saccade.evaluation.speed import Speed
 from saccade.runners.runner import FP32, Runner
 
@@ -69,3 +70,4 @@ class Search:
     selection_images: int = 0
     failed: dict[str, str] = field(default_factory=dict)  # what was left out, and why
     notes: list[str] = field(default_factory=list)  # what time did not suffice for
+    curve: LatencyCurve | None = None  # that schedules were priced by

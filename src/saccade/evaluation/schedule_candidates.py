@@ -12,6 +12,7 @@ from saccade.evaluation.allowance import Allowance
 from saccade.evaluation.candidates import RED, Candidate
 from saccade.evaluation.distance import Distance
 from saccade.evaluation.evaluator import Evaluator
+from saccade.evaluation.latency_curve import LatencyCurve
 from saccade.evaluation.schedule import Space
 from saccade.evaluation.schedule_price import Price
 from saccade.evaluation.schedule_search import TRIES, ScheduleSearch
@@ -23,10 +24,11 @@ SHARE, LEAST_MINUTES = 0.15, 4.0  # of a limited time; and how much of it there 
 
 @dataclass(frozen=True)
 class Schedules:
-    """What was found: candidates, and a line about how."""
+    """What was found: candidates, a line about how, and the latency curve that they were priced by, if any."""
 
     candidates: list[Candidate]
     note: str = ""
+    curve: LatencyCurve | None = None
 
 
 def schedules(
@@ -73,10 +75,10 @@ def schedules(
     found = search.run()
     advance.finish()
     if not found.nearest:
-        return Schedules([], "no schedule is within the budget")
+        return Schedules([], "no schedule is within the budget", budget.curve)
     best = {str(space.setting(t.schedule)): space.macs(t.schedule) for t in found.nearest[:RACED]}
     note = (
         f"{found.tried} schedules were tried on {found.images} of the images that choose, without their labels, within "
         f"a budget of {budget.words}; the nearest {len(best)} to the dense model went into the race"
     )
-    return Schedules([Candidate(s, RED, macs, True, found.tried) for s, macs in best.items()], note)
+    return Schedules([Candidate(s, RED, macs, True, found.tried) for s, macs in best.items()], note, budget.curve)

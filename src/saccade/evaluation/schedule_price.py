@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from saccade.evaluation.allowance import Allowance
 from saccade.evaluation.candidates import Target
 from saccade.evaluation.device_curve import curve_of, known_curve, some_of_each
+from saccade.evaluation.latency_curve import LatencyCurve
 from saccade.evaluation.latency_curve import points as curve_points
 from saccade.evaluation.schedule import Cost, Space, by_macs
 from saccade.evaluation.ways import Ways
@@ -28,6 +29,7 @@ class Price:
     limit: float
     words: str  # what it counts
     key: str  #   the budget, in words that are the same each time: no time is
+    curve: LatencyCurve | None = None  # that milliseconds follow from
 
 
 def price_of(
@@ -79,7 +81,8 @@ def milliseconds(
     told = curve.predict(model.at("dense").eval())
     assert told is not None  # a curve knows the dense model
     words = f"milliseconds in {runner}, batch {batch}"
-    return Price(curve.scaled(dense_ms / told).schedule_ms, limit / TIME_MARGIN, words, f"{words} {key}")
+    now = curve.scaled(dense_ms / told)
+    return Price(now.schedule_ms, limit / TIME_MARGIN, words, f"{words} {key}", now)
 
 
 def points(space: Space) -> list[str]:

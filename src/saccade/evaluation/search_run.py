@@ -14,6 +14,7 @@ from saccade.evaluation.answers import Predictions
 from saccade.evaluation.candidates import Candidate, Priced, Target, candidates, price
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.failures import described, is_systems
+from saccade.evaluation.latency_curve import LatencyCurve
 from saccade.evaluation.options import Measured, Option, Search
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.recommendation import by_importance
@@ -59,6 +60,7 @@ class SearchRun:
         self.notes: list[str] = []
         self.bar: Bar | None = None
         self._judge = evaluator
+        self._curve: LatencyCurve | None = None
         self._bases: dict[Runner, AdaptiveViT] = {FP32: self.plain}
 
     @property
@@ -123,7 +125,16 @@ class SearchRun:
         rows = [rows[0], *sorted(rows[1:], key=lambda m: -m.option.candidate.macs)]
         frontier = front({m.option.name: (-m.speed.speedup, m.selection or 0.0) for m in rows})
         return Search(
-            self.target, rows, evaluator.metric, frontier, evaluator, report, len(select), self.failed, list(self.notes)
+            self.target,
+            rows,
+            evaluator.metric,
+            frontier,
+            evaluator,
+            report,
+            len(select),
+            self.failed,
+            list(self.notes),
+            self._curve,
         )
 
     def _chosen_by(self, option: Option, speed: Speed, said: Predictions) -> Measured:
@@ -231,6 +242,7 @@ class SearchRun:
             progress=self.progress,
         )
         self.notes += [found.note] if found.note else []
+        self._curve = found.curve
         return found.candidates
 
     def _race(self, raced: list[Candidate], select: list[int], survivors: int) -> dict[Option, Predictions]:

@@ -38,6 +38,7 @@ class Report:
     rows: list[Row]
     samples: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    curve: list[Figure] = field(default_factory=list)  # the latency curve, where schedules were priced by one
 
 
 def render_report(report: Report) -> str:
@@ -53,6 +54,7 @@ def render_report(report: Report) -> str:
         section("frontier", "The frontier", _legend(rows, True) + render_figures(figures)) if figures else "",
         section("time", "Does saved compute become saved time?", saved) if saved else "",
         section("settings", "All settings", _table(report)) if rows else "",
+        section("curve", "What a forward's time is made of", render_figures(report.curve)) if report.curve else "",
         section("maps", "What each token stands for", render_samples(report.samples)) if report.samples else "",
         section("how", "How it was measured", how_it_was(report.command, report.facts, report.notes)),
     ]
