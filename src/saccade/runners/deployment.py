@@ -56,9 +56,10 @@ class Deployment:
         """images [B, C, h, w], fp32 -> what the model gives, logits in fp32."""
         view, way = self.view(model)
         cast = images.to(next(view.parameters()).dtype)
-        n = (self.runner.compiled and self.runner.batch) or len(cast)  # a program is exported for any number
+        n = self.runner.batch or len(cast)
         eager = self.runner.engine == EAGER or self.failure is not None or torch.compiler.is_compiling()
-        if not eager and len(cast) >= n > 0 and tuple(cast.shape[-2:]) == view.input_size():
+        enough = len(cast) >= n or self.runner.exported  # what is compiled is for n images, and no others
+        if not eager and enough and len(cast) > 0 and tuple(cast.shape[-2:]) == view.input_size():
             logits = self._by_engine(way, view, cast, n)
             if logits is not None:
                 return LazyOutput(logits.float(), lambda: view(cast))
@@ -89,10 +90,14 @@ class Deployment:
             return found
 
     def _by_engine(self, way: Way, view: AdaptiveViT, images: Tensor, n: int) -> Tensor | None:
-        """Batches of n by the engine, what is left over operator by operator; None where the engine does not work."""
+        """Batches of n by the engine, which is no slower than larger ones at once; what is left over by a program for
+        any number, or, of what is compiled, operator by operator. None where the engine does not work."""
         whole = len(images) // n * n
         try:
             parts = [way(images[i : i + n]) for i in range(0, whole, n)]
+            if whole < len(images) and self.runner.exported:
+                parts.append(way(images[whole:]))
+                whole = len(images)
         except Exception as error:
             self.failure = described(error)
             noun, dtype = self.runner.engine_noun, self.runner.dtype
