@@ -23,6 +23,7 @@ from saccade.core.registry import registry
 from saccade.core.tokens import Tokens
 from saccade.evaluation.speed import Runner, bench
 from saccade.execution.attention import attend
+from saccade.execution.mixing import Asked
 from saccade.runners.allocator import steady_allocator
 
 # setting -> (speed-up, speed-up ÷ MAC ratio) asked for at batch 8 and more, on DeiT-S (the project's acceptance list)
@@ -88,7 +89,7 @@ def shares(model: saccade.AdaptiveViT, batch: int, runs: int) -> None:
             lambda step=step: step(tokens),
             lambda decision=decision: reduce(tokens, decision),
             lambda: attend(block.attn, x),
-            lambda step=step: attend(block.attn, x, read=step.read),
+            lambda step=step: attend(block.attn, x, ask=Asked(read=step.read)),
         ]
         whole, decide, move, plain, reading = medians(ways, runs)
         parts = (decide, move, reading - plain)

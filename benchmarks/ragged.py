@@ -25,6 +25,7 @@ from saccade.core.plan import Gater, Method, Plan, Reducer
 from saccade.core.reduction import Reduction
 from saccade.core.tokens import Tokens
 from saccade.execution.attention import attend
+from saccade.execution.mixing import Asked
 from saccade.methods.common.sampling import keep_where
 from saccade.runners.allocator import steady_allocator
 from saccade.runners.runner import DTYPES
@@ -209,10 +210,10 @@ def heads(batches: Sequence[int], seconds: float) -> None:
                     gate = gate.view_as(on).expand(batch, -1)
 
                     def skipped(x: Tensor, attn=attn, gate=gate) -> Tensor:
-                        return attend(attn, x, heads=gate, skip=True).x
+                        return attend(attn, x, ask=Asked(heads=gate, skip=True)).x
 
                     def computed(x: Tensor, attn=attn, gate=gate) -> Tensor:
-                        return attend(attn, x, heads=gate).x
+                        return attend(attn, x, ask=Asked(heads=gate)).x
 
                     times = interleaved([skipped, computed], x, seconds / (4 * len(batches) * len(shares)))
                     cells.append(f"{against(times[0], times[1])[1]:.2f}")

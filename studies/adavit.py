@@ -60,6 +60,7 @@ class Study:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.data, self.weights, self.out = arguments.data, arguments.weights, arguments.out
         self.epochs, self.at_once, self.limit = arguments.epochs, arguments.at_once, arguments.limit
+        self.dense_epochs = arguments.dense_epochs
         self.only = arguments.runs
         self.file = self.out / "seen.safetensors"
         self.seen: dict[str, Tensor] = load_file(self.file) if self.file.exists() else {}
@@ -76,7 +77,7 @@ class Study:
     def train_dense(self) -> None:
         """The model that everything starts from."""
         start = [f"model.weights={self.weights}", "model.size=160", "model.crop_pct=1.0"]
-        train_all({"dense-0": ["finetune", *self.common(), *start, "run.epochs=2"]}, self.out, 1)
+        train_all({"dense-0": ["finetune", *self.common(), *start, f"run.epochs={self.dense_epochs}"]}, self.out, 1)
 
     def train(self) -> None:
         """All that start from the dense model, in the order in which they matter."""
@@ -146,8 +147,7 @@ class Study:
         each: another threshold for each stage, where there are several (as ``saccade calibrate`` does).
         """
         places, levels = _spread(len(self.images["train"]), TUNE), []
-        if each and by_count(text):
-            view = self.model(run).at(with_threshold(text, None)).eval()
+        if each and (view := by_count(self.model(run), text)) is not None:
             batches = self._loader(view, self.images["train"], "train").batches(TIMED, places)
             with torch.inference_mode(), autocast():
                 levels = fixed_levels(view, lambda: [view(batch.images) for batch in batches])
@@ -454,7 +454,8 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("weights")
     parser.add_argument("--out", type=Path, default=Path("runs/adavit"))
-    parser.add_argument("--epochs", type=float, default=1.0, help="of each method, after two of the dense model")
+    parser.add_argument("--epochs", type=float, default=1.0, help="of each method, after those of the dense model")
+    parser.add_argument("--dense-epochs", type=float, default=2.0, help="of the dense model")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--runs", nargs="+", help="train only these")
     parser.add_argument("--limit", type=int, help="test only so many images")

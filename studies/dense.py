@@ -115,7 +115,8 @@ class Asked:
             self.seen |= {key: torch.stack(found.sums), f"{key}|macs": torch.tensor([found.macs], dtype=torch.float64)}
             save_file(self.seen, self.file)
             print(f"{key}: {level([(1.0, found)]).mean:.1%}", file=sys.stderr, flush=True)
-        return Counts(torch.tensor(self.places), *self.seen[key], self.seen[f"{key}|macs"].item())
+        hit, there, said = self.seen[key]
+        return Counts(torch.tensor(self.places), hit, there, said, self.seen[f"{key}|macs"].item())
 
 
 def report(asked: Asked, title: str, methods: dict[str, list[tuple[str, str]]], speed: dict[str, float]) -> None:

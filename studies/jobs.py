@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bf16")
 
 
-def train_all(runs: dict[str, Sequence[str]], out: Path, at_once: int) -> None:
+def train_all(runs: Mapping[str, Sequence[str]], out: Path, at_once: int) -> None:
     """``saccade train`` for each name and its arguments, into ``out / name``; what was interrupted goes on."""
 
     def one(name: str, arguments: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ Method    ViT-Tiny/16, fine-tuned on Caltech-101 at 160 px (``studies/training.p
           The paper's feature network is a ShuffleNet with ImageNet weights; here it is the first blocks of a ViT-Tiny
           with ImageNet weights. The oracle is Grad-CAM of START, which sees the label.
 Command   python studies/quadformer.py caltech160.zip START vit_tiny_patch16_224.safetensors \\
-              --nette nette160.zip --out runs/quadformer [--seeds 0 1]
+              --nette nette160.zip --out runs/quadformer [--seeds 0 1] [--epochs 5 --nette-epochs 3]
 Cost      about an hour of one core; interrupted runs go on
 Expected  1 holds at 49 and 64 tokens; 2 holds; 3 within a point.
 Measured  docs/results-quadformer.md
@@ -98,8 +98,10 @@ class Run:
         return ["finetune", f"data.path={self.data}", *self.start, *plain, "run.save_every=100", *told]
 
 
-def runs_of(data: str, start: str, weights: str, nette: str | None, seeds: Sequence[int]) -> dict[str, Run]:
-    """Every training of the study by its name, in the order in which they matter."""
+def runs_of(
+    data: str, start: str, weights: str, nette: str | None, seeds: Sequence[int], epochs: tuple[float, float]
+) -> dict[str, Run]:
+    """Every training of the study by its name, in the order in which they matter; epochs: of Caltech, of Imagenette."""
     scorers = ["pixel", "entropy", "attention(6)", feature(weights), *(f"random({seed})" for seed in SEEDS)]
     healed = {
         "uniform-64": [GRIDS[64]],
@@ -117,13 +119,13 @@ def runs_of(data: str, start: str, weights: str, nette: str | None, seeds: Seque
     }
     twice = ("uniform-64", "entropy-64")
     begin = [f"model.name={start}"]
-    runs = {f"{name}-{seeds[0]}": Run(data, begin, settings, 1, seeds[0]) for name, settings in healed.items()}
+    runs = {f"{name}-{seeds[0]}": Run(data, begin, settings, epochs[0], seeds[0]) for name, settings in healed.items()}
     if nette is not None:
         source = [f"model.weights={weights}", "model.size=160", "model.crop_pct=1.0"]
         for name in twice:
-            runs[f"nette-{name}-{seeds[0]}"] = Run(nette, source, healed[name], 0.5, seeds[0])
+            runs[f"nette-{name}-{seeds[0]}"] = Run(nette, source, healed[name], epochs[1], seeds[0])
     for seed in seeds[1:]:
-        runs |= {f"{name}-{seed}": Run(data, begin, healed[name], 1, seed) for name in twice}
+        runs |= {f"{name}-{seed}": Run(data, begin, healed[name], epochs[0], seed) for name in twice}
     return runs
 
 
@@ -288,11 +290,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/quadformer"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")
+    parser.add_argument("--epochs", type=float, default=1, help="of each run; other lengths go to another folder")
+    parser.add_argument("--nette-epochs", type=float, default=0.5, help="of each run on Imagenette")
+    parser.add_argument("--runs", nargs="+", help="train only these")
     parser.add_argument("--report", action="store_true", help="only from the runs that are finished")
     given_ = parser.parse_args()
-    runs = runs_of(given_.data, given_.start, given_.weights, given_.nette, given_.seeds)
+    lengths = given_.epochs, given_.nette_epochs
+    runs = runs_of(given_.data, given_.start, given_.weights, given_.nette, given_.seeds, lengths)
     if not given_.report:
-        train_all({name: run.arguments() for name, run in runs.items()}, given_.out, given_.at_once)
+        chosen = {name: run.arguments() for name, run in runs.items() if given_.runs is None or name in given_.runs}
+        train_all(chosen, given_.out, given_.at_once)
     tests = Tests(given_.out, open_images(given_.data, "test"), given_.seeds, given_.start)
     here = {name: run for name, run in runs.items() if not name.startswith("nette")}
     lines = ["Caltech-101", "", *shown(tests, here), "", "| claim | points | verdict |", "|---|---|---|"]

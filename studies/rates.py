@@ -10,7 +10,8 @@ Method    A pretrained model. `saccade calibrate` learns diffrate's lists for ea
           intervals over images; the learned lists of one seed.
 Command   python studies/rates.py vit_tiny_patch16_224 vit_tiny_patch16_224.safetensors --learn nette160.zip
           --test inval227_dev.zip nette160.zip --out runs/rates
-Cost      an estimate: 40 minutes of one core; what was interrupted goes on from its last move, step or setting
+Cost      an estimate: 40 minutes of one core; what was interrupted goes on from its last move or piece of photos.
+          The stages learn and test can be run by themselves (--stage)
 Expected  learned diffrate ≥ each rival
 Measured  docs/results.md, "Training-free methods at equal MACs"
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saccade
-from saccade.data import open_images
+from saccade.data import Loader, Preprocess, head_labels, open_images
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.calibrate import bisect, calibrate
 from saccade.evaluation.evaluator import Evaluator
@@ -38,6 +39,7 @@ from saccade.evaluation.stats import paired_difference, proportion
 from saccade.storage.files import replacing, write_json, write_text
 
 SPEEDS = (1.5, 2.0)  # times fewer MACs
+PIECE = 96  # photos between two notes of what was said
 FEW = 96  # photos that a threshold is found on
 BEST = "diffrate, by moves"
 RIVALS = ("diffrate", "tome", "tofu", "mctf", "pitome", "algm", "dpc_knn", "evit", "dynamicvit", "random")
@@ -55,24 +57,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of learning by gradients, 16 photos each")
     parser.add_argument("--limit", type=int, default=400, help="photos to learn from")
     parser.add_argument("--test-limit", type=int, help="test only so many of each kind")
+    parser.add_argument("--stage", choices=("learn", "test"), help="one of them alone")
     parser.add_argument("--out", type=Path, default=Path("runs/rates"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
     model = saccade.create_model(given.model, weights=given.weights).eval()
-    lines = settings(model, given)
-    tables = {Path(data).stem: tested(model, data, lines, given) for data in given.test}
-    text = report(lines, tables)
-    write_text(given.out / "rates.md", text)
-    print(text)
+    if given.stage in (None, "learn"):
+        learn(model, given)
+    if given.stage != "learn":
+        lines = known(given)
+        tables = {Path(data).stem: tested(model, data, ["dense", *lines.values()], given) for data in given.test}
+        text = report(lines, tables)
+        write_text(given.out / "rates.md", text)
+        print(text)
 
 
-def settings(model: saccade.AdaptiveViT, given: argparse.Namespace) -> Lines:
-    """The line of each method at each speed; those that have to be found are written down."""
+def learn(model: saccade.AdaptiveViT, given: argparse.Namespace) -> None:
+    """Find what no arithmetic tells, and write it down."""
     dense = float(model(torch.zeros(1, 3, *model.input_size())).trace.macs()) / 1e9
-    known = given.out / "settings.json"
-    found: dict[str, str] = json.loads(known.read_text()) if known.exists() else {}
-    lines: Lines = {}
     for speed in SPEEDS:
         gmacs = dense / speed
         ways: dict[str, Callable[[], str]] = {
@@ -81,14 +84,26 @@ def settings(model: saccade.AdaptiveViT, given: argparse.Namespace) -> Lines:
             "ltmp": partial(dropping, model, gmacs, given),
         }
         for name, find in ways.items():
-            key = f"{name}|{speed}"
-            if key not in found:
+            found = read(given)
+            if (key := f"{name}|{speed}") not in found:
                 found[key] = find()
-                write_json(known, found)
+                write_json(given.out / "settings.json", found)
                 print(f"{speed}×, {name}: {found[key]}", file=sys.stderr, flush=True)
-            lines[name, speed] = found[key]
-        lines |= {(name, speed): f"{name}(speed={speed})" for name in RIVALS}
-    return lines
+
+
+def read(given: argparse.Namespace) -> dict[str, str]:
+    """What was found so far, by method and speed."""
+    file = given.out / "settings.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def known(given: argparse.Namespace) -> Lines:
+    """The settings that can be tested: all, once all are found."""
+    lines: Lines = {}
+    for key, line in read(given).items():
+        name, speed = key.split("|")
+        lines[name, float(speed)] = line
+    return lines | {(name, speed): f"{name}(speed={speed})" for speed in SPEEDS for name in RIVALS}
 
 
 def learned(model: saccade.AdaptiveViT, gmacs: float, given: argparse.Namespace, search: KnobSearch) -> str:
@@ -115,22 +130,29 @@ def apart(model: saccade.AdaptiveViT, setting: str) -> saccade.AdaptiveViT:
     return saccade.AdaptiveViT(model.vit, setting).eval()
 
 
-def tested(model: saccade.AdaptiveViT, data: str, lines: Lines, given: argparse.Namespace) -> Seen:
-    """What each setting says to some photos, the dense model's first; measured once."""
+def tested(model: saccade.AdaptiveViT, data: str, lines: Sequence[str], given: argparse.Namespace) -> Seen:
+    """What each setting says to some photos, written down a piece at a time: an interrupted one goes on."""
     file = given.out / f"{Path(data).stem}.safetensors"
+    images = open_images(data)
+    labels = torch.tensor(head_labels(images, model.vit).indices)
+    places = spread(len(images), given.test_limit)
+    loader = Loader(images, Preprocess.of(model.vit, model.input_size()))
     flat = load_file(file) if file.exists() else {}
-    evaluator = None
-    for line in ("dense", *lines.values()):
-        if f"{line}|hit" in flat:
-            continue
-        evaluator = evaluator or Evaluator(model, open_images(data))
-        view = evaluator.dense if line == "dense" else apart(model, line)
-        found = evaluator.predict(view, spread(len(evaluator.images), given.test_limit))
-        flat |= {f"{line}|hit": evaluator.hits(found), f"{line}|macs": found.macs}
-        with replacing(file) as part:
-            save_file(flat, part)
-        print(f"{Path(data).stem}: {line}", file=sys.stderr, flush=True)
-    return {line: {key: flat[f"{line}|{key}"] for key in ("hit", "macs")} for line in ("dense", *lines.values())}
+    for line in lines:
+        view = apart(model, line)
+        hit, macs = (flat.get(f"{line}|{what}", torch.empty(0, dtype=torch.float64)) for what in ("hit", "macs"))
+        while len(hit) < len(places):
+            piece = places[len(hit) : len(hit) + PIECE]
+            for batch in loader.batches(32, piece):
+                with torch.inference_mode():
+                    out = view(batch.images)
+                right = out.logits.argmax(-1) == labels[list(batch.indices)]
+                hit, macs = torch.cat([hit, right.double()]), torch.cat([macs, out.trace.macs().double()])
+            flat |= {f"{line}|hit": hit, f"{line}|macs": macs}
+            with replacing(file) as part:
+                save_file(flat, part)
+    assert not loader.failures.items, loader.failures.items
+    return {line: {what: flat[f"{line}|{what}"] for what in ("hit", "macs")} for line in lines}
 
 
 def report(lines: Lines, tables: dict[str, Seen]) -> str:
@@ -142,6 +164,8 @@ def report(lines: Lines, tables: dict[str, Seen]) -> str:
         parts += ["| speed | method | GMACs | top-1 | − dense, points | by moves − this, points | by moves is better |"]
         parts += ["|" + "---|" * 7]
         for speed in SPEEDS:
+            if (BEST, speed) not in lines:
+                continue
             best = seen[lines[BEST, speed]]["hit"]
             rows = [(name, seen[line]) for (name, at), line in lines.items() if at == speed]
             for name, own in sorted(rows, key=lambda row: -row[1]["hit"].double().mean().item()):

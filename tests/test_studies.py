@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "studies"))
 
@@ -15,6 +18,7 @@ import compositions
 import dense
 
 import saccade
+from data_helpers import encode, picture
 from oracles import make_vit
 from saccade.evaluation.candidates import price
 from saccade.evaluation.stats import bootstrap
@@ -119,3 +123,60 @@ def test_gates_are_trained_through_a_shrinking_budget():
         assert 1 > shares[0] > shares[1] > shares[2] > 0 and all(f"weight={weight}" in text for text in settings)
         whole = price(model, before.removesuffix(" | ") or "dense") / 1e9
         assert shares[-1] == pytest.approx(compositions.GOALS[1] / whole, abs=1e-4)
+
+
+# --- the scripts themselves, at their smallest ---
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory) -> Path:
+    """A folder with photos of three classes and with weights of a ViT-Tiny, which are drawn."""
+    folder = tmp_path_factory.mktemp("studies")
+    with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
+        for split, count in (("train", 12), ("test", 6)):
+            for label in range(3):
+                for i in range(count):
+                    data = encode(picture(160, 160, seed=1000 * label + 100 * (split == "test") + i))
+                    archive.writestr(f"{split}/{label:04d}/{i}.png", data)
+    saccade.create_model("vit_tiny_patch16_224").save(folder / "start")
+    save_file(saccade.create_model("vit_tiny_patch16_224").vit.state_dict(), folder / "w.safetensors")
+    return folder
+
+
+def run_study(folder: Path, name: str, *arguments: str) -> str:
+    script = Path(__file__).resolve().parents[1] / "studies" / f"{name}.py"
+    command = [sys.executable, str(script), *arguments, "--out", f"runs/{name}"]
+    environment = {**os.environ, "STUDY_PRECISION": "fp32", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
+    logs = sorted((folder / "runs" / name).glob("*/log.txt"))
+    assert done.returncode == 0, done.stderr[-2000:] + "".join(log.read_text()[-2000:] for log in logs[-1:])
+    return done.stdout
+
+
+SMALLEST = {
+    "adavit": "photos.zip w.safetensors --dense-epochs 0.5 --epochs 0.5 --runs adavit dynamicvit --seconds 1",
+    "quadformer": "photos.zip start w.safetensors --epochs 0.5 --runs uniform-49-0 entropy-49-0",
+    "rates": "vit_tiny_patch16_224 w.safetensors --learn photos.zip --test photos.zip --moves 1 --steps 1 --limit 4 "
+    "--test-limit 2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLEST)
+def test_a_study_runs_from_its_command_to_its_tables(small_world, name):
+    """And once more: what is there is not done again."""
+    first = run_study(small_world, name, *SMALLEST[name].split())
+    rows = {"adavit": "dynamicvit, per image, one threshold", "quadformer": "entropy-49", "rates": "| 2.0× | ltmp"}
+    assert rows[name] in first
+    files = {file: file.stat().st_mtime_ns for file in (small_world / "runs" / name).rglob("model/model.safetensors")}
+    again = run_study(small_world, name, *SMALLEST[name].split())
+    assert files == {file: file.stat().st_mtime_ns for file in files}
+    assert name == "adavit" or again == first  # a time is another
+
+
+@pytest.mark.slow
+def test_the_study_of_imagepiece_runs_from_its_command_to_its_tables(small_world):
+    told = ["photos.zip", "w.safetensors", "--epochs", "0.5", "--source-epochs", "0.5", "--limit", "4", "--whole", "4"]
+    run_study(small_world, "imagepiece", *told, "--runs")
+    run_study(small_world, "imagepiece", *told, "--time", "cells", "--seconds", "1")
+    assert "| evit" in run_study(small_world, "imagepiece", *told)

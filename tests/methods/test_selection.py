@@ -511,7 +511,7 @@ def test_random_plus_draws_for_each_image_and_the_same_in_every_batch():
         ("dynamicvit(tau=0)", ["tau=0"]),
         ("adavit((0.5, 0.5))", ["usage=(0.5, 0.5)", "one for each axis"]),
         ("adavit(axes='patches')", ["axes='patches'", "patch, head, block"]),
-        ("adavit(gmacs=1, share=0.5)", ["one of gmacs and share"]),
+        ("adavit(gmacs=1, share=0.5)", ["one of gmacs, share and speed"]),
         ("adavit(gmacs=-1)", ["gmacs=-1"]),
         ("adavit(form='code')", ["form='code'", "released"]),
         ("topk((0.5, 0.5), at=1)", ["2 values of keep for 1 blocks"]),
