@@ -356,6 +356,20 @@ def test_create_model_refuses_with_a_reason(name, kwargs, says, monkeypatch):
         create_model(name, **kwargs)
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_an_encoder_takes_the_weights_of_a_classifier_but_its_head(tmp_path, prefix):
+    vit = make_vit("vit")
+    state = {prefix + name: value.contiguous() for name, value in vit.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    made = {"depth": 3, "embed_dim": 96, "num_heads": 3, "img_size": 64, "weights": tmp_path / "w.safetensors"}
+    encoder = saccade.create_model("vit_tiny_patch16_224", num_classes=0, **made)
+    images = torch.randn(2, 3, 64, 64)
+    expected = vit.forward_head(vit.forward_features(images), pre_logits=True)
+    assert torch.allclose(encoder(images).logits, expected, atol=1e-5)
+    with pytest.raises(UserError, match="create this model with num_classes=10"):
+        saccade.create_model("vit_tiny_patch16_224", num_classes=5, **made)
+
+
 def test_half_precision_weights_become_the_models_own(tmp_path):
     vit = make_vit()
     save_file({name: value.half() for name, value in vit.state_dict().items()}, tmp_path / "w.safetensors")

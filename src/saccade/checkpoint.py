@@ -58,7 +58,8 @@ def create_model(
             kernel of its training, under timm's patch size, ``grid(16)``, where the setting names no tokenizer.
         weights: a safetensors file with timm's keys instead.
         head: in the classifier's place: "embedding", or what a ``Head`` gives, such as ``EmbeddingHead("mean")``.
-        kwargs: of ``timm.create_model`` (num_classes, img_size, …).
+        kwargs: of ``timm.create_model`` (num_classes, img_size, …); num_classes=0: an encoder, also of the weights of a
+            classifier.
 
     Raises:
         UserError: unknown name, unsupported model, missing or wrong weights, no such head.

@@ -44,3 +44,12 @@ def test_a_view_shows_which_patches_a_block_computes():
     model = AdaptiveViT(make_vit("vit", depth=4))
     _, counts = view(model, Image.fromarray(np.zeros((64, 64, 3), np.uint8)), "topk(0.5, at=[1, 2])")
     assert counts == [16, 8, 8, 16]
+
+
+def test_an_encoder_is_held_against_how_far_it_is_from_dense(tmp_path):
+    images = write_folder(tmp_path / "photos", {f"a/{i}.png": encode(picture(70, 64, seed=i)) for i in range(4)})
+    vit = make_vit("vit", num_classes=0)
+    found = usage(AdaptiveViT(vit), str(images), "evit(0.5, at=1)", out=tmp_path / "usage.png", batch=2)
+    assert "cosine" in found.against and (found.loss > 0).all()
+    same = usage(AdaptiveViT(vit), str(images), "dense", batch=3)
+    assert same.loss.tolist() == pytest.approx([0.0] * 4, abs=1e-6)

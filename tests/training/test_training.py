@@ -31,6 +31,7 @@ from saccade.training.multi_setting import MultiSettingModel
 from saccade.training.optimizer import build_optimizer, rate
 from saccade.training.setting_sampler import Sampler
 from saccade.training.starting import resized, start_from
+from saccade.training.task import open_task
 from saccade.training.train import _same
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 10}
@@ -457,3 +458,15 @@ def test_what_is_checked_on_is_never_trained_on(tmp_path):
     tested = write_folder(tmp_path / "tested", {f"{s}/{n}": d for s in ("train", "test") for n, d in files.items()})
     train, held = open_sets(Data(path=str(tested)))
     assert train.split == held.split == "train" and not {*train.names} & {*held.names}  # "test" stays unseen
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_starting_from_another_tasks_folder_says_what_is_left_behind(tmp_path, ends):
+    write_folder(tmp_path / "photos", {f"{c}/{i}.png": encode(picture(40, 40, i)) for c in "ab" for i in range(2)})
+    model = tiny(head="embedding") if ends else tiny()
+    model.save(tmp_path / "m")
+    given = [f"model.name={tmp_path / 'm'}", f"data.path={tmp_path / 'photos'}"]
+    task = open_task(read_config("finetune", given))
+    assert task.model().vit.num_classes == 2
+    said = [line for line in task.notes if "was trained for task 'embed': its ViT is taken" in line]
+    assert len(said) == ends

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from saccade.core.gates import Gates
 from saccade.core.record import BlockTrace
@@ -31,8 +32,9 @@ class Usage(Result):
 
     share: Tensor  #    [n, L, 3 + H]  of patch tokens computed, of branches, of heads: 0 … 1
     gmacs: Tensor  #    [n] float64  that ran, 10^9
-    loss: Tensor  #     [n] float64  of the dense model (against its own best class, without labels)
+    loss: Tensor  #     [n] float64  of the dense model (against its own best class, without labels); see ``against``
     names: list[str]  # of the images
+    against: str = "the dense model's loss"  # what ``loss`` is; of an encoder how far the embedding is from dense
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -47,7 +49,7 @@ class Usage(Result):
         return [*PARTS, *(f"head {h}" for h in range(self.share.shape[2] - len(PARTS)))]
 
     def correlation(self) -> float:
-        """Spearman's ρ of cost and the dense model's loss; 0 where all cost alike."""
+        """Spearman's ρ of cost and ``loss``; 0 where all cost alike."""
         return float(_ranks(self.gmacs) @ _ranks(self.loss))
 
 
@@ -73,12 +75,14 @@ def usage(
     Raises:
         UserError: bad setting or data.
     """
-    check_head(model)  # cost is held against its loss
+    check_head(model, encoders=True)  # cost is held against its loss
+    encodes = not model.vit.num_classes
     view, dense = (model if setting is None else model.at(setting)).eval(), model.at("dense").eval()
     if out is not None:
         check_picture(out)  # before the work
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
-    known = None if images.labels is None else torch.tensor(head_labels(images, model.vit).indices)
+    labelled = images.labels is not None and not encodes
+    known = torch.tensor(head_labels(images, model.vit).indices) if labelled else None
     chosen = spread(len(images), limit)
     progress = progress or Progress()
     for line in images.notes:
@@ -94,15 +98,17 @@ def usage(
             ran = view(own)
             require_finite(ran.logits, view.setting)
             masks = view.forward_tokens(own, sparse=False)[1]
-            logp = require_finite(dense(whole).logits, dense.setting).double().log_softmax(-1).cpu()
+            given = require_finite(dense(whole).logits, dense.setting).double().cpu()
         start = _tokens(masks.first)
         shares.append(torch.stack([_used(block, start, view.backbone.heads) for block in masks.blocks], dim=1))
         costs.append(ran.trace.macs().cpu() / 1e9)
-        truth = logp.argmax(-1) if known is None else known[seen[0].indices]
-        losses.append(-logp.gather(1, truth.unsqueeze(1)).squeeze(1))
+        truth = given.argmax(-1) if known is None else known[seen[0].indices]
+        same = F.cosine_similarity(given, ran.logits.double().cpu(), dim=-1)
+        losses.append(1 - same if encodes else F.cross_entropy(given, truth, reduction="none"))
         names += [images.names[i] for i in seen[0].indices]
         advance(len(own))
-    found = Usage(torch.cat(shares).cpu(), torch.cat(costs), torch.cat(losses), names)
+    against = "1 − cosine to the dense embedding" if encodes else Usage.against
+    found = Usage(torch.cat(shares).cpu(), torch.cat(costs), torch.cat(losses), names, against)
     if out is not None:
         write_picture(out, draw_usage(found, str(view.setting)))
     return found
@@ -139,9 +145,7 @@ def draw_usage(found: Usage, title: str) -> Image.Image:
         _heat(figure.add_subplot(grid[1, 2 * place : 2 * place + 2]), found.share[i], found.units, name)
     plot = figure.add_subplot(grid[0, 4:])
     plot.scatter(found.loss, found.gmacs, s=8, alpha=0.5)
-    plot.set(
-        xlabel="the dense model's loss", ylabel="GMACs", title=f"cost and difficulty, ρ = {found.correlation():+.2f}"
-    )
+    plot.set(xlabel=found.against, ylabel="GMACs", title=f"cost and difficulty, ρ = {found.correlation():+.2f}")
     with io.BytesIO() as buffer:
         figure.savefig(buffer, format="png", dpi=110)
         return Image.open(buffer).convert("RGB")

@@ -44,7 +44,7 @@ def command(
         if json:
             print_json({"out": out, "units": found.units, "share": found.share.mean(0).tolist(), **facts})
         else:
-            cost = f"{facts['gmacs']:.3f} GMACs each, ρ = {facts['correlation']:+.2f} with the dense model's loss"
+            cost = f"{facts['gmacs']:.3f} GMACs each, ρ = {facts['correlation']:+.2f} with {found.against}"
             print(f"{out}: {facts['images']} images, {cost}")
         return
     picture, tokens = view(vit, image, setting[0] if setting else None, out=out)

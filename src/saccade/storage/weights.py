@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from saccade.errors import UserError
 from saccade.storage.files import shortened
 
-CLASSIFIER = ("head.", "head_dist.")  # what timm's classifiers are called
+CLASSIFIERS = ("head.", "head_dist.")  # how timm's begin
 COMMON_PREFIXES = "module., _orig_mod., backbone., model., encoder. and the like"
 # What a key in the file that the model has not, or the other way about, says of how the model is to be made.
 UNEXPECTED = {
@@ -105,10 +105,11 @@ def load_weights(module: nn.Module, file: str | os.PathLike) -> None:
 
     Raises UserError that lists what does not fit, and says what would.
     """
-    state = without_prefix(read_weights(file), module.state_dict())
+    state, own = read_weights(file), module.state_dict()
     if getattr(module, "num_classes", None) == 0:
-        state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIER)}
-    fill(module, state, str(file))
+        heads = tuple(_prefix(state, own) + name for name in CLASSIFIERS)
+        state = {name: value for name, value in state.items() if not name.startswith(heads)}
+    fill(module, without_prefix(state, own), str(file))
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor], file: str) -> None:

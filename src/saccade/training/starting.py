@@ -43,6 +43,14 @@ def open_source(source: Source) -> AdaptiveViT:
     return AdaptiveViT(vit, learned=model.learned, head=model.task_head)
 
 
+def left_behind(source: Source, start: AdaptiveViT, task: str) -> list[str]:
+    """A line for the user where a folder's head is for another task, which begins with a new one; else none."""
+    head = start.task_head
+    if head is None:
+        return []
+    return [f"{source.name} was trained for task {head.task!r}: its ViT is taken, and {task!r} begins with a new head"]
+
+
 def resized(vit: ViT, size: int | tuple[int, int]) -> ViT:
     """A ViT whose own input size is ``size`` pixels, or (h, w): its position table is resized, as ``grid`` does it."""
     patch, (h, w) = vit.patch_embed.patch_size, (size, size) if isinstance(size, int) else size

@@ -23,7 +23,7 @@ from saccade.training.config import Config
 from saccade.training.image_sets import open_sets
 from saccade.training.loss import Teacher, TeacherOutput, pooled, terms
 from saccade.training.multi_setting import MultiSettingModel
-from saccade.training.starting import fit_head, open_source, open_teacher, start_from
+from saccade.training.starting import fit_head, left_behind, open_source, open_teacher, start_from
 from saccade.training.task import Examples, Task, Tick
 
 
@@ -40,6 +40,7 @@ class Classify(Task):
     def model(self) -> AdaptiveViT:
         start = open_source(self.config.model)
         model = AdaptiveViT(start.vit, learned=start.learned)  # another task's head goes
+        self.notes += left_behind(self.config.model, start, self.config.task)
         fitted = fit_head(model.vit, self.images)
         self.notes += [fitted.how] if fitted.how else []
         self.side, self.labels = max(model.input_size()), fitted.indices

@@ -26,7 +26,7 @@ from saccade.tasks.image_text.text_tower import Learned, TextTower, open_tower
 from saccade.training.augmentation import Augment
 from saccade.training.config import Config
 from saccade.training.image_sets import divided
-from saccade.training.starting import open_source
+from saccade.training.starting import left_behind, open_source
 from saccade.training.task import Examples, Task, Tick
 
 KNOWN = ("scale", "ratio", "hflip", "vflip", "color_jitter", "mix_prob")  # augmentations that boxes can follow
@@ -63,6 +63,7 @@ class Detect(Task):
         ):
             given.heads.names = names
             return given.heads
+        self.notes += left_behind(self.config.model, model, self.config.task)
         learned = rule.queries == "learned"
         texts = Learned(names, rule.width) if learned else open_tower(rule.width, **self.config.texts.model_dump())
         return Heads(texts, model.vit.embed_dim, names)

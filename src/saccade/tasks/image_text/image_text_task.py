@@ -22,7 +22,7 @@ from saccade.tasks.image_text.two_tower import Space, TwoTowerHead
 from saccade.tasks.image_text.zero_shot import belonging, embed, ranks
 from saccade.training.config import Config
 from saccade.training.image_sets import divided, open_sets
-from saccade.training.starting import open_source
+from saccade.training.starting import left_behind, open_source
 from saccade.training.task import Examples, Task, Tick
 
 
@@ -50,6 +50,7 @@ class Pairing(Task):
         self.side = max(model.input_size())
         if isinstance(model.task_head, TwoTowerHead):  # it goes on learning
             return model
+        self.notes += left_behind(self.config.model, model, self.config.task)
         features = model.vit.num_features
         texts = open_tower(rule.width or features, **self.config.texts.model_dump())
         space = Space(texts, features, project=rule.width is not None, loss=rule.loss)

@@ -28,7 +28,7 @@ from saccade.training.config import Config
 from saccade.training.image_sets import check_split, checking, divided
 from saccade.training.loss import TeacherOutput, from_teacher, label_weight
 from saccade.training.multi_setting import MultiSettingModel
-from saccade.training.starting import open_source
+from saccade.training.starting import left_behind, open_source
 from saccade.training.task import Examples, Task, Tick
 
 
@@ -68,6 +68,7 @@ class Segment(Task):
         given = model.task_head
         if isinstance(given, SegmentationHead) and given.classes == rule.classes:  # its decoder goes on learning
             return model.with_head(SegmentationHead(given.decoder, rule.classes, rule.void))
+        self.notes += left_behind(self.config.model, model, self.config.task)
         knobs = {} if rule.head == "linear" else {"layers": rule.layers}
         return segmenter(model, rule.classes, rule.head, void=rule.void, **knobs)
 
