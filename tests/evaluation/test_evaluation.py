@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_a_setting_is_compared_image_by_image(model, photos, setting, size):
 def test_without_classes_the_metric_is_agreement_with_dense(model, tmp_path):
     write_folder(tmp_path, {name.split("/")[1]: data for name, data in files("a").items()})
     dense, other = evaluate(model, tmp_path, ["evit(0.4, at=0)"])[0]
-    assert dense.metric == other.metric == "agreement with dense"
+    assert dense.metric == other.metric == "agreement"
     assert dense.top1.mean == 1.0
     assert other.top1 == other.agreement
     assert other.top1.mean < 1.0
@@ -166,7 +167,7 @@ def test_mac_percentiles_are_over_images(model, photos):
     judge = Evaluator(model, open_images(photos))
     dense = judge.predict(judge.dense, range(40))
     macs = torch.from_numpy(np.random.default_rng(0).gamma(2, 1e8, 40))
-    found = Predictions(dense.indices, dense.top, dense.nll, dense.kl, macs, dense.tokens)
+    found = replace(dense, macs=macs)
     row = score("x", found, dense, judge)
     assert row.gmacs_p50 == pytest.approx(np.percentile(macs / 1e9, 50))
     assert row.gmacs_p95 == pytest.approx(np.percentile(macs / 1e9, 95))
@@ -247,8 +248,9 @@ def runners_up(count: int, skill: dict[str, float]) -> tuple[list[Candidate], li
         hard = torch.sin(index * 12.9898) * 0.15  # the same for all: what pairing takes out
         own = torch.sin(index * 78.233 + names.index(candidate.setting)) * 0.1
         p = (0.5 + hard + own + skill.get(candidate.setting, -0.4 if candidate.is_baseline else 0.0)).clamp(0.01, 0.99)
-        zeros = torch.zeros(len(index))
-        return Predictions(index, torch.zeros(len(index), 1).long(), -p.log(), zeros, zeros.double(), zeros.double())
+        zeros, top = torch.zeros(len(index)), torch.zeros(len(index), 1).long()
+        more = zeros.double(), zeros.double(), zeros.double(), p.double(), torch.empty(len(index), 0)
+        return Predictions(index, top, -p.log(), zeros, *more)
 
     return settings, asked, predict
 
@@ -379,7 +381,8 @@ def test_targets_that_make_no_sense_are_named(given, said):
 def predictions(*places: int) -> Predictions:
     n = len(places)
     nll, kl, macs, tokens = (torch.rand(n) for _ in range(4))
-    return Predictions(torch.tensor(places), torch.zeros(n, 3).long(), nll, kl, macs.double(), tokens.double())
+    more = torch.rand(n).double(), torch.rand(n).double(), torch.rand(n, 4)
+    return Predictions(torch.tensor(places), torch.zeros(n, 3).long(), nll, kl, macs.double(), tokens.double(), *more)
 
 
 def test_the_cache_gives_back_what_was_put_in(model, tmp_path):
@@ -605,7 +608,7 @@ def test_tune_without_classes(model, few, tmp_path):
     found = tune(model, tmp_path / "in", "1.3x", out=tmp_path / "out", **QUICK)
     assert found.rows[0].top1 == 1.0
     assert found.rows[0].delta is None
-    assert "agreement with dense" in (tmp_path / "out" / "report.html").read_text()
+    assert "agreement, the share of images that get the dense" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("out", ["file", "file/below"])

@@ -67,11 +67,11 @@ def encoder() -> AdaptiveViT:
 def test_labels_and_no_labels(encoder, photos, tmp_path):
     rows, _ = evaluate(encoder, photos, ["tome(r=2)", "random(0.3)"])
     assert [row.setting for row in rows] == ["dense", "tome(r=2)", "random(0.3)"]
-    assert rows[0].metric == "neighbours' class" and rows[0].agreement.mean == 1.0 and rows[0].delta is not None
+    assert rows[0].metric == "knn" and rows[0].agreement.mean == 1.0 and rows[0].delta is not None
     assert rows[1].kl.mean < rows[2].kl.mean
     flat = write_folder(tmp_path / "flat", {f"{i}.png": encode(picture(70, 64, seed=i)) for i in range(30)})
     rows, _ = evaluate(encoder, str(flat), ["tome(r=2)", "random(0.3)"])
-    assert rows[0].metric == "same neighbour as dense" and rows[0].top1.mean == 1.0
+    assert rows[0].metric == "recall@10" and rows[0].top1.mean == 1.0
     assert 0 < rows[2].top1.mean < 1.0 and rows[0].top1.mean >= rows[1].top1.mean
 
 
@@ -86,7 +86,7 @@ def test_a_batch_and_a_limit_change_no_answer(encoder, photos):
 @pytest.mark.slow
 def test_tune_gives_an_encoder(encoder, photos, tmp_path):
     found = saccade.tune(encoder, photos, "1.2x", seconds=0.0, compiled=False, schedules=0, out=tmp_path / "out")
-    assert "neighbour" in " ".join(found.recommendation)
+    assert "knn" in " ".join(found.recommendation)
     opened = saccade.load(tmp_path / "out" / "model")
     assert opened.vit.num_classes == 0
     images = torch.randn(2, 3, 64, 64)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from saccade.evaluation.answers import Predictions
 from saccade.evaluation.candidates import Candidate, Target
+from saccade.evaluation.metric import Metric
 from saccade.evaluation.options import Measured, Option, Search
 from saccade.evaluation.recommendation import by_importance, choose, conclude, difference
 from saccade.evaluation.speed import Speed
@@ -20,9 +21,9 @@ from saccade.runners.runner import Runner
 
 def said(hits: list[int]) -> Predictions:
     """Class 1, which is the true one, or 0."""
-    zeros = torch.zeros(len(hits))
-    top = torch.tensor(hits).long().unsqueeze(1)
-    return Predictions(torch.arange(len(hits)), top, zeros, zeros, zeros.double(), zeros.double())
+    zeros, value = torch.zeros(len(hits)), torch.tensor(hits).double()
+    top, none = torch.tensor(hits).long().unsqueeze(1), torch.empty(len(hits), 0)
+    return Predictions(torch.arange(len(hits)), top, zeros, zeros, zeros.double(), zeros.double(), value, value, none)
 
 
 def measured(
@@ -45,7 +46,15 @@ def measured(
     return Measured(Option(candidate, Runner(**options)), speed, share, 0.5, row, said(hits), said(chosen_by))
 
 
-JUDGE = SimpleNamespace(hits=lambda found: found.top[:, 0] == 1, labels=torch.ones(200), metric="top-1")
+def judge(metric: str = "top-1") -> SimpleNamespace:
+    """What knows the metric of each image, in its own unit."""
+    found = Metric(metric)
+    return SimpleNamespace(
+        values=lambda p: p.value, merits=lambda p: found.scale.merit(1.0) * p.value, labels=None, metric=found
+    )
+
+
+JUDGE = judge()
 GOOD, FAIR, POOR = [1, 1, 1, 1, 0] * 40, [1, 1, 1, 0, 0] * 40, [1, 1, 0, 0, 0] * 40
 DENSE = measured("dense", GOOD, 1.0, "dense")
 
@@ -207,3 +216,25 @@ def test_no_difference_seen_on_few_images_is_no_certainty(count, kind):
     assert -1 <= found.low <= found.mean <= found.high <= 1
     width = found.high - found.low
     assert (width > 0.5) if count <= 2 else (width < 0.3) if count == 20 else 0 < width < 0.02
+
+
+def test_what_the_verdict_says_of_a_rival():
+    chosen = measured("evit(0.5)", FAIR, 1.6)
+
+    def said(rival, target=None):
+        found = verdict(target or Target("speedup", 1.5), chosen, rival)
+        assert found.chosen.option.candidate.family != "rival"
+        return next(line for line in found.lines if "rival small" in line)
+
+    better = said(measured("rival small", GOOD, 2.0, "rival"))
+    assert better.startswith("Another model does better at this budget: `rival small`") and "+20.0 points" in better
+    assert "not exported" in better
+    assert "does worse at this budget" in said(measured("rival small", POOR, 2.0, "rival"))
+    same = said(measured("rival small", FAIR, 2.0, "rival"))
+    assert "cannot be told apart" in same and "faster one" in same
+    assert "is not within the target" in said(measured("rival small", GOOD, 1.2, "rival"))
+    faster = said(measured("rival small", FAIR, 9.0, "rival"), Target("drop", 0.5))
+    assert "does better at this budget" in faster
+    alone = verdict(Target("speedup", 1.5), measured("rival small", GOOD, 2.0, "rival"))
+    assert not alone.met and alone.chosen is DENSE
+    assert any("does better at this budget" in line for line in alone.lines)

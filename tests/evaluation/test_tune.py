@@ -19,8 +19,9 @@ from saccade.evaluation.allowance import Allowance, Costs, plan
 from saccade.evaluation.candidates import Candidate
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.export import export_chosen
-from saccade.evaluation.report import shown, tune
+from saccade.evaluation.report import tune
 from saccade.evaluation.speed import time_all
+from saccade.evaluation.tune_result import shown
 from saccade.runners.runner import Runner
 from saccade.terminal.progress import Progress
 from slow_cases import cases

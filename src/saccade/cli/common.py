@@ -73,6 +73,21 @@ Split = Annotated[
 LIMIT = typer.Option(min=1, help="Use at most this many images, spread evenly.", rich_help_panel=IMAGES)
 Limit = Annotated[int | None, LIMIT]
 BATCH = typer.Option(min=1, help="Batch size.", rich_help_panel=IMAGES)
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="top-1, agreement, kl or cells; of an encoder recall@10, reindexed@10, cosine, knn or cells.",
+        rich_help_panel=IMAGES,
+    ),
+]
+Rivals = Annotated[
+    list[str],
+    typer.Option(
+        "--rival",
+        help="Another model to measure beside: a timm name, NAME=weights.safetensors or a folder; repeatable.",
+        rich_help_panel=MODEL,
+    ),
+]
 Batch = Annotated[int, BATCH]
 ListedImages = Annotated[
     str | None,

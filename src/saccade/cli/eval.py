@@ -15,9 +15,11 @@ from saccade.cli.common import (
     Device,
     Json,
     Limit,
+    Metric,
     Model,
     NumClasses,
     Pretrained,
+    Rivals,
     Settings,
     Split,
     Threads,
@@ -53,6 +55,8 @@ def command(
     corrupt: Annotated[
         str | None, typer.Option(help="Corrupt the images: masks:50, gaussian_noise:3, jpeg:2, … (strength 1 to 5).")
     ] = None,
+    metric: Metric = None,
+    rival: Rivals = [],  # noqa: B006  (typer reads it)
     dtype: Annotated[
         str | None, typer.Option(help="Number type, for dense too: fp32, bf16 or fp16. Default: the folder's.")
     ] = None,
@@ -60,7 +64,10 @@ def command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Accuracy, agreement, GMACs and speed of settings on images, with 95 % intervals, beside the dense model.
+    """A metric, agreement, GMACs and speed of settings on images, with 95 % intervals, beside the dense model.
+
+    The metric is top-1 where folders give classes and agreement with the dense model where not; of an encoder (a model
+    without a classifier) knn and recall@10. What it is, and why, is said.
 
     A setting may hold ranges, a..b or a..b..step: one row for each value. A folder of another task is measured as
     segment, detect or zeroshot do, by the options that these have too.
@@ -76,7 +83,7 @@ def command(
     from saccade.terminal.progress import Progress
 
     if out is not None:
-        check_apart(out, [model, data, weights])
+        check_apart(out, [model, data, weights, *rival])
     vit = open_model(model, weights, pretrained, device, threads, num_classes=num_classes)
     with Progress(shown=True) as progress, kept_in(out):
         found = evaluate(
@@ -90,6 +97,8 @@ def command(
             out=out,
             corrupt=corrupt,
             dtype=dtype,
+            metric=metric,
+            rivals=rival,
             command=shlex.join(["saccade", *sys.argv[1:]]),
             progress=progress,
         )

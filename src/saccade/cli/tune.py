@@ -14,9 +14,11 @@ from saccade.cli.common import (
     Data,
     Device,
     Json,
+    Metric,
     Model,
     NumClasses,
     Pretrained,
+    Rivals,
     Split,
     Threads,
     Weights,
@@ -28,7 +30,7 @@ from saccade.cli.common import (
 from saccade.errors import UserError
 
 if TYPE_CHECKING:
-    from saccade.evaluation.report import TuneResult
+    from saccade.evaluation.tune_result import TuneResult
 
 QUICK = 2.0  # minutes
 
@@ -40,7 +42,9 @@ def command(
     target: Annotated[str | None, typer.Option(help="Target: a speed-up over dense, 1.5x or 2x.")] = None,
     gmacs: Annotated[float | None, typer.Option(help="Target: GMACs (10^9 multiply-accumulates) per image.")] = None,
     ms: Annotated[float | None, typer.Option(help="Target: median milliseconds per batch.")] = None,
-    max_drop: Annotated[str | None, typer.Option(help="Target: the fastest that loses at most this, 1%.")] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(help="Target: the fastest that loses at most this, 1%; of kl, cosine, cells 0.01.")
+    ] = None,
     out: Annotated[
         str, typer.Option(help="Folder for frontier.csv, frontier.json, report.html and model/.")
     ] = "runs/tune",
@@ -65,6 +69,8 @@ def command(
         typer.Option(min=0, help="Schedules to try in a search for the budget's best; 0: none. Default: up to 300."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split into halves, and of the search.")] = 0,
+    metric: Metric = None,
+    rival: Rivals = [],  # noqa: B006  (typer reads it)
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -81,7 +87,7 @@ def command(
 
     if quick and minutes is not None:
         raise UserError("give one of --quick and --minutes")
-    check_apart(out, [model, data, weights])
+    check_apart(out, [model, data, weights, *rival])
     start = time.perf_counter()
     vit = open_model(model, weights, pretrained, device, threads, num_classes=num_classes)
     minutes = QUICK if quick else minutes
@@ -104,6 +110,8 @@ def command(
             runner="auto" if runner == ["auto"] else runner,
             schedules=schedules,
             seed=seed,
+            metric=metric,
+            rivals=rival,
             command=shlex.join(["saccade", *sys.argv[1:]]),
             progress=progress,
         )

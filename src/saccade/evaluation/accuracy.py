@@ -17,7 +17,8 @@ from saccade.errors import UserError
 from saccade.evaluation.answers import Predictions
 from saccade.evaluation.defined import NonFinite
 from saccade.evaluation.evaluator import Evaluator, check_head
-from saccade.evaluation.stats import Interval, bootstrap, mcnemar, paired_difference, proportion, without_infinity
+from saccade.evaluation.rivals import Rival
+from saccade.evaluation.stats import Interval, bootstrap, mcnemar, proportion, without_infinity
 from saccade.model import AdaptiveViT
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result
@@ -27,16 +28,16 @@ ITSELF = Interval(0.0, 0.0, 0.0)  # the difference of a model to itself
 
 @dataclass(frozen=True)
 class Score:
-    """One row of ``eval``. Accuracies are fractions; ``delta`` is paired, against the dense model."""
+    """One row of ``eval``. Shares are fractions; ``delta`` is paired, against the dense model."""
 
     setting: str
-    metric: str  #           "top-1", or "agreement with dense" where there are no labels
+    metric: str  #           "top-1", "agreement", "recall@10", … (``saccade.evaluation.metric``)
     images: int
-    top1: Interval  #        of the metric
+    top1: Interval  #        of the metric, whichever it is, in its own unit
     top5: Interval
     nll: Interval
     delta: Interval | None
-    p_value: float | None  # exact McNemar test against dense
+    p_value: float | None  # exact McNemar test against dense, where an image is right or wrong
     agreement: Interval  #   same best class as the dense model
     kl: Interval  #          KL(dense ‖ setting), nats
     tokens: float  #         mean tokens in the MLP of a block
@@ -57,17 +58,17 @@ def score(setting: str, found: Predictions, dense: Predictions, evaluator: Evalu
     """
     found, dense = (found, found) if found is dense else paired(found, dense)
     evaluator.need(found, setting)
-    hit, truth = evaluator.hits(found), evaluator.truth(found)
+    metric, values, truth = evaluator.metric, evaluator.values(found), evaluator.truth(found)
     delta = p_value = None
-    if evaluator.labels is not None:
-        delta = ITSELF if found is dense else paired_difference(hit, evaluator.hits(dense))
-        p_value = mcnemar(hit, evaluator.hits(dense))
+    if metric.labelled:
+        delta = ITSELF if found is dense else metric.difference(values, evaluator.values(dense))
+        p_value = mcnemar(evaluator.hits(found), evaluator.hits(dense))
     gmacs = found.macs / 1e9
     return Score(
         setting=setting,
-        metric=evaluator.metric,
+        metric=metric.name,
         images=len(found.indices),
-        top1=proportion(hit),
+        top1=metric.interval(values),
         top5=proportion((found.top == truth.unsqueeze(1)).any(1)),
         nll=bootstrap(found.nll, least=0.0),
         delta=delta,
@@ -102,6 +103,7 @@ class Evaluated(Result):
     rows: list[Any]  #           ``Score`` each, the dense model's first
     failures: dict[str, str]  #  images that could not be read, and why
     left_out: dict[str, str]  #  settings whose logits are not finite
+    metric: str = ""  #          in words, and why it is the one
     item = "image"  #           what ``failures`` names
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,16 +127,19 @@ def evaluate(
     batch: int = 32,
     cache: Path | None = None,
     corrupt: str | None = None,
+    metric: str | None = None,
+    rivals: Sequence[Rival] = (),
     progress: Progress | None = None,
 ) -> Evaluated:
     """Scores of settings on images, the dense model first; and why which images and settings have none.
 
     Args:
-        data: a folder or zip of images, ``class/name`` (see ``saccade.data.open_images``); without classes the metric
-            is agreement with the dense model.
+        data: a folder or zip of images, ``class/name`` (see ``saccade.data.open_images``).
         limit: at most this many images, spread evenly over the set.
         cache: a folder for what settings said, so that an interrupted call goes on from there.
         corrupt: ``"masks:50"``, ``"gaussian_noise:3"``, … (``saccade.data.corrupt``), the same for all settings.
+        metric: see ``saccade.evaluation.metric``; None: the usual one of such a model on such images.
+        rivals: other models, each measured on the same images as they come to it.
         progress: where to show it; None: nowhere.
 
     Raises:
@@ -145,25 +150,31 @@ def evaluate(
 
     check_head(model, encoders=True)
     images = data if isinstance(data, ImageSet) else open_images(data, split)
-    evaluator = Evaluator(model, images, batch=batch, corrupt=None if corrupt is None else corruption(corrupt))
+    how = None if corrupt is None else corruption(corrupt)
+    evaluator = Evaluator(model, images, batch=batch, corrupt=how, metric=metric)
+    for rival in rivals:
+        rival.check(evaluator)
     chosen = spread(len(images), limit)
     named = [s for s in map(str, settings) if s not in ("", "dense")]
     views = {
         "dense": evaluator.dense,
         **{name: model.at(name).eval() for name in named},
+        **{rival.name: rival.model for rival in rivals},
     }  # all checked before any is run
     found: dict[str, Predictions] = {}
     left_out: dict[str, str] = {}
     progress = progress or Progress()
     for line in evaluator.notes:
         progress.say(line)
+    apart = {rival.name for rival in rivals}  # their weights are not what the cache is named by
     advance = progress.start("evaluating", len(chosen) * len(views))
     store = None if cache is None else Cache.of(cache, evaluator)
     for name, view in views.items():
         advance(0, what=name)
         ask = partial(evaluator.predict, view, chosen, advance)
         try:
-            found[name] = store.get(name, chosen, ask) if store and name != "dense" else ask()
+            keyed = store and name != "dense" and name not in apart
+            found[name] = store.get(name, chosen, ask) if store and keyed else ask()
         except NonFinite as error:
             left_out[name] = str(error)
             continue
@@ -175,7 +186,7 @@ def evaluate(
     if left_out and len(found) == 1:
         raise UserError("; ".join(f"{name} cannot be scored: {reason}" for name, reason in left_out.items()))
     scores = [score(name, p, found["dense"], evaluator) for name, p in found.items()]
-    return Evaluated(scores, evaluator.failures, left_out)
+    return Evaluated(scores, evaluator.failures, left_out, evaluator.metric.described())
 
 
 def spread(count: int, limit: int | None) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from saccade.errors import UserError
-from saccade.evaluation.candidates import Candidate
+from saccade.evaluation.candidates import RIVAL, Candidate
 from saccade.evaluation.speed import LEAST_RUNS
 
 Clock = Callable[[], float]  # seconds
@@ -132,4 +132,5 @@ def _fewer(kept: list[Candidate], ratio: float | None) -> list[Candidate]:
         found = [c for c in kept[1:] if c.family == family]
         near = sorted(found, key=lambda c: abs(math.log(dense.macs / c.macs / aim)))
         out += near[: max(1, len(found) // 2)] if len(found) > 1 else near
+    out += [c for c in kept if c.family == RIVAL]
     return [c for c in kept if c in out]

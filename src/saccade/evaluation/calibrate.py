@@ -27,7 +27,7 @@ from saccade.evaluation.answers import Predictions
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.knob_search import KnobSearch, learnable
 from saccade.evaluation.prediction_cache import Cache
-from saccade.evaluation.stats import Interval, proportion
+from saccade.evaluation.stats import Interval
 from saccade.model import AdaptiveViT
 from saccade.setting import Setting
 from saccade.storage.files import check_folder
@@ -56,7 +56,7 @@ class Calibrated(Result):
     gmacs_p50: float
     gmacs_p95: float
     gmacs_dense: float
-    metric: str  #      "top-1", or "agreement with dense" where there are no labels
+    metric: str  #      "top-1", "agreement", "knn", "recall@10", …
     top1: Interval
     tried: int  #       thresholds; or steps and moves of learning
 
@@ -241,8 +241,8 @@ def _calibrated(
         gmacs_p50=each.quantile(0.5).item(),
         gmacs_p95=each.quantile(0.95).item(),
         gmacs_dense=dense.macs.mean().item() / 1e9,
-        metric=evaluator.metric,
-        top1=proportion(evaluator.hits(found)),
+        metric=evaluator.metric.name,
+        top1=evaluator.metric.interval(evaluator.values(found)),
         tried=tried,
     )
 

@@ -18,7 +18,7 @@ from saccade.model import AdaptiveViT
 from saccade.setting import Setting
 from saccade.terminal.progress import Progress
 
-RED = "reduction"
+RED, RIVAL = "reduction", "rival"
 PAIRS = 40  # combinations that are raced, those priced nearest to the budget
 
 
@@ -27,7 +27,7 @@ class Candidate:
     """A setting with its price."""
 
     setting: str
-    family: str  #    "dense" (tokenizers alone, and the model itself), "reduction", or "random" (baselines)
+    family: str  #    "dense" (tokenizers alone, and the model itself), "reduction", "random" (baselines), "rival"
     macs: float  #    executed, per image
     combined: bool  # made of two registered parts
     tried: int = 0  #  settings that a search chose it from
@@ -159,7 +159,9 @@ class Target:
     """What ``tune`` aims at: one of a speed-up, a MAC budget, a latency, or an accuracy that may be given up."""
 
     kind: str  #     "speedup", "gmacs", "ms", "drop"
-    value: float  #  times · 10^9 MACs an image · milliseconds a batch · a fraction (0.01: one point)
+    value: float  #  times · 10^9 MACs an image · milliseconds a batch · a fraction (0.01: one point), or in the unit of
+    #                a metric that is no share
+    percent: bool = False  # a drop that was given in per cent
 
     @classmethod
     def of(
@@ -188,7 +190,7 @@ class Target:
         low, high = {"speedup": (1.0, 100.0), "drop": (0.0, 1.0)}.get(kind, (1e-6, 1e6))
         if not low <= number <= high:
             raise UserError(f"{name}={value!r} is not in [{low:g}, {high:g}]")
-        return cls(kind, number)
+        return cls(kind, number, percent=unit == "%" and text.endswith(unit))
 
     def __str__(self) -> str:
         forms = {"speedup": "{:g}× faster", "gmacs": "{:g} GMACs", "ms": "{:g} ms", "drop": "at most {:.1%} lost"}

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from saccade.data import Loaders
 from saccade.evaluation.accuracy import spread
+from saccade.evaluation.dense_answers import cell_cosine, unit_map
 from saccade.evaluation.evaluator import Evaluator
 from saccade.model import AdaptiveViT
 
@@ -18,7 +19,8 @@ HOPELESS = 1.1  # times the distance of the one to beat, on the same batches
 
 
 class Distance:
-    """KL(dense ‖ setting), nats, on a few images; of an encoder 1 − cosine of the embeddings.
+    """KL(dense ‖ setting), nats, on a few images; of an encoder 1 − cosine of the embeddings; where the metric compares
+    feature maps, 1 − its mean cosine of a cell.
 
     Each setting sees the images as it would in use, in its own input size.
     """
@@ -26,6 +28,7 @@ class Distance:
     def __init__(self, evaluator: Evaluator, places: Sequence[int], images: int = IMAGES) -> None:
         """places: of images; so many of them are taken, evenly, but for those that the dense model cannot read."""
         self.evaluator, self._loaders = evaluator, Loaders(evaluator.images)
+        self._of_maps = evaluator.metric.kind == "cells"
         some = evaluator.readable([places[i] for i in spread(len(places), images)])
         self._batches = [some[start : start + BATCH] for start in range(0, len(some), BATCH)]
         self._dense = [self._answer(evaluator.dense, batch) for batch in self._batches]
@@ -50,15 +53,20 @@ class Distance:
         return found
 
     def _answer(self, view: AdaptiveViT, places: Sequence[int]) -> Tensor:
-        """Log-probabilities [n, K], or embeddings of length 1 [n, D]."""
+        """Log-probabilities [n, K], embeddings of length 1 [n, D], or feature maps [n, D, h, w]."""
         weight = next(view.parameters())
         loader = self._loaders.of(self.evaluator.preprocess(view.input_size()))
         (seen,) = loader.batches(len(places), places)
+        images = seen.images.to(weight.device, weight.dtype)
+        if self._of_maps:
+            return unit_map(view, images)
         with torch.inference_mode():
-            given = view(seen.images.to(weight.device, weight.dtype)).logits.double()
+            given = view(images).logits.double()
         return F.normalize(given, dim=-1) if self.evaluator.encodes else given.log_softmax(-1)
 
     def _between(self, dense: Tensor, said: Tensor) -> float:
+        if self._of_maps:
+            return (1 - cell_cosine(said, dense)).sum().item()
         if self.evaluator.encodes:
             return (1 - (dense * said).sum(-1)).sum().item()
         return F.kl_div(said, dense, reduction="sum", log_target=True).item()

@@ -2,8 +2,8 @@
 
 An image's answer is a distribution over other images, by the cosine of its embedding to the *dense* model's of them. So
 what is measured of classifiers is measured of encoders: with labels, whether the neighbours' classes tell the image's
-own (weighted k-NN, every neighbour by exp(cosine / 0.07); Wu et al. 2018, arXiv 1805.01978); without, whether the
-nearest image is the one that it is for the dense model.
+own (weighted k-NN, every neighbour by exp(cosine / 0.07); Wu et al. 2018, arXiv 1805.01978); without, which images are
+its nearest. The index is the dense model's: a setting embeds what is asked, and nothing in the index is embedded anew.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ MOST = 2000  # images that others may have for neighbours, evenly spread over th
 LEAST = 3  # an image, and two that may be its nearest
 NOTHING = 1e-30  # the share of a class that has no image but the one that asks
 
-BY_CLASS, BY_IMAGE = "neighbours' class", "same neighbour as dense"
-
 
 class Neighbours:
     """Images of which an embedding has its neighbours, by the dense model's embeddings of them."""
 
-    def __init__(self, embeddings: Tensor, places: Tensor, labels: Tensor | None, classes: int = 0) -> None:
+    def __init__(
+        self, embeddings: Tensor, places: Tensor, labels: Tensor | None, classes: int = 0, *, least: int = LEAST
+    ) -> None:
         """embeddings [N, D] of the images at ``places`` [N] of a set, and their labels [N] of so many classes.
 
-        Raises UserError for too few images.
+        Raises UserError for fewer than ``least`` images, or than three.
         """
-        if len(places) < LEAST:
-            raise UserError(f"{len(places)} images have no neighbours to speak of: give {LEAST} or more")
+        if len(places) < max(least, LEAST):
+            raise UserError(f"{len(places)} images have no neighbours to speak of: give {max(least, LEAST)} or more")
         self.embeddings, self.places = F.normalize(embeddings.double(), dim=-1), places
         self.shares = None if labels is None else F.one_hot(labels, classes).double()  # [N, K]
 

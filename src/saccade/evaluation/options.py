@@ -37,15 +37,15 @@ class Measured:
 
     option: Option
     speed: Speed
-    selection: float | None = None  # metric on the half that choices were made by
-    likelihood: float | None = None  # mean probability of the true class there, which breaks ties
+    selection: float | None = None  # merit on the half that choices were made by: the metric, of which more is better
+    likelihood: float | None = None  # mean of ``Predictions.evidence`` there, which breaks ties
     score: Score | None = None  #     on the half that is reported
     found: Predictions | None = None  # there, image by image
     chosen_by: Predictions | None = None  # on the other half
 
     @property
     def rank(self) -> tuple[float, float]:
-        """Better is larger: selection-half metric, then likelihood."""
+        """Better is larger: selection-half merit, then likelihood."""
         return self.selection or 0.0, self.likelihood or 0.0
 
     def meets(self, target: Target, dense: Measured) -> bool:
@@ -63,7 +63,7 @@ class Search:
 
     target: Target
     measured: list[Measured]
-    metric: str = ""  #              "top-1", "agreement with dense", or "" where only speed was measured
+    metric: str = ""  #              "top-1", "agreement", "recall@10", …; "" where only speed was measured
     frontier: set[str] = field(default_factory=set)  # names that none beats in both speed and selection-half metric
     evaluator: Evaluator | None = None
     report_places: list[int] = field(default_factory=list)
@@ -71,3 +71,8 @@ class Search:
     failed: dict[str, str] = field(default_factory=dict)  # what was left out, and why
     notes: list[str] = field(default_factory=list)  # what time did not suffice for
     curve: LatencyCurve | None = None  # that schedules were priced by
+
+    @property
+    def aim(self) -> str:
+        """The target in words."""
+        return str(self.target) if self.evaluator is None else self.evaluator.metric.aim(self.target)

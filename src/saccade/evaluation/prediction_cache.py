@@ -50,6 +50,7 @@ class Cache:
             evaluator.images.names,
             labels,
             repr(evaluator.preprocess()),
+            evaluator.metric.name,
             evaluator.batch,
         )
         return cls(folder, evaluator.dense, *facts)

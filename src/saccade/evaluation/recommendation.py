@@ -7,11 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saccade.evaluation.accuracy import ITSELF, paired
+from saccade.evaluation.candidates import RIVAL
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.options import Measured, Search
-from saccade.evaluation.stats import Interval, paired_difference
+from saccade.evaluation.stats import Interval
 from saccade.runners.runner import FP32
 from saccade.terminal.results import counted
+
+SAID = {  # what a setting costs where the dense model is all that it can be compared with
+    "agreement": "the dense model's class on {} of the images",
+    "kl": "KL from the dense model {}",
+    "cosine": "cosine {} to the dense model's embeddings",
+    "recall@k": "{} of the dense model's {k} nearest found in its index",
+    "reindexed@k": "{} of the dense model's {k} nearest kept in an index embedded anew",
+    "cells": "cosine {} to the dense model's feature map, cell by cell",
+}
 
 
 @dataclass(frozen=True)
@@ -26,24 +36,30 @@ class Recommendation:
 def conclude(search: Search) -> Recommendation:
     """Choose by the selection half and the measured speed; the words are about the half that no choice has seen."""
     dense = search.measured[0]
-    serious = [m for m in search.measured if m.option.candidate.family != "random"]
+    serious = _serious(search)
     if search.evaluator is None:
         return Recommendation(dense, [_speed_only(search)], met=True)
     fit = [m for m in serious if m.meets(search.target, dense)]
     if not fit:
         fastest = max(serious, key=lambda m: m.speed.speedup)
-        lines = [f"No: nothing here is {search.target}. The fastest is {described(fastest)}."]
-        return Recommendation(fastest, lines + _alone(fastest, dense, search), met=False)
+        lines = [f"No: nothing here is {search.aim}. The fastest is {described(fastest, search.evaluator)}."]
+        return Recommendation(fastest, lines + beside(fastest, search) + _alone(fastest, dense, search), met=False)
     chosen, reason = choose(fit, search)
     lines = [_answer(chosen, fit, dense, search)]
+    lines += beside(chosen, search)
     lines += _parts(chosen, search)
     lines += _searched(chosen)
     lines += _alone(chosen, dense, search)
     lines += [reason] if reason else []
-    lines += _rival(chosen, fit, search.evaluator)
+    lines += _other_kind(chosen, fit, search.evaluator)
     lines += _contradiction(chosen, serious, search)
     lines += _random_baseline(chosen, search)
     return Recommendation(chosen, lines, met=True)
+
+
+def _serious(search: Search) -> list[Measured]:
+    """What may be chosen: no random baseline, and no other model."""
+    return [m for m in search.measured if m.option.candidate.family not in ("random", RIVAL)]
 
 
 def _parts(chosen: Measured, search: Search) -> list[str]:
@@ -67,14 +83,16 @@ def _searched(chosen: Measured) -> list[str]:
 
 
 def by_importance(search: Search) -> list[Measured]:
-    """The dense model, what would be chosen, its best rivals, then the rest, by speed; random baselines last."""
+    """The dense model, what would be chosen, the best of either kind, other models, then the rest, by speed; random
+    baselines last."""
     dense, *rest = search.measured
-    serious = [m for m in search.measured if m.option.candidate.family != "random"]
+    serious = _serious(search)
     fit = [m for m in serious if m.meets(search.target, dense)]
     first = [dense, choose(fit, search)[0] if fit else max(serious, key=lambda m: m.speed.speedup)]
     for plain in (True, False):
         first += sorted((m for m in fit if m.option.plain is plain), key=lambda m: m.rank)[-1:]
-    rest.sort(key=lambda m: (m.option.candidate.family == "random", m not in fit, -m.speed.speedup))
+    late = {RIVAL: 0, "random": 2}
+    rest.sort(key=lambda m: (late.get(m.option.candidate.family, 1), m not in fit, -m.speed.speedup))
     return list({m.option.name: m for m in (*first, *rest)}.values())
 
 
@@ -94,10 +112,10 @@ def choose(fit: Sequence[Measured], search: Search) -> tuple[Measured, str]:
         chosen = max(better, key=lambda m: (m.selection or 0.0, m.speed.speedup))
     if chosen is best or best.selection == chosen.selection:
         return chosen, ""
-    gap = 100 * ((best.selection or 0.0) - (chosen.selection or 0.0))
+    gap = search.evaluator.metric.scale.amount((best.selection or 0.0) - (chosen.selection or 0.0))
     return chosen, (
         f"On the {search.selection_images} images that chose, `{best.option.name}` ({best.speed.speedup:.2f}×) was "
-        f"{gap:.1f} points better, which is within noise (one standard error): so the faster one."
+        f"{gap} better, which is within noise (one standard error): so the faster one."
     )
 
 
@@ -112,8 +130,9 @@ def _is_tie(m: Measured, best: Measured, evaluator: Evaluator) -> bool:
     if m.chosen_by is None or best.chosen_by is None:
         return m.selection == best.selection
     x, y = paired(best.chosen_by, m.chosen_by)
-    gain = evaluator.hits(x).double() - evaluator.hits(y).double()
-    return gain.sum().item() <= math.sqrt(gain.abs().sum().item() + 1)  # half an image more of each kind: few are noise
+    gain = evaluator.merits(x) - evaluator.merits(y)
+    more = float(evaluator.metric.scale.share)  # half an image more of each kind: few are noise
+    return gain.sum().item() <= math.sqrt(gain.square().sum().item() + more)
 
 
 def _beats(a: Measured, b: Measured) -> bool:
@@ -123,18 +142,18 @@ def _beats(a: Measured, b: Measured) -> bool:
 
 
 def difference(a: Measured, b: Measured, evaluator: Evaluator) -> Interval:
-    """a − b in the metric on the reporting half, paired by image."""
+    """a − b in the metric on the reporting half, paired by image, in the metric's own unit."""
     assert a.found is not None and b.found is not None
     if a is b:
         return ITSELF
     x, y = paired(a.found, b.found)
-    return paired_difference(evaluator.hits(x), evaluator.hits(y))
+    return evaluator.metric.difference(evaluator.values(x), evaluator.values(y))
 
 
 def _answer(chosen: Measured, fit: Sequence[Measured], dense: Measured, search: Search) -> str:
     """What to use, how much faster it is, and what it costs; ``fit`` are the options within the target."""
     if chosen is dense:
-        return f"No: use the model as it is. Nothing faster here is {search.target}."
+        return f"No: use the model as it is. Nothing faster here is {search.aim}."
     needed = "gets there" if all(m.option.plain for m in fit) else "is needed"
     no = f"No token reduction {needed}: " if chosen.option.plain else ""
     use = "use" if no else "Use"
@@ -144,11 +163,13 @@ def _answer(chosen: Measured, fit: Sequence[Measured], dense: Measured, search: 
 
 
 def _cost(m: Measured, dense: Measured, evaluator: Evaluator) -> str:
-    if evaluator.labels is None:
-        assert m.score is not None
-        low, high = 100 * m.score.top1.low, 100 * m.score.top1.high
-        return f"the dense model's answer on {m.score.top1.mean:.1%} of the images (95 %: {low:.1f} … {high:.1f} %)"
-    return f"{points(difference(m, dense, evaluator))} of {evaluator.metric}"
+    metric = evaluator.metric
+    if metric.labelled:
+        return f"{metric.worded(difference(m, dense, evaluator))} of {metric}"
+    assert m.score is not None
+    low, high = (metric.scale.value(v, False) for v in (m.score.top1.low, m.score.top1.high))
+    own = SAID[metric.kind].format(metric.scale.value(m.score.top1.mean), k=metric.k)
+    return f"{own} (95 %: {low} … {high}{metric.scale.suffix})"
 
 
 def _alone(chosen: Measured, dense: Measured, search: Search) -> list[str]:
@@ -156,9 +177,9 @@ def _alone(chosen: Measured, dense: Measured, search: Search) -> list[str]:
     evaluator = search.evaluator
     assert evaluator is not None and chosen.found is not None
     count = len(chosen.found.indices)
-    if chosen is dense or evaluator.labels is None:
+    if chosen is dense or not evaluator.metric.labelled:
         return []
-    gap = difference(chosen, dense, evaluator)
+    gap = difference(chosen, dense, evaluator)  # a share: labels tell right from wrong
     if gap.high < 0:
         return [f"{count} images can tell: that loss is real, at least {-100 * gap.high:.1f} points."]
     if gap.low > 0:
@@ -170,7 +191,7 @@ def _alone(chosen: Measured, dense: Measured, search: Search) -> list[str]:
     return [f"{count} images cannot tell it from no loss at all, nor from {worst}{more}."]
 
 
-def _rival(chosen: Measured, fit: Sequence[Measured], evaluator: Evaluator) -> list[str]:
+def _other_kind(chosen: Measured, fit: Sequence[Measured], evaluator: Evaluator) -> list[str]:
     """The best of the other kind: plain dense beside a reduction, a reduction beside plain dense."""
     others = [m for m in fit if m.option.plain is not chosen.option.plain]
     kind = "token reduction" if chosen.option.plain else "without reducing tokens"
@@ -179,23 +200,25 @@ def _rival(chosen: Measured, fit: Sequence[Measured], evaluator: Evaluator) -> l
     rival = max(others, key=lambda m: (m.rank, m.speed.speedup))
     gap = difference(chosen, rival, evaluator)
     sure = "" if gap.low > 0 or gap.high < 0 else ", which this many images cannot tell apart"
-    return [f"The best {kind}: {described(rival)}; the choice − this = {points(gap)}{sure}."]
+    said = evaluator.metric.worded(gap)
+    return [f"The best {kind}: {described(rival, evaluator)}; the choice − this = {said}{sure}."]
 
 
 def _contradiction(chosen: Measured, serious: Sequence[Measured], search: Search) -> list[str]:
     """Rows of the table that look better than the choice, and why they are not it."""
-    assert chosen.score is not None
-    lines = []
+    assert chosen.score is not None and search.evaluator is not None
+    lines, scale = [], search.evaluator.metric.scale
     for m in serious:
         assert m.score is not None
-        seen = m.speed.speedup >= chosen.speed.speedup and m.score.top1.mean > chosen.score.top1.mean
+        ahead = scale.merit(m.score.top1.mean) > scale.merit(chosen.score.top1.mean)
+        seen = m.speed.speedup >= chosen.speed.speedup and ahead
         if m is chosen or not (seen or _beats(m, chosen)):
             continue
         if not m.meets(search.target, search.measured[0]):
-            reason = f"is not within the target ({search.target})"
+            reason = f"is not within the target ({search.aim})"
         else:
-            by = 100 * ((chosen.selection or 0.0) - (m.selection or 0.0))
-            reason = f"was {by:.1f} points behind on the images that chose; these decide, the others only report"
+            by = scale.amount((chosen.selection or 0.0) - (m.selection or 0.0))
+            reason = f"was {by} behind on the images that chose; these decide, the others only report"
         lines.append(f"`{m.option.name}` is as fast and better on the reported images, but {reason}.")
     return lines[:3]
 
@@ -209,16 +232,48 @@ def _random_baseline(chosen: Measured, search: Search) -> list[str]:
     control = min(controls, key=lambda m: abs(m.speed.gmacs - chosen.speed.gmacs))
     gap = difference(chosen, control, search.evaluator)
     cost = f"{chosen.speed.gmacs:.2f} and {control.speed.gmacs:.2f} GMACs"
-    return [f"Against the random baseline `{control.option.name}` ({cost}): {points(gap)}."]
+    return [f"Against the random baseline `{control.option.name}` ({cost}): {search.evaluator.metric.worded(gap)}."]
 
 
-def described(m: Measured) -> str:
+def described(m: Measured, evaluator: Evaluator) -> str:
     """``evit(0.7)`` (1.49×, 0.79 GMACs, −1.2 points (95 %: −2.5 … +0.1))."""
     text = f"`{m.option.name}` ({m.speed.speedup:.2f}×, {m.speed.gmacs:.2f} GMACs"
     if m.score is not None:
-        loss = m.score.delta
-        text += f", {points(loss)}" if loss is not None else f", {m.score.top1.mean:.1%} agreement"
+        loss, metric = m.score.delta, evaluator.metric
+        text += (
+            f", {metric.worded(loss)}" if loss is not None else f", {metric} {metric.scale.value(m.score.top1.mean)}"
+        )
     return text + ")"
+
+
+def beside(chosen: Measured, search: Search) -> list[str]:
+    """What other models do at this budget, a line each: of the ways that each is run, that in which it does best."""
+    evaluator, dense = search.evaluator, search.measured[0]
+    assert evaluator is not None
+    models: dict[str, list[Measured]] = {}
+    for m in search.measured:
+        if m.option.candidate.family == RIVAL:
+            models.setdefault(m.option.candidate.setting, []).append(m)
+    lines = []
+    for ways in models.values():
+        fit = [m for m in ways if m.meets(search.target, dense)]
+        m = max(fit or ways, key=lambda m: (m.speed.speedup, m.rank))
+        said = described(m, evaluator)
+        if not fit:
+            lines.append(f"Of the other models, {said} is not within the target ({search.aim}).")
+            continue
+        gap = difference(m, chosen, evaluator)
+        merit, faster = evaluator.metric.better(gap), m.speed.speedup >= chosen.speed.speedup
+        apart = f"this − the choice = {evaluator.metric.worded(gap)}"
+        within_loss = search.target.kind == "drop" and faster
+        if not chosen.meets(search.target, dense) or merit.low > 0 or within_loss:
+            lines.append(f"Another model does better at this budget: {said}; {apart}. It is not exported: tune it.")
+        elif merit.high < 0:
+            lines.append(f"The other model {said} does worse at this budget; {apart}.")
+        else:
+            word = "and is the faster one" if faster else "and is the slower one"
+            lines.append(f"The other model {said} cannot be told apart from the choice, {word}; {apart}.")
+    return lines
 
 
 def _speed_only(search: Search) -> str:
@@ -230,9 +285,3 @@ def _speed_only(search: Search) -> str:
         f"Speed only, no images were given. Faster than dense here: {len(saved)} of {counted(len(others), 'setting')}, "
         f"up to {max((m.speed.speedup for m in saved), default=1.0):.2f}×. Nothing is said about accuracy.{beyond}"
     )
-
-
-def points(interval: Interval) -> str:
-    """``−1.2 points (95 %: −2.5 … +0.1)``."""
-    mean, low, high = (f"{100 * v:+.1f}".replace("-", "−") for v in (interval.mean, interval.low, interval.high))
-    return f"{mean} points (95 %: {low} … {high})"

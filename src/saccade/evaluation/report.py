@@ -5,110 +5,33 @@ from __future__ import annotations
 import os
 import shlex
 import time
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from saccade.backbones.saving import check_savable, save
 from saccade.checkpoint import Source, open_model
 from saccade.data import ImageSet
 from saccade.evaluation.allowance import Allowance, Clock
-from saccade.evaluation.candidates import Target
+from saccade.evaluation.candidates import RIVAL, Target
 from saccade.evaluation.circumstances import RUN, circumstances, csv_text, model_name, run_name
 from saccade.evaluation.export import export_chosen
 from saccade.evaluation.options import Measured, Search
 from saccade.evaluation.recommendation import Recommendation, conclude
 from saccade.evaluation.tune import search
+from saccade.evaluation.tune_result import TuneResult
 from saccade.model import AdaptiveViT
-from saccade.reports.frontier_picture import Point, frontier_picture
 from saccade.reports.frontier_report import Report, render_report
 from saccade.reports.render_tokens import token_map
 from saccade.reports.rows import Row, Sample
+from saccade.reports.scale import Scale
 from saccade.runners.runner import FP32
 from saccade.storage.files import check_folder, json_text, staged
 from saccade.storage.run_folder import owned
 from saccade.storage.signs import TUNE
 from saccade.terminal.progress import Progress
-from saccade.terminal.results import Result
-from saccade.terminal.text_table import Table
 
 SAMPLES, SHOWN = 4, 5  # photos, and settings beside the dense one, whose token maps the report shows
-
-
-@dataclass(frozen=True, repr=False)
-class TuneResult(Result):
-    """What ``tune`` hands back."""
-
-    model: AdaptiveViT  #    the chosen one, run the recommended way; also saved in ``folder / "model"``
-    setting: str
-    runner: str  #           the way to run it: "fp32", "bf16", "bf16 compiled", …
-    recommendation: list[str]  # the answer first
-    met: bool  #             whether the target was met
-    rows: list[Row]  #       the frontier table
-    folder: Path
-    left_out: dict[str, str] = field(default_factory=dict)  # settings that failed, and their errors
-
-    @property
-    def verdict(self) -> list[str]:
-        """The old name of ``recommendation``."""
-        warnings.warn("TuneResult.verdict is recommendation now", DeprecationWarning, stacklevel=2)
-        return self.recommendation
-
-    def table(self) -> Table:
-        """Dense, the best of each family, the frontier and the choice, by speed; the answer below."""
-        rows = sorted(shown(self.rows), key=lambda row: row.speedup or 0.0)
-        cells = [
-            [
-                ("→ " if row.chosen else "  ") + row.setting,
-                "" if row.speedup is None else f"{row.speedup:.2f}×",
-                "" if row.top1 is None else f"{row.top1:.1%}",
-                interval(row.delta, row.delta_low, row.delta_high),
-                f"{row.gmacs:.2f}",
-                "" if row.images_per_s is None else f"{row.images_per_s:.0f}",
-                f"{row.mac_ratio:.2f}×",
-                "" if row.conversion is None else f"{row.conversion:.2f}",
-            ]
-            for row in rows
-        ]
-        names = ("setting", "speed-up", "accuracy", "points vs dense", "GMACs", "images/s", "MAC ratio", "conversion")
-        hidden = len(self.rows) - len(rows)
-        more = [f"{hidden} more rows, random baselines among them: report.html, frontier.csv."] if hidden else []
-        said = "\n".join([*more, "", *self.recommendation]).replace("`", "")
-        return Table("Best of each kind, the frontier (95 % intervals), and the choice (→)", names, cells, said)
-
-    def frontier(self) -> Image.Image:
-        """A picture of accuracy against measured speed-up. Raises UserError where no accuracy was measured."""
-        return frontier_picture(
-            [
-                Point(row.setting, row.family, row.speedup, row.top1, row.top1_low, row.top1_high, row.chosen)
-                for row in self.rows
-                if row.speedup is not None and row.top1 is not None
-            ],
-            "accuracy",
-        )
-
-
-def shown(rows: Sequence[Row]) -> list[Row]:
-    """Rows that everybody should see: the dense model, the best of each family, the frontier and the choice."""
-
-    def best(family: str) -> Row | None:
-        found = [row for row in rows[1:] if row.family == family]
-        return max(found, key=lambda row: (row.top1 or 0.0, row.speedup or 0.0), default=None)
-
-    always = [rows[0], best("dense"), best("reduction")]
-    return [r for r in rows if any(r is a for a in always) or r.chosen or (r.on_frontier and r.family != "random")
-            or r.top1 is None]  # fmt: skip
-
-
-def interval(mean: float | None, low: float | None, high: float | None) -> str:
-    """``-0.7 [-2.7, +1.3]``, in points; empty where it was not measured."""
-    if mean is None or low is None or high is None:
-        return ""
-    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 @owned(TUNE)
@@ -140,13 +63,14 @@ def tune(
             ``saccade.checkpoint.open_model``.
         data: images (see ``saccade.data.open_images``); None: measure speed only, and choose nothing.
         target: a speed-up, like ``"2x"``; or one of
-        gmacs: a MAC budget per image, 10^9; ms: a latency per batch; max_drop: what accuracy may be lost, "1%".
-            With none of them: the fastest that loses at most one point.
+        gmacs: a MAC budget per image, 10^9; ms: a latency per batch; max_drop: what accuracy may be lost, "1%";
+            of a metric that is no share a number in its unit, 0.01. With none of them: the fastest that loses at most
+            one point, or 0.01.
         out: the folder.
         minutes: that all of it may take: fewer images, then fewer settings are measured. None: as long as it needs.
         clock: what tells the time, in seconds.
         options: of ``saccade.evaluation.tune.search``: split, limit, batch, seconds, compiled, runner,
-            schedules, seed.
+            schedules, seed, metric, rivals.
 
     Raises:
         UserError: bad data, target or folder; a model whose answers cannot be compared.
@@ -172,7 +96,7 @@ def tune(
     if found.evaluator is not None:
         lines += export_chosen(chosen, option.runner, folder, found.evaluator.images, found.report_places)
     if assumed:
-        lines.append(f"Assumed, as nothing was asked for: {aim}; batches of {batch} images (--batch).")
+        lines.append(f"Assumed, as nothing was asked for: {found.aim}; batches of {batch} images (--batch).")
     left_out = [f"`{name}` is left out: {reason}" for name, reason in found.failed.items()]
     details = [_details(row, m) for row, m in zip(rows, found.measured, strict=True)]
     written = {
@@ -186,7 +110,7 @@ def tune(
     facts[RUN] = run = run_name(command, written)
 
     report = Report(
-        title=f"{model_name(model)}: {aim}",
+        title=f"{model_name(model)}: {found.aim}",
         command=command,
         verdict=lines,
         facts=facts,
@@ -238,15 +162,22 @@ def _row(m: Measured, found: Search, recommendation: Recommendation) -> Row:
         tokens=score.tokens if score else speed.tokens,
         on_frontier=m.option.name in found.frontier,
         chosen=m is recommendation.chosen and found.evaluator is not None,
-        note="" if speed.worth_it else "saves MACs, not time",
+        note=_note(m),
+        metric=found.metric,
     )
+
+
+def _note(m: Measured) -> str:
+    if m.option.candidate.family == RIVAL:
+        return "another model: not exported"
+    return "" if m.speed.worth_it else "saves MACs, not time"
 
 
 def _details(row: Row, m: Measured) -> dict[str, Any]:
     return {
         **vars(row),
         "runner": str(m.option.runner),
-        "selection_metric": m.selection,
+        "selection_metric": None if m.selection is None else Scale.of(row.metric).merit(m.selection),
         "score": m.score and m.score.to_dict(),
         "speed": m.speed.to_dict(),
     }
@@ -257,13 +188,14 @@ def _facts(model: AdaptiveViT, found: Search, options: dict[str, Any], assumed: 
     speed = found.measured[0].speed
     facts = {
         **circumstances(model),
-        "target": str(found.target) + (" (assumed: none was given)" if assumed else ""),
+        "target": found.aim + (" (assumed: none was given)" if assumed else ""),
         "timing": f"batch {speed.batch}, medians of {speed.runs} runs, all rows in turn, against dense {speed.runner}",
         "attention": f"dense: {speed.kernels}",
     }
     if found.evaluator is not None:
         evaluator = found.evaluator
         halves = f"{found.selection_images} to choose by, {len(found.report_places)} reported"
+        facts["metric"] = evaluator.metric.described()
         facts["images"] = f"{Path(evaluator.images.path).name}: {halves}"
         facts["seed"] = str(options.get("seed", 0))
         if evaluator.failures:

@@ -11,13 +11,14 @@ from typing import TypeVar
 from saccade.evaluation.accuracy import paired, score
 from saccade.evaluation.allowance import Allowance, Costs, plan
 from saccade.evaluation.answers import Predictions
-from saccade.evaluation.candidates import Candidate, Priced, Target, candidates, price
+from saccade.evaluation.candidates import RIVAL, Candidate, Priced, Target, candidates, price
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.failures import described, is_systems
 from saccade.evaluation.latency_curve import LatencyCurve
 from saccade.evaluation.options import Measured, Option, Search
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.recommendation import by_importance
+from saccade.evaluation.rivals import Rival
 from saccade.evaluation.schedule_candidates import schedules
 from saccade.evaluation.schedule_price import price_of
 from saccade.evaluation.speed import ALWAYS, Speed, time_all
@@ -30,13 +31,8 @@ from saccade.terminal.progress import Bar, Progress
 from saccade.terminal.results import counted
 
 SURVIVORS = 14  # reductions that are timed and reported
-
-
 HALVED = 8  # of them also in the fastest other way to run
-
-
 PROBE = 16  # images by which the costs are estimated
-
 
 T = TypeVar("T")
 
@@ -53,6 +49,7 @@ class SearchRun:
         store: Cache | None,
         allowance: Allowance,
         progress: Progress,
+        rivals: Sequence[Rival] = (),
     ) -> None:
         self.target, self.batch, self.store, self.allowance, self.progress = target, batch, store, allowance, progress
         self.plain = model.deploy(None)
@@ -61,7 +58,8 @@ class SearchRun:
         self.bar: Bar | None = None
         self._judge = evaluator
         self._curve: LatencyCurve | None = None
-        self._bases: dict[Runner, AdaptiveViT] = {FP32: self.plain}
+        self._rivals = {rival.name: rival.model for rival in rivals}
+        self._bases: dict[tuple[str, Runner], AdaptiveViT] = {("", FP32): self.plain}
 
     @property
     def evaluator(self) -> Evaluator:
@@ -83,14 +81,15 @@ class SearchRun:
         evaluator, say = self.evaluator, self.progress.say
         costs = self._costs(places)
         dense = Candidate("dense", "dense", price(self.plain, "dense"), False)
-        ways = find_ways(dense, runners, self._base, self.batch, self.allowance, self.progress)
+        ways = find_ways(dense, runners, self._view, self.batch, self.allowance, self.progress)
         self._leave_out(ways.failed)
         ratio = self._mac_ratio(ways)
         halves = shuffled_halves(len(places), seed, None if evaluator.labels is None else evaluator.labels[places])
         select, report = ([places[i] for i in half] for half in halves)
         searched = self._schedules(select, ways, tries, seed)
         priced = self._price(ratio)
-        priced = replace(priced, candidates=[*priced.candidates, *searched])
+        rivals = [Candidate(name, RIVAL, price(m, str(m.setting)), False) for name, m in self._rivals.items()]
+        priced = replace(priced, candidates=[*priced.candidates, *searched, *rivals])
         sizes = plan(
             priced.candidates,
             costs,
@@ -123,29 +122,20 @@ class SearchRun:
         measured = [self._chosen_by(o, speeds[o], said) for o, said in chosen_by.items()]
         rows = self._report(measured, report)
         rows = [rows[0], *sorted(rows[1:], key=lambda m: -m.option.candidate.macs)]
-        frontier = front({m.option.name: (-m.speed.speedup, m.selection or 0.0) for m in rows})
-        return Search(
-            self.target,
-            rows,
-            evaluator.metric,
-            frontier,
-            evaluator,
-            report,
-            len(select),
-            self.failed,
-            list(self.notes),
-            self._curve,
-        )
+        ours = [m for m in rows if m.option.candidate.family != RIVAL]
+        frontier = front({m.option.name: (-m.speed.speedup, m.selection or 0.0) for m in ours})
+        name, notes, curve = evaluator.metric.name, list(self.notes), self._curve
+        return Search(self.target, rows, name, frontier, evaluator, report, len(select), self.failed, notes, curve)
 
     def _chosen_by(self, option: Option, speed: Speed, said: Predictions) -> Measured:
         """What the selection half and the clock say of an option."""
-        hits = self.evaluator.hits(said).double().mean().item()
-        return Measured(option, speed, hits, (-said.nll).exp().mean().item(), chosen_by=said)
+        merit = self.evaluator.merits(said).mean().item()
+        return Measured(option, speed, merit, said.evidence.mean().item(), chosen_by=said)
 
     def _report(self, measured: list[Measured], places: list[int]) -> list[Measured]:
         """The same with their scores on the reporting half: first of what matters, of the rest while there is time."""
         self.bar = self.progress.start("reporting", len(measured) * len(places))
-        plan = Search(self.target, measured, self.evaluator.metric, evaluator=self.evaluator)
+        plan = Search(self.target, measured, self.evaluator.metric.name, evaluator=self.evaluator)
         found: dict[str, Measured] = {}
         for i, m in enumerate(by_importance(plan)):
             if i >= ALWAYS and self.allowance.beyond(0.92):
@@ -174,7 +164,7 @@ class SearchRun:
         runner = option.runner  # compiled or not, the number type decides; ``speed`` compares the two
         runner = runner if runner.dtype == QUANTISED else Runner(runner.dtype)
         same = option.candidate.setting == "dense" and runner == FP32
-        view = self.evaluator.dense if same else self._base(runner).at(option.candidate.setting).eval()
+        view = self.evaluator.dense if same else self._view(Option(option.candidate, runner))
         if self.bar is not None:
             self.bar(0, what=f"measuring {option.name}")
 
@@ -182,7 +172,8 @@ class SearchRun:
             return self.evaluator.predict(view, indices)
 
         key = f"{option.candidate.setting} {runner}"
-        found = self.store.get(key, indices, compute) if self.store else compute()
+        kept = self.store is not None and option.candidate.family != RIVAL  # a rival's weights do not name the cache
+        found = self.store.get(key, indices, compute) if self.store and kept else compute()
         if lost := sorted({*indices} - {*found.indices.tolist()}):
             self.evaluator.predict(view, lost)  # names them again where the rest came from the cache
         if self.bar is not None:
@@ -191,17 +182,22 @@ class SearchRun:
 
     def time(self, options: Sequence[Option], seconds: float, most: float = math.inf) -> dict[Option, Speed]:
         """Interleaved timing of all options in one run, against the first; what does not work here is left out."""
-        entries = {o.name: self._base(o.runner).at(o.candidate.setting).eval() for o in options}
+        entries = {o.name: self._view(o) for o in options}
         timing = time_all(entries, self.batch, seconds, self.progress, clock=self.allowance.clock, most=most)
         self._leave_out(timing.failed)
         rows = {row.setting: row for row in timing.rows}
         return {o: rows[o.name] for o in options if o.name in rows}
 
-    def _base(self, runner: Runner) -> AdaptiveViT:
-        """The model as a runner runs it; views of it share what it makes of the weights."""
-        if runner not in self._bases:
-            self._bases[runner] = self.plain.deploy(replace(runner, batch=self.batch))
-        return self._bases[runner]
+    def _view(self, option: Option) -> AdaptiveViT:
+        """The model, or a rival, as the option's runner runs it; views share what a runner makes of the weights."""
+        name, runner = option.candidate.setting, option.runner
+        rival = self._rivals.get(name)
+        key = (name if rival else "", runner)
+        if key not in self._bases:
+            self._bases[key] = (rival or self.plain).deploy(
+                None if runner == FP32 else replace(runner, batch=self.batch)
+            )
+        return self._bases[key].at(rival.setting if rival else name).eval()
 
     def _leave_out(self, failed: dict[str, str]) -> None:
         for name, reason in failed.items():
@@ -267,22 +263,25 @@ class SearchRun:
         return {o: paired(p, selected[dense])[0] for o, p in selected.items()}
 
     def _in_fastest(self, ways: Ways, selected: dict[Option, Predictions], survivors: int) -> list[Option]:
-        """The best settings of each cost in the fastest way to run, if that is not fp32 eager: as many as there is time
-        to start."""
+        """What was searched for it, the best settings of each cost, and rivals, in the fastest way to run, if that is not
+        fp32 eager: as many as there is time to start."""
         if ways.runner == FP32:
             return []
         room = self._until(0.7) / 2 / max(ways.each, 1e-9) if ways.runner.exported else math.inf
         most = int(min(HALVED, survivors, room))
-        hits = {o: self.evaluator.hits(p).double().mean().item() for o, p in selected.items()}
-        best = front({o: (o.candidate.macs, hits[o]) for o in selected if o.candidate.family != "random"})
-        ordered = sorted((o for o in best if o.candidate != ways.fastest.candidate), key=lambda o: -hits[o])[:most]
+        merit = {o: self.evaluator.merits(p).mean().item() for o, p in selected.items()}
+        apart = ("random", RIVAL)
+        best = front({o: (o.candidate.macs, merit[o]) for o in selected if o.candidate.family not in apart})
+        ordered = sorted((o for o in best if o.candidate != ways.fastest.candidate), key=lambda o: -merit[o])
+        ordered = list(dict.fromkeys([*(o for o in selected if o.candidate.tried), *ordered]))[:most]
+        ordered += [o for o in selected if o.candidate.family == RIVAL]
         return [Option(o.candidate, ways.runner) for o in ordered]
 
     def _by_promise(self, options: list[Option], selected: dict[Option, Predictions]) -> list[Option]:
         """The dense model, its other ways to run, then the best; random baselines last: for where time is short."""
-        hits = {o.candidate: self.evaluator.hits(p).double().mean().item() for o, p in selected.items()}
+        merit = {o.candidate: self.evaluator.merits(p).mean().item() for o, p in selected.items()}
         first, *rest = options
-        rest.sort(key=lambda o: (o.candidate.family == "random", o.candidate != first.candidate, -hits[o.candidate]))
+        rest.sort(key=lambda o: (o.candidate.family == "random", o.candidate != first.candidate, -merit[o.candidate]))
         return [first, *rest]
 
     def _until(self, share: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saccade.evaluation.accuracy import paired
 from saccade.evaluation.answers import Predictions
-from saccade.evaluation.candidates import Candidate
+from saccade.evaluation.candidates import RIVAL, Candidate
 
 SAME_COST = 1.01  # MACs within one percent count as equal
 Z90 = 1.645
@@ -27,7 +27,9 @@ def successive_halving(
 
     Rounds on 1/4, 1/2 and all of the images. After each, a setting leaves that another of no higher cost beats by more
     than noise (one-sided 95 %, paired), then the worst until half are left, but no fewer than ``survivors``; what
-    counts is the probability given to the true class, which says more than a hit on few images. Baselines never leave.
+    counts is the evidence: the metric, or the probability given to the true class, which says more than a hit on few
+    images. Baselines never leave, nor what a search found for the budget, whose time is not told by its MACs; rivals,
+    which are other models, beat none.
 
     Args:
         predict: what a setting says about images; None: it failed, and leaves. Baselines are asked first.
@@ -52,23 +54,27 @@ def successive_halving(
 def _halve(alive: list[Candidate], found: dict[Candidate, Predictions], survivors: int, last: bool) -> list[Candidate]:
     regrets = {}
     for own in alive:
-        rivals = [c for c in alive if c is not own and c.macs <= own.macs * SAME_COST]
+        rivals = [c for c in alive if c is not own and c.family != RIVAL and c.macs <= own.macs * SAME_COST]
         gaps = [_gap(found[rival], found[own]) for rival in rivals]
         beaten = any(mean - Z90 * error > 0 for mean, error in gaps)
         regrets[own] = (beaten, max((mean for mean, _ in gaps), default=0.0))
-    free = sorted((c for c in alive if not c.is_baseline), key=lambda c: regrets[c])
+    free = sorted((c for c in alive if not _stays(c)), key=lambda c: regrets[c])
     allowed = survivors if last else max(survivors, len(free) // 2)
     unbeaten = [c for c in free if not regrets[c][0]]
     kept = set(unbeaten[:allowed] if len(unbeaten) >= min(survivors, len(free)) else free[:survivors])
-    return [c for c in alive if c.is_baseline or c in kept]
+    return [c for c in alive if _stays(c) or c in kept]
+
+
+def _stays(candidate: Candidate) -> bool:
+    return candidate.is_baseline or candidate.tried > 0
 
 
 def _gap(a: Predictions, b: Predictions) -> tuple[float, float]:
-    """Mean and standard error of a's advantage in the probability of the true class."""
+    """Mean and standard error of a's advantage in evidence."""
     a, b = paired(a, b)
     if len(a.nll) == 0:
         return 0.0, float("inf")
-    gain: Tensor = (-a.nll).exp() - (-b.nll).exp()
+    gain: Tensor = a.evidence - b.evidence
     return gain.mean().item(), (gain.std(correction=0) / len(gain) ** 0.5).item()
 
 

@@ -12,13 +12,16 @@ from saccade.core.registry import Entry, registry
 from saccade.data import ImageSet, open_images
 from saccade.evaluation import accuracy
 from saccade.evaluation.accuracy import Score
+from saccade.evaluation.candidates import RIVAL
 from saccade.evaluation.circumstances import RUN, circumstances, csv_text, model_name, run_name
+from saccade.evaluation.rivals import is_rival, open_rivals
 from saccade.evaluation.speed import Speed, time_together
 from saccade.evaluation.successive_halving import front
 from saccade.evaluation.sweep_result import Evaluation, SweepRow, untrained_note
 from saccade.evaluation.untrained import untrained
 from saccade.model import AdaptiveViT
 from saccade.reports.rows import Row
+from saccade.reports.scale import Scale
 from saccade.reports.sweep_report import SweepReport, curve_kind, render_sweep
 from saccade.runners.runner import FP32, Runner
 from saccade.setting import Call, Setting, expand
@@ -47,6 +50,8 @@ def evaluate(
     out: str | os.PathLike | None = None,
     corrupt: str | None = None,
     dtype: str | None = None,
+    metric: str | None = None,
+    rivals: Sequence[Source] = (),
     command: str = "",
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -55,8 +60,7 @@ def evaluate(
     Args:
         model: a model, a folder, or a timm name with ``weights`` or ``pretrained``; ``device`` as in
             ``saccade.checkpoint.open_model``.
-        data: a folder or zip of images, ``class/name`` (see ``saccade.data.open_images``); without classes the metric
-            is agreement with the dense model.
+        data: a folder or zip of images, ``class/name`` (see ``saccade.data.open_images``).
         settings: one or several, ranges too: ``"grid(8..40)"``, ``"evit(0.3..0.9..0.1)"``. A range stops at what makes
             sense to its method, for a grid at the patches that divide the input.
         split: of a folder of splits; None: the held-out one.
@@ -68,6 +72,9 @@ def evaluate(
             call goes on from there.
         corrupt: ``"masks:50"``, ``"gaussian_noise:3"``, … (``saccade.data.corrupt``), the same for all settings.
         dtype: number type of all that is run, "fp32", "bf16" or "fp16"; None: the model's own (``model.deployed``).
+        metric: what is compared (``saccade.evaluation.metric``): "top-1", "agreement", "kl" or "cells"; of an encoder
+            "recall@10", "reindexed@10", "cosine", "knn" or "cells". None: the usual one, which is said.
+        rivals: other models, each a row: a timm name (pretrained), "NAME=weights.safetensors", a folder, a module.
         progress: where to show it; None: nowhere.
 
     Raises:
@@ -84,6 +91,7 @@ def evaluate(
     names = list(dict.fromkeys(name for found in curves.values() for name in found))
     ranged = {text: found for text, found in curves.items() if found != [text]}
     images = data if isinstance(data, ImageSet) else open_images(os.fspath(data), split)
+    others = {rival.name: rival for rival in open_rivals(rivals, model)}
     found = accuracy.evaluate(
         model,
         images,
@@ -92,26 +100,30 @@ def evaluate(
         batch=batch,
         cache=folder and folder / "cache",
         corrupt=corrupt,
+        metric=metric,
+        rivals=list(others.values()),
         progress=progress,
     )
     scores, failures = found
     speeds: dict[str, Speed] = {}
     if seconds or (seconds is None and ranged):
-        views = {s.setting: model.at(s.setting).eval() for s in scores}
+        views = {s.setting: others[s.setting].model if s.setting in others else model.at(s.setting).eval()
+                 for s in scores}  # fmt: skip
         timed = time_together(views, batch, SECONDS if seconds is None else seconds, progress)
         speeds = {row.setting: row for row in timed}
     rows = [
         SweepRow(
             **vars(s),
             speed=speeds.get(s.setting),
-            trained=trained_for(model, s),
-            untrained=untrained(model, s.setting),
+            trained=None if s.setting in others else trained_for(model, s),
+            untrained=() if s.setting in others else untrained(model, s.setting),
         )
         for s in scores
     ]
+    result = Evaluation(rows, failures, found.left_out, found.metric)
     if folder is not None:
-        _publish(folder, model, images, rows, ranged, Evaluation(rows, failures, found.left_out), corrupt, command)
-    return Evaluation(rows, failures, found.left_out)
+        _publish(folder, model, images, rows, ranged, result, corrupt, command)
+    return result
 
 
 def expanded(model: AdaptiveViT, text: str) -> list[str]:
@@ -155,7 +167,7 @@ def _publish(
     command: str,
 ) -> None:
     """Write the table, the numbers and the page."""
-    facts = circumstances(model) | {"images": f"{images.path.name}: {rows[0].images}"}
+    facts = circumstances(model) | {"images": f"{images.path.name}: {rows[0].images}", "metric": found.metric}
     facts |= {"corruption": corrupt} if corrupt else {}
     if speed := rows[0].speed:
         facts["timing"] = f"batch {speed.batch}, medians of {speed.runs} interleaved runs, against dense {speed.runner}"
@@ -185,13 +197,16 @@ def _publish(
 def _table(model: AdaptiveViT, rows: list[SweepRow], ranged: dict[str, list[str]]) -> list[Row]:
     known = registry()
     cost = {r.setting: -r.speed.speedup if r.speed else r.gmacs for r in rows}
-    best = front({r.setting: (cost[r.setting], r.top1.mean) for r in rows})
+    scale = Scale.of(rows[0].metric)
+    ours = [r for r in rows if not is_rival(r.setting)]
+    best = front({r.setting: (cost[r.setting], scale.merit(r.top1.mean)) for r in ours})
     curve = {name: k for k, found in reversed([*enumerate(ranged.values())]) for name in found}
 
     def row(r: SweepRow) -> Row:
-        entries = [known[call.name] for call in Setting.parse(r.setting).calls]
+        entries = [] if is_rival(r.setting) else [known[call.name] for call in Setting.parse(r.setting).calls]
         kind = "dense" if all(e.kind == "tokenizer" for e in entries) else "reduction"
         kind = "random" if any(e.baseline for e in entries) else kind
+        kind = RIVAL if is_rival(r.setting) else kind
         notes = ["not trained for"] if r.trained is False else []
         notes += [untrained_note(r)] if r.untrained else []
         notes += ["saves MACs, not time"] if r.speed and not r.speed.worth_it else []
@@ -213,6 +228,7 @@ def _table(model: AdaptiveViT, rows: list[SweepRow], ranged: dict[str, list[str]
             on_frontier=r.setting in best,
             chosen=False,
             note="; ".join(notes),
+            metric=r.metric,
             **{k: speed.get(k) for k in ("speedup", "conversion", "images_per_s", "p50_ms", "memory_mb")},
         )
 
@@ -221,30 +237,34 @@ def _table(model: AdaptiveViT, rows: list[SweepRow], ranged: dict[str, list[str]
 
 def _verdict(rows: list[SweepRow]) -> list[str]:
     """What the sweep says in words: the fastest near dense, the best, and what was not trained for."""
-    dense, *others = rows
-    timed = dense.speed is not None
+    dense, *others = [r for r in rows if not is_rival(r.setting)]
+    timed, scale = dense.speed is not None, Scale.of(dense.metric)
 
     def gain(r: SweepRow) -> float:
         return r.speed.speedup if r.speed else r.mac_ratio
 
     def words(r: SweepRow) -> str:
         cost = f"{gain(r):.2f}× faster" if timed else f"{gain(r):.2f}× fewer MACs"
-        delta = f"{100 * (r.top1.mean - dense.top1.mean):+.1f} points"
+        delta = f"{scale.difference(r.top1.mean - dense.top1.mean)} {scale.step or dense.metric}"
         limits = f" [{100 * r.delta.low:+.1f}, {100 * r.delta.high:+.1f}]" if r.delta else ""
         return f"{cost} than `dense`, {delta}{limits}"
 
-    lines = []
-    near = [r for r in others if not r.untrained and gain(r) > 1.0 and r.top1.mean >= dense.top1.mean - CLOSE]
+    def loss(r: SweepRow) -> float:
+        return scale.merit(dense.top1.mean) - scale.merit(r.top1.mean)
+
+    lines, close = [], "one point" if scale.share else f"{CLOSE}{scale.suffix}"
+    near = [r for r in others if not r.untrained and gain(r) > 1.0 and loss(r) <= CLOSE]
     most = "fastest" if timed else "cheapest"
     if near:
         chosen = max(near, key=gain)
-        lines.append(f"`{chosen.setting}` is the {most} within one point of `dense`: {words(chosen)}.")
+        lines.append(f"`{chosen.setting}` is the {most} within {close} of `dense`: {words(chosen)}.")
     elif others:
-        lines.append(f"No other setting is {most[:-3]}er than `dense` within one point of it.")
-    best = max(rows, key=lambda r: r.top1.mean)
+        lines.append(f"No other setting is {most[:-3]}er than `dense` within {close} of it.")
+    best = max(rows if dense.delta is not None else others or rows, key=lambda r: scale.merit(r.top1.mean))
+    ends = f"{scale.value(best.top1.low)}, {scale.value(best.top1.high)}"
     lines.append(
-        f"The best {dense.metric} is {best.top1.mean:.1%} [{best.top1.low:.1%}, {best.top1.high:.1%}], "
-        f"`{best.setting}` at {best.gmacs:.3g} GMACs."
+        f"The best {dense.metric} is {scale.value(best.top1.mean)} [{ends}], `{best.setting}` at "
+        f"{best.gmacs:.3g} GMACs."
     )
     strange = [r for r in rows if r.trained is False]
     if strange:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from saccade.evaluation.accuracy import Evaluated, Score
 from saccade.evaluation.speed import Speed
+from saccade.reports.scale import Scale
 from saccade.terminal.results import counted
 from saccade.terminal.text_table import Table
 
@@ -29,8 +30,9 @@ class Evaluation(Evaluated):
         rows = self.rows
         timed = any(r.speed for r in rows)
         few = {"NLL", "KL", "top-5"} if timed else set()
+        scale = Scale.of(rows[0].metric)
         columns = {
-            rows[0].metric: [f"{r.top1.mean:.2%} [{r.top1.low:.1%}, {r.top1.high:.1%}]" for r in rows],
+            rows[0].metric: [_value(r, scale) for r in rows],
             "points vs dense": [_delta(r) for r in rows],
             "GMACs": [f"{r.gmacs:.3f}" for r in rows],
             "speed-up": [f"{r.speed.speedup:.2f}×" if r.speed else "" for r in rows],
@@ -50,6 +52,14 @@ class Evaluation(Evaluated):
             caption += f" Speed: medians of {speed.runs} interleaved runs at batch {speed.batch}, {speed.runner}."
         cells = [[r.setting, *found] for r, *found in zip(rows, *shown.values(), strict=True)]
         return Table(counted(rows[0].images, "image"), ["setting", *shown], cells, caption)
+
+
+def _value(row: Score, scale: Scale) -> str:
+    """The metric with its interval."""
+    if scale.share:
+        return f"{row.top1.mean:.2%} [{row.top1.low:.1%}, {row.top1.high:.1%}]"
+    mean, low, high = (scale.value(v, False) for v in row.top1.three())
+    return f"{mean} [{low}, {high}]"
 
 
 def _delta(row: Score) -> str:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from saccade.checkpoint import Source
 from saccade.data import ImageSet, open_images
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
@@ -19,6 +20,7 @@ from saccade.evaluation.candidates import Target
 from saccade.evaluation.evaluator import Evaluator, check_head
 from saccade.evaluation.options import Search
 from saccade.evaluation.prediction_cache import Cache
+from saccade.evaluation.rivals import open_rivals
 from saccade.evaluation.search_run import SearchRun
 from saccade.model import AdaptiveViT
 from saccade.runners.engine import check_dtype, engine_of, installed
@@ -44,6 +46,8 @@ def search(
     runner: str | Sequence[str | Runner] = AUTO,
     schedules: int | None = None,
     seed: int = 0,
+    metric: str | None = None,
+    rivals: Sequence[Source] = (),
     allowance: Allowance | None = None,
     progress: Progress | None = None,
 ) -> Search:
@@ -60,6 +64,8 @@ def search(
             far as there is time; or their names, like ["bf16", "onnx", "openvino bf16"].
         schedules: how many are tried in a search for the budget's own (``evaluation/schedule_search.py``); 0: none.
             None: 300, or fewer where time is short.
+        metric: what settings are compared by (``saccade.evaluation.metric``); None: the usual one.
+        rivals: other models to measure beside (``saccade.evaluation.rivals``), which are never chosen.
         allowance: the time that all of this may take; None: what it needs.
 
     Raises:
@@ -67,10 +73,16 @@ def search(
     """
     progress, allowance = progress or Progress(), allowance or Allowance()
     if data is None:
+        if metric is not None or rivals:
+            raise UserError("a metric and rivals are measured on images: give some, or leave both out")
         return SearchRun(model, target, None, batch, None, allowance, progress).by_speed(seconds)
     check_head(model, encoders=True)
     images = data if isinstance(data, ImageSet) else open_images(data, split)
-    evaluator = Evaluator(model, images)
+    evaluator = Evaluator(model, images, metric=metric)
+    evaluator.metric.aim(target)
+    others = open_rivals(rivals, model)
+    for rival in others:
+        rival.check(evaluator)
     for line in evaluator.notes:
         progress.say(line)
     places = spread(len(images), limit)
@@ -80,7 +92,7 @@ def search(
         )
     runners = _runners(runner, compiled, allowance)
     store = Cache.of(cache, evaluator) if cache else None
-    return SearchRun(model, target, evaluator, batch, store, allowance, progress).run(
+    return SearchRun(model, target, evaluator, batch, store, allowance, progress, others).run(
         places, seconds, runners, seed, schedules
     )
 

@@ -14,7 +14,7 @@ from saccade.runners.runner import FP32, Runner
 from saccade.terminal.progress import Progress
 
 RUNS = 5
-Base = Callable[[Runner], AdaptiveViT]  # a model as a runner runs it
+View = Callable[[Option], AdaptiveViT]  # a model as an option runs it
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Ways:
 
 
 def ways(
-    dense: Candidate, runners: Sequence[Runner], base: Base, batch: int, allowance: Allowance, progress: Progress
+    dense: Candidate, runners: Sequence[Runner], view: View, batch: int, allowance: Allowance, progress: Progress
 ) -> Ways:
     """Time the dense model by a few runs in fp32 eager and in each runner that needs no compiler."""
     first, quick = Option(dense), [Option(dense, runner) for runner in runners if not runner.compiled]
-    probe = {o.name: base(o.runner).at("dense").eval() for o in (first, *quick)}
+    probe = {o.name: view(o) for o in (first, *quick)}
     begun = allowance.clock()
     timing = time_all(probe, batch, 0.0, progress, clock=allowance.clock, least=RUNS)
     each = (allowance.clock() - begun) / len(probe)

@@ -9,15 +9,21 @@ from typing import NamedTuple
 from PIL import Image
 
 from saccade.errors import UserError
+from saccade.reports.scale import SHARE, Scale
 
 INCHES, DPI = (6.4, 3.4), 110
 LABELLED = 10  # of more points, only those of the frontier have their names
-LOOKS = {"dense": ("s", "#4b5563"), "reduction": ("o", "#0f766e"), "random": ("x", "#b45309")}  # marker, colour
-NAMES = {"dense": "plain dense", "reduction": "fewer tokens", "random": "random baseline"}
+LOOKS = {  # marker, colour
+    "dense": ("s", "#4b5563"),
+    "reduction": ("o", "#0f766e"),
+    "random": ("x", "#b45309"),
+    "rival": ("D", "#7c3aed"),
+}
+NAMES = {"dense": "plain dense", "reduction": "fewer tokens", "random": "random baseline", "rival": "another model"}
 
 
 class Point(NamedTuple):
-    """A measured setting: speed-up over dense, accuracy from 0 to 1, and the ends of its interval where known."""
+    """A measured setting: speed-up over dense, the metric in its own unit, and the ends of its interval where known."""
 
     setting: str
     family: str  # "dense" | "reduction" | "random"
@@ -41,22 +47,24 @@ def frontier_picture(points: Sequence[Point], metric: str = "top-1", title: str 
     figure = Figure(figsize=INCHES, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    best = _frontier(points)
-    axes.plot([p.speedup for p in best], [100 * p.accuracy for p in best], color="#9ca3af", linewidth=1, zorder=1)
+    scale = Scale.of(metric)
+    best, unit = _frontier(points, scale), 100 if scale.share else 1
+    axes.plot([p.speedup for p in best], [unit * p.accuracy for p in best], color="#9ca3af", linewidth=1, zorder=1)
     for family, (marker, colour) in LOOKS.items():
         found = [p for p in points if p.family == family]
         if not found:
             continue
-        axes.scatter([p.speedup for p in found], [100 * p.accuracy for p in found], marker=marker, color=colour,
+        axes.scatter([p.speedup for p in found], [unit * p.accuracy for p in found], marker=marker, color=colour,
                      s=30, label=NAMES[family], zorder=3)  # fmt: skip
         for p in found:
             if p.low is not None and p.high is not None:
-                axes.vlines(p.speedup, 100 * p.low, 100 * p.high, color=colour, alpha=0.35, linewidth=1, zorder=2)
+                axes.vlines(p.speedup, unit * p.low, unit * p.high, color=colour, alpha=0.35, linewidth=1, zorder=2)
     for p in points if len(points) <= LABELLED else best:
         weight = "bold" if p.chosen else "normal"
-        axes.annotate(p.setting, (p.speedup, 100 * p.accuracy), (5, 5), textcoords="offset points", fontsize=7.5,
+        axes.annotate(p.setting, (p.speedup, unit * p.accuracy), (5, 5), textcoords="offset points", fontsize=7.5,
                       fontweight=weight)  # fmt: skip
-    axes.set(xlabel="measured speed-up over dense", ylabel=f"{metric}, %")
+    axes.set(xlabel="measured speed-up over dense", ylabel=scale.axis(metric))
+    axes.yaxis.set_inverted(scale.lower)  # better is up
     axes.set_title(title, fontsize=9, loc="left")
     axes.margins(x=0.14, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
@@ -66,10 +74,11 @@ def frontier_picture(points: Sequence[Point], metric: str = "top-1", title: str 
     return Image.open(file).convert("RGB")
 
 
-def _frontier(points: Sequence[Point]) -> list[Point]:
-    """The points than which none is faster and better, the fastest last."""
+def _frontier(points: Sequence[Point], scale: Scale = SHARE) -> list[Point]:
+    """The points than which none is faster and better, the fastest last; other models are none of it."""
     kept: list[Point] = []
-    for p in sorted(points, key=lambda p: (-p.speedup, -p.accuracy)):
-        if not kept or p.accuracy > kept[-1].accuracy:
+    ours = [p for p in points if p.family != "rival"]
+    for p in sorted(ours, key=lambda p: (-p.speedup, -scale.merit(p.accuracy))):
+        if not kept or scale.merit(p.accuracy) > scale.merit(kept[-1].accuracy):
             kept.append(p)
     return kept[::-1]

@@ -21,9 +21,15 @@ from saccade.reports.page import (
 from saccade.reports.pictures import render_samples
 from saccade.reports.plots import conversion_figure, frontier_figures, marker
 from saccade.reports.rows import Row, Sample
+from saccade.reports.scale import Scale
 from saccade.reports.svg import tag
 
-FAMILIES = {"dense": "dense, smaller or coarser", "reduction": "token reduction", "random": "random baseline"}
+FAMILIES = {
+    "dense": "dense, smaller or coarser",
+    "reduction": "token reduction",
+    "random": "random baseline",
+    "rival": "another model",
+}
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,10 @@ def _tiles(row: Row, metric: str) -> str:
         )
         tiles.append((f"{metric}, points against dense", points(row.delta), limits))
     if known(row.top1):
-        limits = (
-            f"95 %: {percent(row.top1_low, '')} … {percent(row.top1_high)}"
-            if known(row.top1_low, row.top1_high)
-            else ""
-        )
-        tiles.append((metric, percent(row.top1), limits))
+        scale = Scale.of(metric)
+        low, high = scale.value(row.top1_low, False), scale.value(row.top1_high)
+        limits = f"95 %: {low} … {high}" if known(row.top1_low, row.top1_high) else ""
+        tiles.append((metric, scale.value(row.top1), limits))
     elif known(row.p50_ms):
         tiles.append(("median latency", f"{number(row.p50_ms)} ms", ""))
     return render_tiles(tiles)

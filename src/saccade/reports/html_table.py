@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from saccade.reports.formatting import NONE, escape, known, number, percent, points, prose, times
 from saccade.reports.plots import marker
+from saccade.reports.scale import Scale
 from saccade.reports.svg import tag
 
 if TYPE_CHECKING:
@@ -87,9 +88,12 @@ def _columns(rows: Sequence[Row], metric: str) -> list[Column[Row]]:
     floor = 2.5 * min(median(deltas) if deltas else 0.0, -0.01)
     low, high = max(floor, min([0.0, *ends])), min(-floor, max([0.0, *ends]))
 
+    scale = Scale.of(metric)
+
     def accuracy(r: Row) -> str:
-        bounds = f"{percent(r.top1_low, '')}–{percent(r.top1_high, '')}" if known(r.top1_low, r.top1_high) else ""
-        return f"<b>{percent(r.top1, '')}</b>" + (tag("small", bounds) if bounds else "")
+        low, high = scale.value(r.top1_low, False), scale.value(r.top1_high, False)
+        bounds = f"{low}–{high}" if known(r.top1_low, r.top1_high) else ""
+        return f"<b>{scale.value(r.top1, False)}</b>" + (tag("small", bounds) if bounds else "")
 
     def delta(r: Row) -> str:
         return f"{whisker(r, low, high)}<b>{points(r.delta)}</b>"
@@ -103,9 +107,20 @@ def _columns(rows: Sequence[Row], metric: str) -> list[Column[Row]]:
         Column("MAC ratio", "MACs of dense ÷ MACs of this", lambda r: r.mac_ratio, lambda r: times(r.mac_ratio)),
         Column("speed-up", "measured, against dense", lambda r: r.speedup, lambda r: f"<b>{times(r.speedup)}</b>"),
         Column("conversion", "speed-up ÷ MAC ratio: saved time for saved compute", lambda r: r.conversion, _conversion),
-        Column(f"{metric} %", f"{metric}, with its 95 % interval", lambda r: r.top1, accuracy, "metric"),
+        Column(
+            f"{metric}{scale.suffix}",
+            f"{scale.axis(metric)}, with its 95 % interval",
+            lambda r: r.top1,
+            accuracy,
+            "metric",
+        ),
         Column("Δ points", "against dense, in points, with its 95 % interval", lambda r: r.delta, delta, "delta"),
-        Column("agreement %", "same answer as dense", lambda r: r.agreement, lambda r: percent(r.agreement, "")),
+        Column(
+            "agreement %",
+            "same answer as dense",
+            lambda r: None if metric == "agreement" else r.agreement,
+            lambda r: percent(r.agreement, ""),
+        ),
         Column("images/s", "throughput", lambda r: r.images_per_s, lambda r: number(r.images_per_s)),
         Column("p50 ms", "median latency of one batch", lambda r: r.p50_ms, lambda r: number(r.p50_ms)),
         Column("MB", "peak memory", lambda r: r.memory_mb, lambda r: number(r.memory_mb)),

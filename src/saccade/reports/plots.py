@@ -14,18 +14,21 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from saccade.reports.figure import Figure
-from saccade.reports.formatting import escape, known, number, percent, points, times
+from saccade.reports.formatting import escape, known, number, points, times
 from saccade.reports.label_placement import Label, place_labels
+from saccade.reports.scale import SHARE, Scale
 from saccade.reports.svg import Axis, Line, canvas, frame, segment, span, tag
 
 if TYPE_CHECKING:
     from saccade.reports.rows import Row
 
+APART = ("random", "rival")  # families that make no frontier unless the report says that they do
 LAYOUTS = {"wide": (580, 420), "narrow": (360, 380)}
 MARKERS = {  # drawn around (0, 0); shape and colour both tell the family
     "reduction": '<circle r="4.6"/>',
     "dense": '<rect x="-4.4" y="-4.4" width="8.8" height="8.8"/>',
     "random": '<path d="M-4 -4L4 4M-4 4L4 -4"/>',
+    "rival": '<path d="M0 -5.8L5.2 0L0 5.8L-5.2 0z"/>',
 }
 MARKERS |= {  # one of many that have no family: told apart by shape too, for who sees few colours
     f"series s{k}": f'<path d="{path}"/>'
@@ -62,17 +65,23 @@ def frontier_figures(rows: Sequence[Row], metric: str) -> list[Figure]:
             True,
         ),
     )
-    figures = []
+    figures, scale = [], Scale.of(metric)
     for xs, axis, title, hint, gain in measures:
         found = []
         for i, (row, x) in enumerate(zip(rows, xs, strict=True)):
             if x is not None and row.top1 is not None and known(row.top1) and sane(x):
-                whisker = (row.top1_low, row.top1_high) if known(row.top1_low, row.top1_high) else (None, None)
-                found.append(_Point(i, row, x, row.top1, *whisker))
+                found.append(_Point(i, row, x, *_merits(row, scale)))
         if len(found) > 1:
             svgs = {name: _frontier(found, axis, metric, size, gain) for name, size in LAYOUTS.items()}
             figures.append(Figure(title, hint, svgs))
     return figures
+
+
+def _merits(row: Row, scale: Scale) -> tuple[float, float | None, float | None]:
+    """The metric and the ends of its interval as heights: better is up, also where less is better."""
+    ends = [scale.merit(v) for v in (row.top1_low, row.top1_high) if v is not None and known(v)]
+    low, high = (min(ends), max(ends)) if len(ends) > 1 else (None, None)
+    return scale.merit(row.top1 or 0.0), low, high
 
 
 def conversion_figure(rows: Sequence[Row]) -> Figure | None:
@@ -111,7 +120,8 @@ def tip(row: Row) -> str:
     """One row in a few words, for the pointer."""
     parts = [row.setting, f"{number(row.gmacs)} GMACs"]
     if known(row.top1):
-        parts.append(percent(row.top1) + (f" ({points(row.delta)} points)" if known(row.delta) else ""))
+        scale = Scale.of(row.metric)
+        parts.append(scale.value(row.top1) + (f" ({points(row.delta)} points)" if known(row.delta) else ""))
     if known(row.speedup):
         parts.append(f"speed {times(row.speedup)}")
     return " · ".join(parts)
@@ -134,11 +144,12 @@ class _Point:
 def _frontier(found: list[_Point], name: str, metric: str, size: tuple[int, int], gain: bool) -> str:
     log = not gain and max(p.x for p in found) > 8 * min(p.x for p in found)
     x = Axis(*span([p.x for p in found], 0.07, log), 46, size[0] - 14, log)
-    y = Axis(*_metric_span(found), size[1] - 44, 26)
-    plot = _Plot(x, y, found)
+    scale = Scale.of(metric)
+    y = Axis(*_metric_span(found, scale), size[1] - 44, 26)
+    plot = _Plot(x, y, found, scale)
 
     # A random baseline is there to be beaten: it does not make the frontier unless the report says that it does.
-    steps = stairs([(p.x, p.y) for p in found if p.row.family != "random" or p.row.on_frontier], gain)
+    steps = stairs([(p.x, p.y) for p in found if p.row.family not in APART or p.row.on_frontier], gain)
     corners = steps[:1]
     for (_, y0), (x1, y1) in pairwise(steps):  # what a point reaches holds until the next, better one
         corners += [(x1, y0), (x1, y1)]
@@ -147,7 +158,7 @@ def _frontier(found: list[_Point], name: str, metric: str, size: tuple[int, int]
     curves = plot.path("dense-line", dense) + plot.path("frontier-line", corners)
     lines = [(x(a[0]), y(a[1]), x(b[0]), y(b[1])) for a, b in pairwise(corners)]
 
-    out = [*plot.frame(name, f"{metric} (%)", gain), plot.clip(curves)]
+    out = [*plot.frame(name, scale.axis(metric), gain), plot.clip(curves)]
     for p in found:
         if p.low is not None and p.high is not None and p.high >= y.low:
             px, top, bottom = x(p.x), y.clamp(p.high), y.clamp(p.low)
@@ -155,8 +166,9 @@ def _frontier(found: list[_Point], name: str, metric: str, size: tuple[int, int]
             kind = f"whisker {p.row.family}" + ("" if p.main else " off")
             out.append(tag("path", kind=kind, data_row=p.index, d=f"M{px:.1f} {top:.1f}V{bottom:.1f}{ends}"))
             lines.append((px, top, px, bottom))
-    named = [p for p in found if p.main or (p.x, p.y) in steps or p.y < y.low]
-    out += plot.points() + plot.labels(named, lines, far=[p for p in found if p.main])
+    others = [p for p in found if p.row.family == "rival"]
+    named = [p for p in found if p.main or p in others or (p.x, p.y) in steps or p.y < y.low]
+    out += plot.points() + plot.labels(named, lines, far=[p for p in found if p.main or p in others])
     return plot.svg(out, f"{metric} against {name}, {len(found)} settings")
 
 
@@ -179,17 +191,27 @@ def _conversion(found: list[_Point], size: tuple[int, int]) -> str:
     return plot.svg(out, f"speed-up against MAC ratio, {len(found)} settings")
 
 
-def _metric_span(found: list[_Point]) -> tuple[float, float]:
+def _metric_span(found: list[_Point], scale: Scale) -> tuple[float, float]:
     """The range of the metric that decides: 10 points below the best, more where the choice or half of all are lower.
 
     A few hopeless settings would otherwise press all others into a line; they stand at the lower edge with an arrow.
     """
+    if not scale.share:
+        return _free_span(found)
     best = max(p.y for p in found)
     picked = [p.y if p.low is None else p.low for p in found if p.row.chosen]
     floor = min(best - 0.10, best - 2.0 * (best - min(picked, default=best)), median(p.y for p in found) - 0.02)
     shown = [v for p in found for v in (p.y, p.low, p.high) if v is not None and v >= floor]
     low, high = span(shown, 0.06)
     return max(low, min(-0.02, *shown)), min(high, max(1.02, *shown))
+
+
+def _free_span(found: list[_Point]) -> tuple[float, float]:
+    """The same of a metric that is no share: twice as far below the best as half of all, or as far as the choice."""
+    best = max(p.y for p in found)
+    picked = [p.y if p.low is None else p.low for p in found if p.row.chosen]
+    floor = min(best - 2.0 * (best - median(p.y for p in found)), *picked, best - 1e-3)
+    return span([v for p in found for v in (p.y, p.low, p.high) if v is not None and v >= floor], 0.06)
 
 
 @dataclass(frozen=True)
@@ -199,6 +221,7 @@ class _Plot:
     x: Axis
     y: Axis
     found: list[_Point]
+    scale: Scale = SHARE
 
     def frame(self, x_name: str, y_name: str, gain: bool, ratio: bool = False) -> list[str]:
         """Grid lines, tick labels and the names of both axes; ``ratio``: the vertical axis counts times."""
@@ -206,7 +229,7 @@ class _Plot:
         digits = 3 if step < 0.1 else 2
 
         def share(v: float) -> str:
-            return f"{number(v, digits)}×" if ratio else percent(v, "") if step < 0.0099 else f"{100 * v:.0f}"
+            return f"{number(v, digits)}×" if ratio else self.scale.tick(v, step)
 
         def cost(v: float) -> str:
             return f"{v:.10g}" + ("×" if gain else "")
@@ -247,7 +270,7 @@ class _Plot:
         order = sorted(wanted, key=lambda p: rank[p.index])
         asked = []
         for p in order:
-            name = p.row.setting + (f" {percent(p.y)}" if p.y < self.y.low else "")
+            name = p.row.setting + (f" {self.scale.value(self.scale.merit(p.y))}" if p.y < self.y.low else "")
             asked.append((*self.spot(p), name, 70.0 if p in far else 15.0))
         area = self.x.start + 3.0, 20.0, self.x.end + 10.0, self.y.start - 2
         placed = place_labels(asked, area, [self.spot(p) for p in self.found], lines, 0.5 * self.x.end)

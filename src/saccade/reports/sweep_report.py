@@ -13,6 +13,7 @@ from saccade.reports.html_table import render_table, scrolling
 from saccade.reports.label_placement import place_labels
 from saccade.reports.page import how_it_was, render_figures, render_legend, render_page, section
 from saccade.reports.plots import LAYOUTS, conversion_figure, marker, sane, tip
+from saccade.reports.scale import Scale
 from saccade.reports.svg import Axis, Box, Line, canvas, frame, span, tag
 
 HOLLOW = "fill: var(--card); stroke: var(--c, currentColor); stroke-width: 1.8"
@@ -68,15 +69,22 @@ def _draw(report: SweepReport, xs: Mapping[int, float], name: str, size: tuple[i
     rows = report.rows
     log = max(xs.values()) > 4 * min(xs.values())
     x = Axis(*span([*xs.values()], 0.07, log), 46, size[0] - 14, log)
-    ends = [v for i in xs for v in (rows[i].top1, rows[i].top1_low, rows[i].top1_high) if v is not None and known(v)]
+    scale = Scale.of(report.metric_name)  # better is up, also where less is better
+    ends = [scale.merit(v) for i in xs for v in (rows[i].top1, rows[i].top1_low, rows[i].top1_high)
+            if v is not None and known(v)]  # fmt: skip
     low, high = span(ends)
-    y = Axis(max(low, min(-0.02, *ends)), min(high, max(1.02, *ends)), size[1] - 44, 26)
-    spots = {i: (x(cost), y(rows[i].top1 or 0.0)) for i, cost in xs.items()}
+    low, high = (max(low, min(-0.02, *ends)), min(high, max(1.02, *ends))) if scale.share else (low, high)
+    y = Axis(low, high, size[1] - 44, 26)
+    step = min((b - a for a, b in pairwise(y.ticks(6))), default=1.0)
+    spots = {i: (x(cost), y(scale.merit(rows[i].top1 or 0.0))) for i, cost in xs.items()}
 
     def cost(v: float) -> str:
         return f"{v:.10g}" + ("×" if gain else "")
 
-    out = frame(x, y, (name, f"{report.metric_name} (%)"), (cost, lambda v: f"{100 * v:.3g}"), "→" if gain else "←")
+    def height(v: float) -> str:
+        return f"{100 * v:.3g}" if scale.share else scale.tick(v, step)
+
+    out = frame(x, y, (name, scale.axis(report.metric_name)), (cost, height), "→" if gain else "←")
     lines: list[Line] = []
     for k, curve in enumerate(report.curves.values()):
         drawn = [spots[i] for i in curve if i in spots]
@@ -87,7 +95,7 @@ def _draw(report: SweepReport, xs: Mapping[int, float], name: str, size: tuple[i
     for i, (px, _) in spots.items():
         r = rows[i]
         if r.top1_low is not None and r.top1_high is not None and known(r.top1_low, r.top1_high):
-            d = f"M{px:.1f} {y(r.top1_high):.1f}V{y(r.top1_low):.1f}"
+            d = f"M{px:.1f} {y(scale.merit(r.top1_high)):.1f}V{y(scale.merit(r.top1_low)):.1f}"
             out.append(tag("path", kind=f"whisker {r.family}", data_row=i, d=d))
     for i, (px, py) in spots.items():
         shapes = tag("title", escape(tip(rows[i]))) + '<circle class="hit" r="12"/>' + _mark(report, i)

@@ -41,6 +41,8 @@ def evaluate(
     out: str | os.PathLike | None = None,
     corrupt: str | None = None,
     dtype: str | None = None,
+    metric: str | None = None,
+    rivals: Sequence[Source] = (),
     command: str = "",
     progress: Progress | None = None,
 ) -> Evaluation | Scores:
@@ -58,7 +60,8 @@ def evaluate(
         split: of a folder of splits; None: the held-out one.
         limit: at most this many images, spread evenly over the set.
         batch: images at once; None: as many as the task's function says.
-        seconds, out, corrupt, dtype: of a classifier; see ``saccade.evaluation.sweep.evaluate``.
+        seconds, out, corrupt, dtype, metric, rivals: of a classifier or encoder; see
+            ``saccade.evaluation.sweep.evaluate``.
         progress: where to show it; None: nowhere.
 
     Raises:
@@ -70,10 +73,11 @@ def evaluate(
     measure = evaluation_of(task := task_of(opened))
     able = inspect.signature(measure).parameters
     given: dict[str, Any] = {"split": split, "limit": limit, "batch": batch, "seconds": seconds}
-    given |= {"out": out, "corrupt": corrupt, "dtype": dtype}
+    given |= {"out": out, "corrupt": corrupt, "dtype": dtype, "metric": metric, "rivals": list(rivals) or None}
     given = {name: value for name, value in given.items() if value is not None}
     if more := [name for name in given if name not in able]:
-        options = f"{', '.join(f'--{name}' for name in more)} (in Python: {', '.join(f'{name}=' for name in more)})"
+        flags = ", ".join(f"--{'rival' if name == 'rivals' else name}" for name in more)
+        options = f"{flags} (in Python: {', '.join(f'{name}=' for name in more)})"
         raise UserError(f"a model for task {task!r} is evaluated without {options}: leave {_them(more)} out")
     given |= {name: value for name, value in {"command": command}.items() if name in able}
     several = [settings] if isinstance(settings, (str, Setting)) else settings
