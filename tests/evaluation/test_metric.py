@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from saccade.evaluation.distance import Distance
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.metric import Metric, choose
 from saccade.evaluation.schedule_candidates import schedules
+from saccade.evaluation.schedule_price import macs
 from saccade.evaluation.stats import Interval
 from saccade.model import AdaptiveViT
 from saccade.tasks.embedding.embedding_head import EmbeddingHead
@@ -232,7 +234,7 @@ def test_a_search_for_schedules_can_go_by_cells(encoder, flat):
     own = evaluator.values(evaluator.predict(view, places))
     assert sum(distance.of("tome(r=2)")) == pytest.approx((1 - own).sum().item(), abs=1e-3)
     assert sum(distance.of("dense")) == pytest.approx(0.0, abs=1e-5)
-    found = schedules(evaluator, list(range(COUNT)), 1.2, Allowance(), tries=3)
+    found = schedules(evaluator, list(range(COUNT)), partial(macs, ratio=1.2), Allowance(), tries=3)
     assert found.candidates
 
 

@@ -19,6 +19,7 @@ from saccade.evaluation.schedule import Rule, Schedule, Space, by_macs
 from saccade.evaluation.schedule_candidates import schedules
 from saccade.evaluation.schedule_price import macs
 from saccade.evaluation.schedule_search import ScheduleSearch
+from saccade.evaluation.schedule_starts import Starts
 from saccade.evaluation.tune import search
 from saccade.setting import Setting
 from small_runs import shorten, tiny
@@ -94,6 +95,17 @@ def test_a_move_keeps_the_tokens_that_leave_and_follows_its_seed(space):
         if sum(counts) > sum(before)
     }
     assert reached >= {rule.method for rule in space.rules}
+
+
+def test_where_a_tokenizer_alone_is_within_the_budget_it_may_be_found(evaluator, space):
+    """A schedule of no token has no block to be sensitive at, and nothing to move but its tokenizer."""
+    small = min(space.tokenizers, key=space.tokens)
+    limit = space.macs(space.empty(small))
+    search = ScheduleSearch(space, Distance(evaluator, range(IMAGES)), by_macs, limit, tries=60)
+    assert search.run().nearest
+    assert space.moved(space.empty(small), random.Random(0)).counts == space.empty(small).counts
+    starts = Starts(space, by_macs, limit, search.judge, lambda: False)
+    assert starts._by_sensitivity(space.empty(small)) is None
 
 
 def test_a_setting_is_written_without_what_does_nothing(space):

@@ -163,7 +163,7 @@ class Space:
     def moved(self, schedule: Schedule, draw: random.Random) -> Schedule:
         """A little changed: some tokens leave at another block, or by another rule, or another tokenizer makes them."""
         counts = [list(rule) for rule in schedule.counts]
-        for _ in range(draw.choice((1, 1, 2))):
+        for _ in range(draw.choice((1, 1, 2)) if schedule.total else 0):
             rule, block = draw.choice([(r, b) for r, row in enumerate(counts) for b, count in enumerate(row) if count])
             many = min(counts[rule][block], draw.choice(STEPS))
             to = rule, min(self.depth - 1, max(0, block + draw.choice(NEAR)))

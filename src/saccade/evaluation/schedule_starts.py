@@ -88,6 +88,8 @@ class Starts:
         s · r², and it saves as much as there are blocks behind: the sum is least with r ∝ blocks behind ÷ s.
         """
         space, depth = self.space, self.space.depth
+        if not schedule.total:  # the tokenizer alone is within the budget
+            return None
         rules = {rule: float(sum(counts)) for rule, counts in zip(space.rules, schedule.counts, strict=True)}
         line = [0.0] * depth
         many = max(1, round(PROBE * space.tokens(schedule.tokenizer)))

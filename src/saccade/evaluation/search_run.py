@@ -263,7 +263,7 @@ class SearchRun:
         return {o: paired(p, selected[dense])[0] for o, p in selected.items()}
 
     def _in_fastest(self, ways: Ways, selected: dict[Option, Predictions], survivors: int) -> list[Option]:
-        """What was searched for it, the best settings of each cost, and rivals, in the fastest way to run, if that is not
+        """What was searched for, the best settings of each cost, and rivals, in the fastest way to run, if that is not
         fp32 eager: as many as there is time to start."""
         if ways.runner == FP32:
             return []

@@ -83,14 +83,14 @@ def search(
     others = open_rivals(rivals, model)
     for rival in others:
         rival.check(evaluator)
-    for line in evaluator.notes:
-        progress.say(line)
     places = spread(len(images), limit)
     if len(places) < LEAST_IMAGES:
         raise UserError(
             f"{len(places)} images in {images.path}: tune needs {LEAST_IMAGES} or more to choose and report"
         )
     runners = _runners(runner, compiled, allowance)
+    for line in evaluator.notes:
+        progress.say(line)
     store = Cache.of(cache, evaluator) if cache else None
     return SearchRun(model, target, evaluator, batch, store, allowance, progress, others).run(
         places, seconds, runners, seed, schedules
