@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import PRECISION, autocast, train_all
-from safetensors.torch import load_file, save_file
+from jobs import PRECISION, autocast, train_all, write
+from safetensors.torch import load_file
 from torch import Tensor
 
 import saccade
@@ -226,7 +226,7 @@ class Study:
             found = {"hit": (logp.argmax(-1) == labels).double(), "macs": torch.cat(macs), "use": torch.cat(use)}
             found["nll"] = -logp.gather(1, labels.unsqueeze(1)).squeeze(1)
             self.seen |= {f"{key}|{name}": value.contiguous() for name, value in found.items()}
-            save_file(self.seen, self.file)
+            write(self.seen, self.file)
         return {name: self.seen[f"{key}|{name}"] for name in ("hit", "macs", "nll", "use")}
 
     def _loader(self, view: saccade.AdaptiveViT, images: ImageSet, split: str) -> Loader:

@@ -18,7 +18,6 @@ Measured  docs/results-imagepiece.md
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -26,13 +25,25 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from imagepiece import between, level, nearest, points, show, verdict
-from jobs import PRECISION, autocast, train_all
-from safetensors.torch import load_file, save_file
+from jobs import (
+    TRAINED,
+    Memory,
+    answers,
+    between,
+    labels,
+    level,
+    nearest,
+    parser_of,
+    points,
+    right,
+    show,
+    train_all,
+    verdict,
+)
 from torch import Tensor
 
 import saccade
-from saccade.data import CACHE_BYTES, Loader, Preprocess, class_indices, open_images
+from saccade.data import Preprocess, open_images
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.calibrate import calibrate
@@ -74,10 +85,8 @@ Mark = tuple[float, Tensor]  # 10^9 MACs, mean of the images; whether each image
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
+    parser = parser_of(__doc__, "runs/compositions", "data")
     parser.add_argument("dense", help="folder of the dense model")
-    parser.add_argument("--out", type=Path, default=Path("runs/compositions"))
     parser.add_argument("--epochs", type=float, default=0.5)
     parser.add_argument("--limit", type=int, help="test images; default: all")
     parser.add_argument("--report", action="store_true", help="only from the runs that are finished")
@@ -87,8 +96,7 @@ def main() -> None:
     settings = {name: [nearest(dense, make, goal * 1e9) for goal in GOALS] for name, make in STATIC.items()}
     runs = {name: annealed(dense, name, 2 * arguments.epochs) for name in GATED}
     runs |= {name: [f"sampling.settings={json.dumps([own[1]])}"] for name, own in settings.items()}
-    common = ["data.holdout=0", "data.workers=0", "data.cache_gb=0", "optim.lr=1e-4", "optim.head=1"]
-    common += ["run.batch=32", "run.threads=1", f"run.precision={PRECISION}", "run.save_every=45"]
+    common = [*TRAINED, "data.cache_gb=0", "optim.lr=1e-4", "optim.head=1", "run.save_every=45"]
     common += [f"data.path={arguments.data}", f"model.name={arguments.dense}", f"run.epochs={arguments.epochs}"]
     if not arguments.report:
         train_all({name: ["finetune", *common, *own] for name, own in runs.items()}, arguments.out, 1)
@@ -122,29 +130,23 @@ class Asked:
     def __init__(self, out: Path, dense: Path, data: str, limit: int | None) -> None:
         self.out, self.dense, self.data, self.images = out, dense, data, open_images(data, "test")
         self.places = spread(len(self.images), limit)
-        self.file = out / "hits.safetensors"
-        self.seen: dict[str, Tensor] = load_file(self.file) if self.file.exists() else {}
-        self.loader: Loader | None = None
+        self.memory = Memory(out / "hits.safetensors")
 
     def model(self, run: str) -> saccade.AdaptiveViT:
         return saccade.load(self.dense if run == "dense" else self.out / run / "model", "dense")
 
     def __call__(self, run: str, setting: str) -> Mark:
         key = f"{run}|{setting}|{len(self.places)}"
-        if f"{key}|macs" not in self.seen:
+
+        def make() -> dict[str, Tensor]:
             view = self.model(run).at(setting).eval()
-            self.loader = self.loader or Loader(self.images, Preprocess.of(view.vit), cache_bytes=CACHE_BYTES)
-            labels, hits, ran = torch.tensor(class_indices(self.images, view.vit.num_classes)), [], []
-            for batch in self.loader.batches(50, self.places):
-                with torch.inference_mode(), autocast():
-                    out = view(batch.images)
-                hits.append((out.logits.float().argmax(-1) == labels[batch.indices]).double())
-                ran.append(out.trace.macs().double())
-            self.seen |= {key: torch.cat(hits), f"{key}|macs": torch.cat(ran)}
-            assert len(self.seen[key]) == len(self.places)
-            save_file(self.seen, self.file)
-            print(f"{key}: {self.seen[key].mean():.2%}", file=sys.stderr, flush=True)
-        return self.seen[f"{key}|macs"].mean().item() / 1e9, self.seen[key]
+            logits, macs = answers(view, self.images, self.places, Preprocess.of(view.vit))
+            hits = right(logits, labels(view, self.images, self.places))
+            print(f"{key}: {hits.mean():.2%}", file=sys.stderr, flush=True)
+            return {"hits": hits, "macs": macs}
+
+        found = self.memory.all({"hits": key, "macs": f"{key}|macs"}, make)
+        return found["macs"].mean().item() / 1e9, found["hits"]
 
     def calibrated(self, run: str, setting: str) -> list[str]:
         """The setting at the thresholds where its mean MACs on training images meet ``GOALS``, where they can."""

@@ -18,7 +18,6 @@ Measured  docs/results-imagepiece.md
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -26,9 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from imagepiece import between, points, show, timed, verdict
-from jobs import autocast, train_all
-from safetensors.torch import load_file, save_file
+from jobs import Memory, autocast, between, parser_of, points, show, timed, train_all, verdict
 from torch import Tensor
 
 import saccade
@@ -58,10 +55,7 @@ Point = Sequence[tuple[float, Counts]]  # shares, and what they are of: a place 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
-    parser.add_argument("weights")
-    parser.add_argument("--out", type=Path, default=Path("runs/dense"))
+    parser = parser_of(__doc__, "runs/dense", "data", "weights")
     parser.add_argument("--steps", type=int, default=300, help="of the dense run")
     parser.add_argument("--tuning", type=int, default=80, help="steps of every other run")
     parser.add_argument("--limit", type=int, help="validation photos; default: all")
@@ -100,23 +94,23 @@ class Asked:
 
     def __init__(self, out: Path, data: str, limit: int | None) -> None:
         rule = read_config("segment").segment
-        self.out, self.file = out, out / "counts.safetensors"
+        self.out, self.memory = out, Memory(out / "counts.safetensors")
         self.pixels = open_pixels(data, "val", rule.classes, rule.void)
         self.places = range(len(self.pixels))[:limit]
-        self.seen: dict[str, Tensor] = load_file(self.file) if self.file.exists() else {}
 
     def __call__(self, run: str, setting: str) -> Counts:
         key = f"{run}|{setting}|{len(self.places)}"
-        if key not in self.seen:
+
+        def make() -> dict[str, Tensor]:
             model: Any = saccade.load(self.out / run / "model", setting)
             with autocast():  # as it was trained
                 found = count(model.eval(), self.pixels, self.places, "fit", 8, lambda done: None)
             assert not self.pixels.failures, self.pixels.failures
-            self.seen |= {key: torch.stack(found.sums), f"{key}|macs": torch.tensor([found.macs], dtype=torch.float64)}
-            save_file(self.seen, self.file)
             print(f"{key}: {level([(1.0, found)]).mean:.1%}", file=sys.stderr, flush=True)
-        hit, there, said = self.seen[key]
-        return Counts(torch.tensor(self.places), hit, there, said, self.seen[f"{key}|macs"].item())
+            return {"sums": torch.stack(found.sums), "macs": torch.tensor([found.macs], dtype=torch.float64)}
+
+        seen = self.memory.all({"sums": key, "macs": f"{key}|macs"}, make)
+        return Counts(torch.tensor(self.places), *seen["sums"], seen["macs"].item())
 
 
 def report(asked: Asked, title: str, methods: dict[str, list[tuple[str, str]]], speed: dict[str, float]) -> None:

@@ -14,14 +14,12 @@ Measured  docs/results.md, "Detection at any patch size"
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jobs import PRECISION, train_all
-from safetensors.torch import load_file, save_file
+from jobs import PRECISION, parser_of, train_all, write
+from safetensors.torch import load_file
 
 import saccade
 from saccade.data import Loaders
@@ -39,8 +37,7 @@ TOP = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/detection"))
+    parser = parser_of(__doc__, "runs/detection")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--images", type=int, default=2000, help="test scenes")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")
@@ -65,9 +62,7 @@ def main() -> None:
             each, seen, gmacs = find(view, loaders.of(squashed(view)), boxes.classes, places, 50, TOP)  # type: ignore[arg-type]
             assert seen == places
             kept = {name: torch.stack([f[name] for f in each]) for name in each[0]}
-            part = file.with_suffix(".part")
-            save_file({**kept, "gmacs": torch.tensor(gmacs, dtype=torch.float64)}, part)
-            os.replace(part, file)
+            write({**kept, "gmacs": torch.tensor(gmacs, dtype=torch.float64)}, file)
         kept = load_file(file)
         gmacs = kept.pop("gmacs").item()
         return [{name: rows[i] for name, rows in kept.items()} for i in range(len(places))], gmacs

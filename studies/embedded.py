@@ -1,5 +1,6 @@
 """Make the model that comes with the package out of a finished run of ``saccade train scenes``.
 
+Claim     None of its own: it makes a model, and measures that.
 Method    The run's model is stored in half precision, opened again, and tested on the 10,000 test scenes, which no step
           and no choice of the run has seen. The card and the log are written beside it.
 Command   saccade train scenes --out runs/scenes && python studies/embedded.py runs/scenes src/saccade/assets/scenes
@@ -44,7 +45,7 @@ and nothing else: it is of no use for photos**, and its accuracies say nothing a
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()

@@ -11,21 +11,17 @@ Measured  docs/results.md, "FlexiViT"
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
 
 import torch
-from jobs import PRECISION, logits, train_all
-from safetensors.torch import load_file, save_file
+from jobs import TRAINED, Claim, Memory, labels, logits, parser_of, right, table, train_all
 from torch import Tensor
 
 import saccade
-from saccade.data import ImageSet, class_indices, open_images
+from saccade.data import ImageSet, open_images
 from saccade.evaluation.accuracy import spread
-from saccade.evaluation.stats import bootstrap, proportion
+from saccade.evaluation.stats import proportion
 from saccade.storage.files import write_text
 
 SIZES = (10, 16, 20, 32, 40)  # patch sizes trained for: 256, 100, 64, 25 and 16 tokens
@@ -33,14 +29,7 @@ BEYOND = (80,)  # 4 tokens; seen by no run
 BEGINNINGS = ("teacher-init", "random-init", "labels-random-init")
 GRIDS = [f"grid({p})" for p in SIZES]
 SIZED = ["model.size=160", "model.crop_pct=1.0"]
-QUICK = [
-    "data.holdout=0",
-    "data.workers=0",
-    "run.batch=32",
-    "run.threads=1",
-    f"run.precision={PRECISION}",
-    "run.save_every=100",
-]
+QUICK = [*TRAINED, "run.save_every=100"]
 
 
 def runs_of(data: Path, out: Path, seeds: list[int]) -> dict[str, list[str]]:
@@ -102,9 +91,8 @@ class Tests:
     """Logits of finished runs on the test images, each computed once and kept."""
 
     def __init__(self, out: Path, images: ImageSet, limit: int | None) -> None:
-        self.out, self.images, self.file = out, images, out / f"logits{limit or ''}.safetensors"
-        self.places = spread(len(images), limit)
-        self.seen = load_file(self.file) if self.file.exists() else {}
+        self.out, self.images, self.places = out, images, spread(len(images), limit)
+        self.seen = Memory(out / f"logits{limit or ''}.safetensors")
         self.models: dict[str, saccade.AdaptiveViT] = {}
 
     def there(self, *runs: str) -> bool:
@@ -116,41 +104,22 @@ class Tests:
         return self.models[run]
 
     def logits(self, run: str, setting: str) -> Tensor:
-        key = f"{run}|{setting}"
-        if key not in self.seen:
-            self.seen[key] = logits(self.model(run), setting, self.images, self.places).half()
-            save_file(self.seen, self.file)
-        return self.seen[key].float()
+        def make() -> Tensor:
+            return logits(self.model(run), setting, self.images, self.places).half()
+
+        return self.seen(f"{run}|{setting}", make).float()
 
     def hits(self, run: str, setting: str) -> Tensor:
         return self.right(run, self.logits(run, setting))
 
     def right(self, run: str, logits: Tensor) -> Tensor:
         """Whether the highest of the logits [n, K] is the label's, [n] float64."""
-        labels = torch.tensor(class_indices(self.images, self.model(run).vit.num_classes))
-        return (logits.argmax(-1) == labels[self.places]).double()
+        return right(logits, labels(self.model(run), self.images, self.places))
 
     def gmacs(self, run: str, setting: str) -> float:
         view = self.model(run).at(setting)
         with torch.inference_mode():
             return view(torch.zeros(1, 3, *view.input_size())).trace.macs().item() / 1e9
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What is said, the runs that it takes, and the paired difference [n], positive where the claim is right."""
-
-    text: str
-    runs: tuple[str, ...]
-    difference: Callable[[], Tensor]
-    slack: float = 0.0  # how far below zero it may be
-
-    def row(self, tests: Tests) -> list[str]:
-        if not tests.there(*self.runs):
-            return [self.text, "", "not run"]
-        mean, low, high = (100 * v for v in bootstrap(self.difference()).three())
-        verdict = "holds" if low > -100 * self.slack else "does not hold" if high < -100 * self.slack else "not decided"
-        return [self.text, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", verdict]
 
 
 def claims_of(tests: Tests, seeds: list[int]) -> list[Claim]:
@@ -240,30 +209,24 @@ def accuracies(tests: Tests, seeds: list[int]) -> list[list[str]]:
     return rows
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, "runs/flexivit")
     parser.add_argument("data", type=Path, help="folder with caltech160.zip, nette160.zip and the weights")
-    parser.add_argument("--out", type=Path, default=Path("runs/flexivit"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--limit", type=int, help="test so many images, evenly spread")
     parser.add_argument("--no-training", action="store_true", help="test the runs that are there")
-    arguments = parser.parse_args()
-    if not arguments.no_training:
-        train_all(runs_of(arguments.data, arguments.out, arguments.seeds), arguments.out, arguments.at_once)
+    given = parser.parse_args()
+    if not given.no_training:
+        train_all(runs_of(given.data, given.out, given.seeds), given.out, given.at_once)
 
-    tests = Tests(arguments.out, open_images(arguments.data / "caltech160.zip", "test"), arguments.limit)
+    tests = Tests(given.out, open_images(given.data / "caltech160.zip", "test"), given.limit)
     sizes = [f"grid({p})" for p in (*SIZES, *BEYOND)]
-    costs = ["GMACs", *(f"{tests.gmacs(f'flexible-{arguments.seeds[0]}', g):.2f}" for g in sizes)]
-    claims = [claim.row(tests) for claim in claims_of(tests, arguments.seeds)]
-    text = [table(["top-1, %", *sizes], [costs, *accuracies(tests, arguments.seeds)])]
+    costs = ["GMACs", *(f"{tests.gmacs(f'flexible-{given.seeds[0]}', g):.2f}" for g in sizes)]
+    claims = [claim.row(tests.there) for claim in claims_of(tests, given.seeds)]
+    text = [table(["top-1, %", *sizes], [costs, *accuracies(tests, given.seeds)])]
     text.append(table(["claim", "difference, points", "verdict"], claims))
-    write_text(arguments.out / "flexivit.md", "\n\n".join(text) + "\n")
+    write_text(given.out / "flexivit.md", "\n\n".join(text) + "\n")
     print("\n\n".join(text))
 
 

@@ -21,27 +21,37 @@ Measured  docs/results-imagepiece.md
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
-from jobs import PRECISION, autocast, train_all
-from safetensors.torch import load_file, save_file
+from jobs import (
+    TRAINED,
+    Memory,
+    Row,
+    answers,
+    between,
+    labels,
+    level,
+    nearest,
+    parser_of,
+    points,
+    right,
+    show,
+    timed,
+    train_all,
+    verdict,
+)
 
 import saccade
 from saccade.analysis import analyze
-from saccade.data import CACHE_BYTES, Loader, Preprocess, class_indices, open_images
-from saccade.data.corrupt import corrupted, corruption
+from saccade.data import Preprocess, open_images
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.candidates import price
-from saccade.evaluation.speed import bench
-from saccade.evaluation.stats import Interval, bootstrap, proportion
+from saccade.evaluation.stats import Interval, bootstrap
 from saccade.model import AdaptiveViT
 from saccade.storage.files import write_json
 
@@ -80,10 +90,7 @@ MODELS = {"imagepiece": "patches-both", "stem-imagepiece": "stem-both"}  # of ot
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data")
-    parser.add_argument("weights")
-    parser.add_argument("--out", type=Path, default=Path("runs/imagepiece"))
+    parser = parser_of(__doc__, "runs/imagepiece", "data", "weights")
     parser.add_argument("--epochs", type=float, default=0.5, help="of every run but the source")
     parser.add_argument("--source-epochs", type=float, default=2)
     parser.add_argument("--limit", type=int, default=1000, help="test images of sweeps and masks")
@@ -96,15 +103,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    common = [
-        f"data.path={arguments.data}",
-        "data.holdout=0",  # all training images are trained on; the test images are the last word
-        "data.workers=0",
-        "run.batch=32",
-        "run.threads=1",
-        f"run.precision={PRECISION}",
-        "run.save_every=45",
-    ]
+    common = [f"data.path={arguments.data}", *TRAINED, "run.save_every=45"]
     source = [f"model.weights={arguments.weights}", "model.size=160", "model.crop_pct=1.0"]
     train_all({"source": ["finetune", *common, *source, f"run.epochs={arguments.source_epochs}"]}, out, 1)
     dense = saccade.load(out / "source" / "model", "dense")
@@ -144,59 +143,33 @@ def solve(model: AdaptiveViT) -> dict[str, list[str]]:
     return found
 
 
-def nearest(model: AdaptiveViT, make: Callable[[float], str], goal: float) -> str:
-    """The setting whose MACs come nearest to a goal, by bisection: more of k is more MACs."""
-    low, high = 0.0, 1.0
-    tried: dict[str, float] = {}
-    for _ in range(11):
-        middle = (low + high) / 2
-        setting = make(max(middle, 0.001))
-        tried[setting] = tried[setting] if setting in tried else price(model, setting)
-        low, high = (low, middle) if tried[setting] > goal else (middle, high)
-    return min(tried, key=lambda s: abs(tried[s] - goal))
-
-
-def timed(model: AdaptiveViT, settings: list[str], seconds: float, batch: int = 32) -> dict[str, float]:
-    """Measured speed-up over dense of median times, fp32, two threads, all interleaved."""
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    rows = bench(model, list(dict.fromkeys(settings)), batch=[batch], seconds=seconds)
-    speed = {row.setting: row.images_per_s / rows[0].images_per_s for row in rows}
-    print(f"{rows[0].runs} runs; " + ", ".join(f"{s}: {v:.3f}" for s, v in speed.items()))
-    return speed
-
-
 class Asked:
     """Whether a trained model is right on each test image, under a setting and a corruption; remembered in a file."""
 
     def __init__(self, out: Path, data: str, limit: int, whole: int | None, untrained: bool) -> None:
         self.untrained = untrained
-        self.out, self.data, self.images, self.file = out, data, open_images(data), out / "hits.safetensors"
+        self.out, self.images, self.memory = out, open_images(data), Memory(out / "hits.safetensors")
         self.every = spread(len(self.images), whole)
         self.some = [self.every[i] for i in spread(len(self.every), limit)]
-        self.seen: dict[str, torch.Tensor] = load_file(self.file) if self.file.exists() else {}
         self._model = cache(lambda run: saccade.load(self.folder(run), "dense"))
-        self._loader = cache(self._load)
 
     def __call__(self, run: str, setting: str, masks: int = 0, few: bool = False) -> torch.Tensor:
         """Hits, float64 [n], on all test images, or on those of sweeps and masks."""
         run = "stemmed" if self.untrained else run
         places = self.some if few or masks else self.every
-        if few and not masks and (whole := f"{run}|{setting}|0|{len(self.every)}") in self.seen:
+        if few and not masks and (whole := f"{run}|{setting}|0|{len(self.every)}") in self.memory.seen:
             at = {place: i for i, place in enumerate(self.every)}
-            return self.seen[whole][[at[p] for p in places]]
+            return self.memory.seen[whole][[at[p] for p in places]]
         key = f"{run}|{setting}|{masks}|{len(places)}"
-        if key not in self.seen:
-            view, labels, found = self._model(run).at(setting).eval(), None, []
-            labels = torch.tensor(class_indices(self.images, view.vit.num_classes))
-            for batch in self._loader(masks).batches(50, places):
-                with torch.inference_mode(), autocast():
-                    found.append(view(batch.images).logits.float().argmax(-1) == labels[batch.indices])
-            self.seen[key] = torch.cat(found).double()
-            assert len(self.seen[key]) == len(places)
-            save_file(self.seen, self.file)
-            print(f"{key}: {self.seen[key].mean():.2%}", file=sys.stderr, flush=True)
-        return self.seen[key]
+
+        def make() -> torch.Tensor:
+            view, preprocess = self._model(run).at(setting).eval(), Preprocess.of(self._model("source").vit)
+            logits, _ = answers(view, self.images, places, preprocess, f"masks:{masks}" if masks else "")
+            found = right(logits, labels(view, self.images, places))
+            print(f"{key}: {found.mean():.2%}", file=sys.stderr, flush=True)
+            return found
+
+        return self.memory(key, make)
 
     def there(self, run: str) -> bool:
         """Whether a method's run is finished; untrained, all are but those that are nothing without training."""
@@ -205,14 +178,6 @@ class Asked:
     def folder(self, run: str) -> Path:
         """Where a run's model is; untrained, all have the source's."""
         return self.out / "stemmed" if self.untrained or run == "stemmed" else self.out / run / "model"
-
-    def _load(self, masks: int) -> Loader:
-        preprocess = Preprocess.of(self._model("source").vit)
-        spoil = corruption(f"masks:{masks}") if masks else None
-        return Loader(self.images, corrupted(preprocess, spoil), cache_bytes=CACHE_BYTES)
-
-
-Row = dict[str, Any]
 
 
 def report(
@@ -359,39 +324,6 @@ def at_time(asked: Asked, name: str, found: list[str], speed: dict[str, float], 
     marks = [(1 / speed[s], asked(name, s, few=True)) for s in found[:4]]
     marks.append((1.0, asked("patches-neither", "dense", few=True)))
     return torch.stack([share * hits for share, hits in between(marks, 1 / goal)]).sum(0)
-
-
-Value = TypeVar("Value")
-
-
-def between(marks: Sequence[tuple[float, Value]], goal: float) -> list[tuple[float, Value]]:
-    """Shares of the two marks (place, value) next to a goal, as on a line; beyond the ends, all of the end."""
-    marks = sorted(marks, key=lambda mark: mark[0])
-    for (a, left), (b, right) in pairwise(marks):
-        if goal <= b:
-            share = min(max((goal - a) / (b - a), 0.0), 1.0) if a < b else 1.0
-            return [(1 - share, left), (share, right)]
-    return [(1.0, marks[-1][1])]
-
-
-def verdict(found: Interval, slack: float = 0.0) -> str:
-    """Of a claim that a difference is above zero, or not further below it than ``slack``."""
-    return "holds" if found.low > -slack else "does not hold" if found.high < -slack else "not decided"
-
-
-def points(found: Interval) -> str:
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in found.three()))
-
-
-def level(hits: torch.Tensor) -> str:
-    return "{:.1%} [{:.1%}, {:.1%}]".format(*proportion(hits.bool()).three())
-
-
-def show(title: str, rows: Sequence[Row]) -> None:
-    """A Markdown table."""
-    print(f"\n{title}\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(row.get(name, "")).replace("|", "\\|") for name in rows[0]) + " |")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jobs import parser_of
 
 import saccade
 from saccade.core.registry import Entry, registry
@@ -38,11 +39,9 @@ OUT = Path(__file__).parents[1] / "docs" / "measured"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser = parser_of(__doc__, OUT, "model")
     parser.add_argument("weights", type=Path)
     parser.add_argument("data", type=Path, help="photos with labels")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder for methods.json and speed.json")
     parser.add_argument("--cache", type=Path, default=Path("runs/methods"), help="folder to go on from")
     parser.add_argument("--limit", type=int, help="photos; default: all")
     parser.add_argument("--time", action="store_true", help="only time the settings of methods.json")

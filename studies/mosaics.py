@@ -15,15 +15,15 @@ Measured  docs/results-quadformer.md
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
-from jobs import logits
+from jobs import labels, logits, parser_of, points
 from torch import Tensor
 
 import saccade
-from saccade.data import ImageSet, class_indices, open_images
+from saccade.data import ImageSet, open_images
+from saccade.evaluation.accuracy import spread
 from saccade.evaluation.stats import bootstrap
 from saccade.model import AdaptiveViT
 from saccade.storage.files import write_text
@@ -38,9 +38,8 @@ class Looks:
 
     def __init__(self, model: AdaptiveViT, images: ImageSet, limit: int) -> None:
         self.model, self.images = model, images
-        count = min(limit, len(images))
-        self.places = [i * len(images) // count for i in range(count)]
-        self.labels = torch.tensor(class_indices(images, model.vit.num_classes))[self.places]
+        self.places = spread(len(images), limit)
+        self.labels = labels(model, images, self.places)
 
     def best(self, setting: str) -> Tensor:
         """[n] int64."""
@@ -71,7 +70,7 @@ def rows(looks: Looks, scorers: dict[str, tuple[str, ...]]) -> list[str]:
                 for values in (right, agree):
                     cells.append(f"{100 * float(values[name].mean()):.1f} %")
                     for rival in ("uniform", "chance"):
-                        cells.append("" if name == rival else _points(values[name] - values[rival]))
+                        cells.append("" if name == rival else points(bootstrap(values[name] - values[rival])))
                 lines.append("| " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)
     return lines
@@ -81,17 +80,10 @@ def _mean(several: list[Tensor]) -> Tensor:
     return torch.stack([one.double() for one in several]).mean(0)
 
 
-def _points(difference: Tensor) -> str:
-    mean, low, high = (100 * v for v in bootstrap(difference).three())
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
 def main() -> None:
     """Look at everything and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("weights")
+    parser = parser_of(__doc__, "runs/mosaics.md", "weights")
     parser.add_argument("data", nargs="+")
-    parser.add_argument("--out", type=Path, default=Path("runs/mosaics.md"))
     parser.add_argument("--limit", type=int, default=500, help="most photos of a set, evenly spread")
     arguments = parser.parse_args()
     model = saccade.create_model("vit_tiny_patch16_224", weights=arguments.weights)

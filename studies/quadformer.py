@@ -23,21 +23,19 @@ Measured  docs/results-quadformer.md
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jobs import PRECISION, logits, train_all
-from safetensors.torch import load_file, save_file
+from jobs import TRAINED, Claim, Memory, labels, loader_of, logits, parser_of, right, table, train_all
 from torch import Tensor
 
 import saccade
-from saccade.data import ImageSet, Loader, Preprocess, class_indices, open_images
+from saccade.data import ImageSet, Preprocess, class_indices, open_images
 from saccade.evaluation.stats import bootstrap
 from saccade.storage.files import write_text
 from saccade.tokenizers.scorers import given, register_scorer
@@ -89,13 +87,12 @@ class Run:
 
     def arguments(self) -> list[str]:
         """Of ``saccade train``."""
-        plain = ["data.holdout=0", "data.workers=0", "run.batch=32", "run.threads=1", f"run.precision={PRECISION}"]
         told = [
             f"sampling.settings={json.dumps(list(self.settings))}",
             f"run.epochs={self.epochs}",
             f"run.seed={self.seed}",
         ]
-        return ["finetune", f"data.path={self.data}", *self.start, *plain, "run.save_every=100", *told]
+        return ["finetune", f"data.path={self.data}", *self.start, *TRAINED, "run.save_every=100", *told]
 
 
 def runs_of(
@@ -137,16 +134,10 @@ class Tests:
     images: ImageSet
     seeds: Sequence[int]
     start: str
-    seen: dict[str, Tensor] = field(default_factory=dict)
     maps: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.file.exists():
-            self.seen = load_file(self.file)
-
-    @property
-    def file(self) -> Path:
-        return self.out / f"hits-{self.images.path.stem}.safetensors"
+        self.seen = Memory(self.out / f"hits-{self.images.path.stem}.safetensors")
 
     def there(self, run: str) -> list[int]:
         """Seeds of a run that are finished."""
@@ -158,52 +149,31 @@ class Tests:
         return torch.stack([self._hits(name, setting) for name in where for setting in settings]).mean(0)
 
     def _hits(self, run: str, setting: str) -> Tensor:
-        key = f"{run}|{setting}"
-        if key not in self.seen:
-            model, n = saccade.load(self.out / run / "model"), len(self.images)
-            labels, found = torch.tensor(class_indices(self.images, model.vit.num_classes)), []
+        def make() -> Tensor:
+            model, n, found = saccade.load(self.out / run / "model"), len(self.images), []
             for first in range(0, n, BATCH):
                 part = range(first, min(n, first + BATCH))
                 known = given(maps=self.oracle()[first : part.stop]) if "maps" in setting else nullcontext()
                 with known:
-                    found.append(logits(model, setting, self.images, part).argmax(-1))
-            self.seen[key] = (torch.cat(found) == labels).double()
-            save_file(self.seen, self.file)
-        return self.seen[key]
+                    found.append(logits(model, setting, self.images, part))
+            return right(torch.cat(found), labels(model, self.images))
+
+        return self.seen(f"{run}|{setting}", make)
 
     def oracle(self) -> Tensor:
         """Where the start, told the label, sees it, [n, 10, 10]."""
         if self.maps is None:
             vit = saccade.load(self.start).eval().vit
             net, found = Network("start", None, "", None, vit), []
-            labels = torch.tensor(class_indices(self.images, vit.num_classes))
-            prepare = Preprocess.of(vit)
+            classes = torch.tensor(class_indices(self.images, vit.num_classes))
             std, mean = (torch.tensor(v)[:, None, None] for v in (net.std, net.mean))
-            for seen in Loader(self.images, prepare).batches(BATCH, range(len(self.images))):
+            for seen in loader_of(self.images, Preprocess.of(vit)).batches(BATCH, range(len(self.images))):
                 at = seen.images.shape[0] * len(found)
                 pixels = seen.images * std + mean
                 layer = f"blocks.{len(vit.blocks) - 1}.norm1"
-                found.append(class_maps(net, pixels, labels[at : at + len(pixels)], layer))
+                found.append(class_maps(net, pixels, classes[at : at + len(pixels)], layer))
             self.maps = torch.cat(found)
         return self.maps
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What is said, the runs that it takes, and the paired difference [n], positive where the claim is right."""
-
-    text: str
-    runs: tuple[str, ...]
-    difference: Callable[[], Tensor]
-    slack: float = 0.0  # how far below zero it may be
-
-    def row(self, tests: Tests) -> list[str]:
-        """Claim, difference in points with its 95 % interval, verdict."""
-        if not all(tests.there(run) for run in self.runs):
-            return [self.text, "", "not run"]
-        mean, low, high = (100 * v for v in bootstrap(self.difference()).three())
-        verdict = "holds" if low > -100 * self.slack else "does not hold" if high < -100 * self.slack else "not decided"
-        return [self.text, f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", verdict]
 
 
 Side = tuple[str, tuple[str, ...]]  # a run, and the settings that it is tested under
@@ -282,12 +252,10 @@ def shown(tests: Tests, runs: dict[str, Run]) -> list[str]:
 
 def main() -> None:
     """Train what is not trained yet, test, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data")
+    parser = parser_of(__doc__, "runs/quadformer", "data")
     parser.add_argument("start", help="folder of a model fine-tuned on the data")
     parser.add_argument("weights")
     parser.add_argument("--nette")
-    parser.add_argument("--out", type=Path, default=Path("runs/quadformer"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--epochs", type=float, default=1, help="of each run; other lengths go to another folder")
@@ -302,8 +270,9 @@ def main() -> None:
         train_all(chosen, given_.out, given_.at_once)
     tests = Tests(given_.out, open_images(given_.data, "test"), given_.seeds, given_.start)
     here = {name: run for name, run in runs.items() if not name.startswith("nette")}
-    lines = ["Caltech-101", "", *shown(tests, here), "", "| claim | points | verdict |", "|---|---|---|"]
-    lines += ["| " + " | ".join(claim.row(tests)) + " |" for claim in claims_of(tests, given_.weights)]
+    head = ["claim", "points", "verdict"]
+    claims = [claim.row(tests.there) for claim in claims_of(tests, given_.weights)]
+    lines = ["Caltech-101", "", *shown(tests, here), "", table(head, claims)]
     if given_.nette is not None:
         other = Tests(given_.out, open_images(given_.nette, "val"), given_.seeds, given_.start)
         lines += ["", "Imagenette", "", *shown(other, {n: r for n, r in runs.items() if n.startswith("nette")})]
@@ -313,7 +282,7 @@ def main() -> None:
             (sides[0][0], sides[1][0]),
             lambda: other.hits(sides[0][0], *sides[0][1]) - other.hits(sides[1][0], *sides[1][1]),
         )
-        lines += ["", "| claim | points | verdict |", "|---|---|---|", "| " + " | ".join(claim.row(other)) + " |"]
+        lines += ["", table(head, [claim.row(other.there)])]
     write_text(given_.out / "quadformer.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -26,7 +26,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from jobs import write
+from safetensors.torch import load_file
 from torch import Tensor
 
 import saccade
@@ -36,7 +37,7 @@ from saccade.evaluation.calibrate import bisect, calibrate
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.knob_search import KnobSearch
 from saccade.evaluation.stats import paired_difference, proportion
-from saccade.storage.files import replacing, write_json, write_text
+from saccade.storage.files import write_json, write_text
 
 SPEEDS = (1.5, 2.0)  # times fewer MACs
 PIECE = 96  # photos between two notes of what was said
@@ -149,8 +150,7 @@ def tested(model: saccade.AdaptiveViT, data: str, lines: Sequence[str], given: a
                 right = out.logits.argmax(-1) == labels[list(batch.indices)]
                 hit, macs = torch.cat([hit, right.double()]), torch.cat([macs, out.trace.macs().double()])
             flat |= {f"{line}|hit": hit, f"{line}|macs": macs}
-            with replacing(file) as part:
-                save_file(flat, part)
+            write(flat, file)
     assert not loader.failures.items, loader.failures.items
     return {line: {what: flat[f"{line}|{what}"] for what in ("hit", "macs")} for line in lines}
 

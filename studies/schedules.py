@@ -16,7 +16,6 @@ Measured  docs/results.md
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from contextlib import suppress
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from jobs import parser_of
 
 import saccade
 from saccade.data import open_images
@@ -45,16 +45,13 @@ FAMILIES = ("plain", "single", "composition", "schedule")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("weights")
+    parser = parser_of(__doc__, "runs/schedules", "model", "weights")
     parser.add_argument("data", help="photos with labels")
     parser.add_argument("--split")
     parser.add_argument("--speeds", type=float, nargs="+", default=[1.5, 2.0, 3.0], help="times fewer MACs")
     parser.add_argument("--tries", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/schedules"))
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = saccade.create_model(given.model, weights=given.weights).eval()

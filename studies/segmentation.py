@@ -15,14 +15,12 @@ Measured  not yet
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import autocast, train_all
-from safetensors.torch import load_file, save_file
+from jobs import Memory, autocast, parser_of, table, train_all
 
 import saccade
 from saccade.evaluation.stats import Interval
@@ -45,10 +43,7 @@ OTHERS = ("tome(r=8)", "tome(r=13)", "evit(0.7)")  # merging and pruning at patc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data")
-    parser.add_argument("weights")
-    parser.add_argument("--out", type=Path, default=Path("runs/segmentation"))
+    parser = parser_of(__doc__, "runs/segmentation", "data", "weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")
@@ -82,21 +77,20 @@ def main() -> None:
 
     rule = read_config("segment").segment
     pixels = open_pixels(arguments.data, "val", rule.classes, rule.void)
-    tested = out / "counts.safetensors"  # of finished runs, which do not change
-    seen: dict[str, torch.Tensor] = load_file(tested) if tested.exists() else {}
+    memory = Memory(out / "counts.safetensors")  # of finished runs, which do not change
 
     def of(run: str, setting: str) -> Counts:
-        key = f"{run}|{setting}"
-        if key not in seen:
+        def make() -> dict[str, torch.Tensor]:
             model: Any = saccade.load(out / run / "model", setting)
             with autocast():  # as it was trained
                 found = count(model.eval(), pixels, range(len(pixels)), "fit", 8, lambda done: None)
             assert not pixels.failures, pixels.failures
-            seen[key] = torch.stack(found.sums)
-            seen[f"{key}|macs"] = torch.tensor([found.macs, found.decoder], dtype=torch.float64)
-            save_file(seen, tested)
-        macs = seen[f"{key}|macs"].tolist()
-        return Counts(torch.arange(len(pixels)), *seen[key], *macs)
+            macs = torch.tensor([found.macs, found.decoder], dtype=torch.float64)
+            return {"sums": torch.stack(found.sums), "macs": macs}
+
+        key = f"{run}|{setting}"
+        seen = memory.all({"sums": key, "macs": f"{key}|macs"}, make)
+        return Counts(torch.arange(len(pixels)), *seen["sums"], *seen["macs"].tolist())
 
     facts = {run: json.loads(next((out / run / "checkpoints").glob("last-*/state.json")).read_text()) for run in runs}
     tables = {}
@@ -156,9 +150,7 @@ def _row(setting: str, fixed: Counts, flexible: Counts, coarse: Counts, head: st
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """A Markdown table."""
-    print(f"\n{title}\n\n| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(_cell(name, value) for name, value in row.items()) + " |")
+    print(f"\n{title}\n\n{table([*rows[0]], [[_cell(*item) for item in row.items()] for row in rows])}")
 
 
 def _cell(name: str, value: Any) -> str:

@@ -17,16 +17,16 @@ Measured  docs/results.md, "Text and image"
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from jobs import loader_of, parser_of, table, write
+from safetensors.torch import load_file
 from torch import Tensor
 
 import saccade
-from saccade.data import ImageSet, Loader, Preprocess, open_images
+from saccade.data import ImageSet, Preprocess, open_images
 from saccade.evaluation.stats import Interval, bootstrap, proportion
 from saccade.storage.files import write_json
 from saccade.tasks.image_text.image_text_data import captioned
@@ -50,11 +50,9 @@ WAYS = {  # text towers: tuned against which image tower, at which of its patch 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data")
+    parser = parser_of(__doc__, "runs/textimage", "data")
     parser.add_argument("weights", help="of the ordinary tower")
     parser.add_argument("flexible", help="folder of the same tower, made flexible")
-    parser.add_argument("--out", type=Path, default=Path("runs/textimage"))
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -112,7 +110,7 @@ def features(images: ImageSet, tower: str, source: str, patch: int, out: Path, p
     preprocess = Preprocess.from_dict({**preprocess.to_dict(), "crop_pct": 1.0})  # the photos are squares of that size
     bar = progress.start(f"{tower}, {setting} on {images.split}", len(images))
     parts = []
-    for batch in Loader(images, preprocess).batches(32):
+    for batch in loader_of(images, preprocess).batches(32):
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             parts.append(model(batch.images).logits.float())
         bar(len(batch.indices))
@@ -156,13 +154,6 @@ def tune(
     return space
 
 
-def write(tensors: dict[str, Tensor], file: Path) -> None:
-    """A safetensors file, whole or not at all."""
-    part = file.with_suffix(".part")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part)
-    os.replace(part, file)
-
-
 def show(hits: dict[tuple[str, int, int], Tensor], seeds: list[int], out: Path) -> None:
     """The table, also as JSON."""
     rows = []
@@ -175,9 +166,7 @@ def show(hits: dict[tuple[str, int, int], Tensor], seeds: list[int], out: Path) 
             "FlexiLiT - own": bootstrap((of["FlexiLiT"] - own).mean(0)),
         }
         rows.append({"patch": p, **accuracy, **paired})
-    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
-    for row in rows:
-        print("| " + " | ".join(_cell(name, value) for name, value in row.items()) + " |")
+    print(table([*rows[0]], [[_cell(*item) for item in row.items()] for row in rows]))
     write_json(out / "textimage.json", [{k: v if k == "patch" else vars(v) for k, v in row.items()} for row in rows])
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import PRECISION, hits, train_all
-from safetensors.torch import load_file, save_file
+from jobs import PRECISION, hits, train_all, write
+from safetensors.torch import load_file
 
 import saccade
 from saccade.data import open_images
@@ -92,7 +92,7 @@ def main() -> None:
         key = f"{run}|{setting}"
         if key not in seen:
             seen[key] = hits(saccade.load(out / run / "model"), setting, images)
-            save_file(seen, tested)
+            write(seen, tested)
         return seen[key]
 
     facts = {run: json.loads(next((out / run / "checkpoints").glob("last-*/state.json")).read_text()) for run in runs}

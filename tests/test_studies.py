@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "studies"))
 
 import compositions
 import dense
+import jobs
 
 import saccade
 from data_helpers import encode, picture
@@ -26,6 +30,8 @@ from saccade.model import AdaptiveViT
 from saccade.tasks.segmentation.mean_iou import Counts, interval, mean_iou
 from saccade.tasks.segmentation.segmenter import segmenter
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def counts(seed: int, images: int = 12, classes: int = 3) -> Counts:
     generator = torch.Generator().manual_seed(seed)
@@ -34,8 +40,7 @@ def counts(seed: int, images: int = 12, classes: int = 3) -> Counts:
 
 
 def test_every_study_and_benchmark_imports():
-    root = Path(__file__).resolve().parents[1]
-    scripts = sorted(str(path) for folder in ("studies", "benchmarks") for path in (root / folder).glob("*.py"))
+    scripts = sorted(str(path) for folder in ("studies", "benchmarks") for path in (ROOT / folder).glob("*.py"))
     code = (
         "import runpy, sys\n"
         "for path in sys.argv[1:]:\n"
@@ -180,3 +185,55 @@ def test_the_study_of_imagepiece_runs_from_its_command_to_its_tables(small_world
     run_study(small_world, "imagepiece", *told, "--runs")
     run_study(small_world, "imagepiece", *told, "--time", "cells", "--seconds", "1")
     assert "| evit" in run_study(small_world, "imagepiece", *told)
+
+
+STUDIES = sorted(path for path in (ROOT / "studies").glob("*.py") if path.stem != "jobs")
+NAMED = ("Claim|Claims|Paper", "Command", "Cost", "Measured")
+SHARED = {"Loader", "save_file"}  # for jobs.py alone
+APART = {"adavit": {"Loader"}, "rates": {"Loader"}}  # what they read tells counts too, or goes on in the middle
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_a_study_says_what_it_claims_and_how_it_is_run(study):
+    """Claim, command with its data, time, and the page of its results, which is there."""
+    doc = ast.get_docstring(ast.parse(study.read_text(encoding="utf-8"))) or ""
+    parts = dict(re.findall(r"^([A-Z][a-z]+)  +(\S.*(?:\n .*)*)", doc, re.MULTILINE))
+    assert all(any(name in parts for name in names.split("|")) for names in NAMED), f"it says {[*parts]}"
+    assert f"python studies/{study.name}" in parts["Command"]
+    page = re.search(r"\S+\.(md|json)", parts["Measured"])
+    assert (ROOT / page[0]).is_file() if page else parts["Measured"].startswith("not yet")
+
+
+def test_no_study_repeats_what_another_has():
+    """Functions and classes are written once, and images are loaded and tensors kept by what all of them share."""
+    bodies: dict[str, dict[str, str]] = {}
+    for path in [*STUDIES, ROOT / "studies" / "jobs.py"]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        whole = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        bodies[path.stem] = {ast.dump(ast.Module(node.body, [])): node.name for node in whole if len(node.body) > 1}
+        called = {getattr(node.func, "id", "") for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert path.stem == "jobs" or called & SHARED <= APART.get(path.stem, set()), path.name
+    twice = [(a, b, bodies[a][body]) for a, b in combinations(bodies, 2) for body in bodies[a].keys() & bodies[b]]
+    assert twice == []
+
+
+def test_what_models_said_is_computed_once_and_kept(tmp_path):
+    asked = []
+
+    def make() -> dict[str, torch.Tensor]:
+        asked.append(1)
+        return {"hits": torch.ones(3), "macs": torch.zeros(3)}
+
+    for _ in range(2):  # a second process reads the file
+        memory = jobs.Memory(tmp_path / "runs" / "seen.safetensors")
+        found = memory.all({"hits": "a", "macs": "a|macs"}, make)
+        assert found["hits"].tolist() == [1, 1, 1] and memory("a|macs", lambda: torch.ones(1)).tolist() == [0, 0, 0]
+    assert asked == [1]
+
+
+def test_a_claim_is_decided_by_its_interval_and_needs_its_runs():
+    better = jobs.Claim("a > b", ("a", "b"), lambda: torch.ones(9, dtype=torch.float64))
+    assert better.row(lambda run: run == "a") == ["a > b", "", "not run"]
+    assert better.row(lambda run: True) == ["a > b", "+100.0 [+100.0, +100.0]", "holds"]
+    assert jobs.verdict(bootstrap(-torch.ones(9, dtype=torch.float64)), slack=0.5) == "does not hold"
+    assert jobs.table(["a"], [["x | y"]]).splitlines() == ["| a |", "| --- |", "| x \\| y |"]

@@ -247,7 +247,7 @@ def test_weights_in_several_files(tmp_path):
         ({"num_hidden_layers": 4}, "missing"),
         ({"hidden_act": "os.system"}, "hidden_act"),
         ({"model_type": "swin"}, "those with a form in timm are vit, deit"),
-        ({"model_type": ["vit"]}, "is none that can be used here"),
+        ({"model_type": ["vit"]}, "cannot be used"),
         ({"patch_size": 4}, "of another shape"),
     ],
 )

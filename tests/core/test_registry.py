@@ -43,5 +43,5 @@ def test_list_of_a_method_shows_its_knobs(knob, source, capsys):
 
 
 def test_a_method_that_there_is_not_is_named():
-    with pytest.raises(UserError, match=r"there is no method 'evt'.*evit"):
+    with pytest.raises(UserError, match=r"there is no method 'evt'.*evit.*--plugin"):
         saccade.list("evt")

@@ -144,9 +144,7 @@ def _config(address: str, data: bytes) -> HubConfig:
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, wrong["loc"]))[:100]
-        raise UserError(
-            f"{CONFIG} of {address!r} is none that can be used here ({place}: {wrong['msg'][:150]})"
-        ) from None
+        raise UserError(f"{CONFIG} of {address!r} cannot be used ({place}: {wrong['msg'][:150]})") from None
 
 
 def _local(address: str) -> Fetch:

@@ -88,7 +88,7 @@ def vit_of(config: Config, state: Mapping[str, Tensor], where: str, *, classifie
     projects = any("visual_projection" in name for name in state)
     if "head.weight" in named and not projects and config.model_type in READS:
         reads = READS[config.model_type]
-        raise UserError(f"{where} has a classifier that reads {reads}, which timm has not: take classifier=False")
+        raise UserError(f"{where} has a classifier that reads {reads}, which timm does not have: take classifier=False")
     try:
         if config.model_type == ROTARY:
             weights, (name, args) = eva_weights(named, where), eva_asked(config, named, where)

@@ -84,4 +84,4 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False)[0]
         said = f"{'.'.join(map(str, wrong['loc']))[:100]}={str(wrong.get('input'))[:50]!r}: {wrong['msg'][:150]}"
-        raise UserError(f"{where}: its config.json is none that can be used here ({said})") from None
+        raise UserError(f"{where}: its config.json cannot be used ({said})") from None

@@ -30,7 +30,7 @@ def eva_weights(named: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             weights[block + (inside if rule is None else inside.replace(rule, renamed[rule], 1))] = value
         elif part[2] == "bias":
             if part[1] == "k":
-                raise UserError(f"{where} has biases of keys, which timm's Eva has not")
+                raise UserError(f"{where} has biases of keys, which timm's Eva does not have")
             weights[f"{block}attn.{part[1]}_bias"] = value
         elif part[1] == "q":
             three = [named.get(f"{block}attn.{one}.weight") for one in "qkv"]

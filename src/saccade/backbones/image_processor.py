@@ -78,7 +78,7 @@ def preprocessing(values: Mapping[str, Any] | None, kind: str, where: str) -> di
         known = Processor.model_validate({**given, "resample": int(given.get("resample", 3))})
     except (ValidationError, ValueError, TypeError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise UserError(f"{where}: {FILE} is none that can be used here ({reason[:150]})") from None
+        raise UserError(f"{where}: {FILE} cannot be used ({reason[:150]})") from None
     if abs(known.rescale_factor * 255 - 1) > 1e-3:
         raise UserError(f"{where}: its pixels are scaled by {known.rescale_factor:g}, and here only 1/255 is possible")
     plain = {"image_mean": [0.0] * len(known.image_mean), "image_std": [1.0] * len(known.image_std)}

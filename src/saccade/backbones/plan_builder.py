@@ -6,8 +6,8 @@ from torch import Tensor
 
 from saccade.backbones.learned import Learned, require_apart, require_learned, require_same_start, share, slots
 from saccade.core.plan import Backbone, Method, Plan, Tokenizer
-from saccade.core.registry import registry
-from saccade.errors import UserError, nearest
+from saccade.core.registry import registry, unknown
+from saccade.errors import UserError
 from saccade.setting import Call, Setting, presets
 from saccade.tokenizers.grid import grid
 
@@ -31,7 +31,7 @@ def build(
     methods: list[tuple[Call, Method]] = []
     for call in setting.calls:
         if call.name not in known:
-            raise UserError(f"there is no method {call.name!r}{nearest(call.name, [*known, *presets()])}")
+            raise unknown(call.name, presets())
         entry = known[call.name]
         built = entry(backbone, call.args, dict(call.kwargs))
         (tokenizers if entry.kind == "tokenizer" else methods).append((call, built))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
@@ -173,6 +173,12 @@ def _look() -> None:
         for module in iter_modules(import_module(package).__path__, package + "."):
             import_module(module.name)
     load_installed()
+
+
+def unknown(name: str, others: Iterable[str] = ()) -> UserError:
+    """The error for a name that is not registered, with what it may mean; ``others`` are known names beside methods."""
+    near = nearest(name, [*registry(), *others])
+    return UserError(f"there is no method {name!r}{near}; one of your own is read by --plugin or saccade.load_plugin")
 
 
 def list_methods() -> list[str]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from saccade.core.registry import SOURCES, Entry, registry
-from saccade.errors import UserError, nearest
+from saccade.core.registry import SOURCES, Entry, registry, unknown
 from saccade.setting import Preset, Setting, presets
 from saccade.terminal.results import Result
 from saccade.terminal.text_table import Column, Table
@@ -102,7 +101,7 @@ def list_methods(name: str | None = None) -> Methods | Knobs | System:
     if name in presets():
         return System(name, presets()[name])
     if name not in known:
-        raise UserError(f"there is no method {name!r}{nearest(name, [*known, *presets()])}")
+        raise unknown(name, presets())
     return Knobs(known[name])
 
 

@@ -60,7 +60,7 @@ class BatchStream:
     ):
         """Raises UserError for a batch that ranks cannot share, counts below their limits, or no readable image."""
         if world < 1 or not 0 <= rank < world:
-            raise UserError(f"rank {rank} of {world} is none: give at least 1 rank, counted from 0")
+            raise UserError(f"there is no rank {rank} of {world}: give at least 1 rank, counted from 0")
         if batch < 1 or batch % world:
             raise UserError(f"batch {batch} cannot be shared by {world} ranks: give a positive multiple of {world}")
         if workers < 0:
