@@ -1,0 +1,109 @@
+"""Schedules in milliseconds: at equal measured time, is one that was found for time better than one found for MACs?
+
+Claim     At batch 1 deciding takes time that MACs do not tell, so a search that is priced by a device's latency curve
+          finds better schedules for that device than one that is priced in MACs. No paper says so of these methods.
+Method    A pretrained model, nothing trained, in the runner that one would deploy. Half of the photos choose: for each
+          MAC ratio the nearest schedule of a search in MACs (``studies/schedules.py``), whose time is measured; then
+          the nearest of a search in milliseconds, within the time that the curve tells of the first. Both are timed in
+          one interleaved run with the dense model; the other half of the photos reports KL, top-1 and paired
+          differences, 95 % intervals over images.
+Command   python studies/milliseconds.py vit_tiny_patch16_224 vit_tiny_patch16_224.safetensors inval227_dev.zip
+          --runner "openvino bf16" --batch 1 --out runs/milliseconds
+Cost      an estimate: 25 minutes of two cores, alone on the machine for the times; searches go on where they stopped
+Expected  nearer to the dense model at no more time
+Measured  docs/results.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+
+import torch
+from jobs import parser_of
+
+import saccade
+from saccade.data import open_images
+from saccade.evaluation.allowance import Allowance
+from saccade.evaluation.device_curve import curve_of
+from saccade.evaluation.evaluator import Evaluator
+from saccade.evaluation.prediction_cache import Cache
+from saccade.evaluation.schedule import Space
+from saccade.evaluation.schedule_candidates import schedules
+from saccade.evaluation.schedule_price import macs, milliseconds, points
+from saccade.evaluation.speed import time_together
+from saccade.evaluation.stats import paired_difference
+from saccade.evaluation.successive_halving import shuffled_halves
+from saccade.runners.runner import Runner
+from saccade.storage.files import write_json
+
+
+def main() -> None:
+    parser = parser_of(__doc__, "runs/milliseconds", "model", "weights")
+    parser.add_argument("data", help="photos with labels")
+    parser.add_argument("--split")
+    parser.add_argument("--runner", default="openvino", help="to deploy in")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--speeds", type=float, nargs="+", default=[2.0], help="times fewer MACs, for the first search")
+    parser.add_argument("--tries", type=int, default=150)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing")
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    model, runner = saccade.create_model(given.model, weights=given.weights).eval(), Runner.of(given.runner)
+    evaluator = Evaluator(model, open_images(given.data, given.split))
+    store = Cache.of(given.out / "cache", evaluator)
+    select, report = shuffled_halves(len(evaluator.images), 0, evaluator.labels)
+    space = Space.of(model)
+    curve = curve_of(model, points(space), runner=runner, batch=given.batch, seconds=given.seconds)
+    dense_ms = curve.predict(model.at("dense").eval())
+    rows = []
+    for speed in given.speeds:
+        search = partial(schedules, evaluator, select, allowance=Allowance(), tries=given.tries, folder=store.folder)
+        by_macs = search(partial(macs, ratio=speed)).candidates[0].setting
+        limit = curve.predict(model.at(by_macs).eval())
+        print(f"{speed}×: {by_macs} takes {limit:.3f} of {dense_ms:.3f} ms by the curve", file=sys.stderr, flush=True)
+        price = partial(milliseconds, limit=1.02 * limit, dense_ms=dense_ms, runner=runner, batch=given.batch)
+        by_time = search(partial(price, key=f"{speed}")).candidates[0].setting
+        rows += compared(evaluator, store, report, runner, given.batch, given.seconds, speed, by_macs, by_time)
+        write_json(given.out / "milliseconds.json", {"rows": rows})
+    print(json.dumps(rows, indent=2, ensure_ascii=False))
+
+
+def compared(
+    evaluator: Evaluator,
+    store: Cache,
+    report: list[int],
+    runner: Runner,
+    batch: int,
+    seconds: float,
+    speed: float,
+    by_macs: str,
+    by_time: str,
+) -> list[dict]:
+    """A row for each schedule: time in the runner, KL and top-1 on the half that reports, against the other one."""
+    settings = {"dense": "dense", "found for MACs": by_macs, "found for time": by_time}
+    base = evaluator.dense.deploy(Runner(runner.dtype, runner.engine, batch))
+    timed = time_together({name: base.at(s).eval() for name, s in settings.items()}, batch, seconds)
+    rows, said = [], {}
+    for (name, setting), row in zip(settings.items(), timed, strict=True):
+        view = evaluator.dense.at(setting).eval()
+        found = store.get(setting, report, partial(evaluator.predict, view, report))
+        said[name] = found.at(found.indices.argsort())
+        hits = evaluator.hits(said[name]).double()
+        entry = {"speed": speed, "schedule": name, "setting": setting, "gmacs": found.macs.mean().item() / 1e9}
+        entry |= {"ms": row.p50_ms, "speedup": row.speedup, "kl": found.kl.double().mean().item()}
+        entry |= {"top1": hits.mean().item(), "images": len(hits)}
+        entry["against dense"] = paired_difference(hits, evaluator.hits(said["dense"]).double()).three()
+        if name == "found for time":
+            other = said["found for MACs"]
+            entry["against the other, top-1"] = paired_difference(hits, evaluator.hits(other).double()).three()
+            entry["against the other, KL"] = paired_difference(said[name].kl.double(), other.kl.double()).three()
+        rows.append(entry)
+        print(json.dumps(entry, ensure_ascii=False), file=sys.stderr, flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
