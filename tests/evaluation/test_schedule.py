@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import partial
 
@@ -232,3 +233,21 @@ def test_rules_keep_the_other_knobs_of_the_menu():
     shape = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
     space = Space.of(saccade.create_model("vit_tiny_patch16_224", global_pool="avg", class_token=False, **shape))
     assert Rule("diffrate", "prune", (("score", "received"),)) in space.rules
+
+
+def test_a_report_shows_the_curve_that_schedules_were_priced_by(evaluator, monkeypatch, tmp_path):
+    shorten(monkeypatch)
+    given = {"runner": ["fp32"], "seconds": 0.0, "batch": 2, "schedules": 5}
+    found = saccade.tune(evaluator.dense, evaluator.images, "1.2x", out=tmp_path / "time", **given)
+    assert any("milliseconds in fp32, batch 2" in row or "within the budget" in row for row in _notes(found))
+    assert "A block&#x27;s time by its tokens" in _page(found) or "A block's time by its tokens" in _page(found)
+    plain = saccade.tune(evaluator.dense, evaluator.images, gmacs=1e-3, out=tmp_path / "macs", **given)
+    assert "time by its tokens" not in _page(plain), "MACs need no curve"
+
+
+def _notes(found) -> list[str]:
+    return json.loads((found.folder / "frontier.json").read_text(encoding="utf-8"))["notes"]
+
+
+def _page(found) -> str:
+    return (found.folder / "report.html").read_text(encoding="utf-8")

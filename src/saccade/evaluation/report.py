@@ -15,6 +15,7 @@ from saccade.data import ImageSet
 from saccade.evaluation.allowance import Allowance, Clock
 from saccade.evaluation.candidates import RIVAL, Target
 from saccade.evaluation.circumstances import RUN, circumstances, csv_text, model_name, run_name
+from saccade.evaluation.device_curve import DeviceCurve
 from saccade.evaluation.export import export_chosen
 from saccade.evaluation.options import Measured, Search
 from saccade.evaluation.recommendation import Recommendation, conclude
@@ -118,6 +119,7 @@ def tune(
         rows=rows,
         samples=_samples(model, found, recommendation),
         notes=[*found.notes, *left_out],
+        curve=[] if found.curve is None else DeviceCurve(found.curve).figures(),
     )
     pages = {"report.html": render_report(report), "frontier.csv": csv_text(rows, run)}
     pages["frontier.json"] = json_text(written)
