@@ -17,7 +17,7 @@ from saccade.terminal.progress import Progress
 ASSUMED = 1.5  # the ratio, where none is aimed at
 MACS_MARGIN = 1.06  # fewer MACs than the ratio asks for: not all of what they save becomes time
 TIME_MARGIN = 1.02  # less time than asked for: what a curve tells is not exact
-CURVE_SHARE = 0.15  # of a limited time, for measuring a curve
+CURVE_SHARE = 0.2  # of a limited time, for measuring a curve
 CURVE_SECONDS = 5.0  # of timed runs for it
 
 
