@@ -36,7 +36,7 @@ from saccade.evaluation.accuracy import spread
 from saccade.evaluation.calibrate import bisect, calibrate
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.knob_search import KnobSearch
-from saccade.evaluation.stats import paired_difference, proportion
+from saccade.evaluation.stats import Interval, paired_difference, proportion
 from saccade.storage.files import write_json, write_text
 
 SPEEDS = (1.5, 2.0)  # times fewer MACs
@@ -170,14 +170,19 @@ def report(lines: Lines, tables: dict[str, Seen]) -> str:
             rows = [(name, seen[line]) for (name, at), line in lines.items() if at == speed]
             for name, own in sorted(rows, key=lambda row: -row[1]["hit"].double().mean().item()):
                 away = paired_difference(best, own["hit"])
-                told = ("", "") if name == BEST else (away.points(), verdict(away.low, away.high))
+                told = ("", "") if name == BEST else (signed(away), verdict(away.low, away.high))
                 cells = [f"{speed}×", name, f"{own['macs'].mean() / 1e9:.3f}", f"{own['hit'].double().mean():.1%}"]
-                cells += [paired_difference(own["hit"], dense).points(), *told]
+                cells += [signed(paired_difference(own["hit"], dense)), *told]
                 parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
     found = dict.fromkeys((name, speed, line) for (name, speed), line in lines.items() if name not in RIVALS)
     parts += [f"- {speed}×, {name}: `{line}`" for name, speed, line in found]
     return "\n".join(parts) + "\n"
+
+
+def signed(found: Interval) -> str:
+    """A difference in points, with the sign that is printed."""
+    return found.points().replace("-", "−")
 
 
 def verdict(low: float, high: float) -> str:

@@ -34,7 +34,6 @@ from saccade.storage.weights import READ_ERRORS
 
 RATE = 0.05  # of Adam, for logits
 BUDGET = 100.0  # weight of the squared relative miss of the budget, beside nats
-EVERY = 10  # steps between two states on the disk
 
 
 def learnable(setting: str | Setting) -> bool:
@@ -102,7 +101,7 @@ class KnobSearch:
                     parameter.grad = grad
                 optimizer.step()
             advance(self.batch)
-            if file is not None and ((step + 1) % EVERY == 0 or step + 1 == self.steps):
+            if file is not None:
                 _keep(file, step + 1, learner, optimizer)
         line = partial(_with_knobs, Setting.parse(setting).calls[0])
         moves = None if folder is None else folder / f"{self._key(setting, gmacs)}-{self.steps}.json"
