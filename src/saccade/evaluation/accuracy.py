@@ -59,7 +59,9 @@ def score(setting: str, found: Predictions, dense: Predictions, evaluator: Evalu
     found, dense = (found, found) if found is dense else paired(found, dense)
     evaluator.need(found, setting)
     metric, values, truth = evaluator.metric, evaluator.values(found), evaluator.truth(found)
-    delta = p_value = None
+    own, delta, p_value = metric.interval(values), None, None
+    if found is dense and not metric.labelled:  # it is compared with itself: certain, however few the images
+        own = Interval(own.mean, own.mean, own.mean)
     if metric.labelled:
         delta = ITSELF if found is dense else metric.difference(values, evaluator.values(dense))
         p_value = mcnemar(evaluator.hits(found), evaluator.hits(dense))
@@ -68,7 +70,7 @@ def score(setting: str, found: Predictions, dense: Predictions, evaluator: Evalu
         setting=setting,
         metric=metric.name,
         images=len(found.indices),
-        top1=metric.interval(values),
+        top1=own,
         top5=proportion((found.top == truth.unsqueeze(1)).any(1)),
         nll=bootstrap(found.nll, least=0.0),
         delta=delta,

@@ -120,6 +120,7 @@ def tune(
         samples=_samples(model, found, recommendation),
         notes=[*found.notes, *left_out],
         curve=[] if found.curve is None else DeviceCurve(found.curve).figures(),
+        about="" if found.evaluator is None else f"{found.evaluator.metric.described()}.",
     )
     pages = {"report.html": render_report(report), "frontier.csv": csv_text(rows, run)}
     pages["frontier.json"] = json_text(written)

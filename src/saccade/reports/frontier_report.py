@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from saccade.reports.figure import Figure
-from saccade.reports.formatting import escape, known, number, percent, points, times
+from saccade.reports.formatting import escape, known, number, percent, points, prose, times
 from saccade.reports.html_table import render_table, scrolling
 from saccade.reports.page import (
     how_it_was,
@@ -45,6 +45,7 @@ class Report:
     samples: list[Sample] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     curve: list[Figure] = field(default_factory=list)  # the latency curve, where schedules were priced by one
+    about: str = ""  # the metric, in a sentence
 
 
 def render_report(report: Report) -> str:
@@ -54,10 +55,11 @@ def render_report(report: Report) -> str:
     first, *rest = report.verdict or [report.title]
     figures = frontier_figures(rows, report.metric_name)
     conversion = conversion_figure(rows)
+    about = tag("p", prose(report.about), kind="hint") if report.about else ""
     if conversion:
         saved = ("" if figures else _legend(rows, False)) + _saved(conversion, rows)
     sections = [
-        section("frontier", "The frontier", _legend(rows, True) + render_figures(figures)) if figures else "",
+        section("frontier", "The frontier", about + _legend(rows, True) + render_figures(figures)) if figures else "",
         section("time", "Does saved compute become saved time?", saved) if saved else "",
         section("settings", "All settings", _table(report)) if rows else "",
         section("curve", "What a forward's time is made of", render_figures(report.curve)) if report.curve else "",
@@ -77,6 +79,7 @@ def _tiles(row: Row, metric: str) -> str:
         tiles.append(("speed-up, measured", times(row.speedup), below))
     saved = 1 - 1 / row.mac_ratio if known(row.mac_ratio) and row.mac_ratio > 0 else None
     share = f"{percent(abs(saved))} {'fewer' if saved >= 0 else 'more'} than dense" if saved is not None else ""
+    share = "as many as dense" if saved is not None and abs(saved) < 5e-4 else share
     tiles.append(("GMACs per image", number(row.gmacs), share))
     if known(row.delta):
         limits = (

@@ -53,14 +53,14 @@ def frontier_figures(rows: Sequence[Row], metric: str) -> list[Figure]:
         (
             [r.gmacs for r in rows],
             "GMACs per image",
-            f"{metric} against compute",
+            f"{Scale.of(metric).title or metric} against compute",
             "up and to the left is better",
             False,
         ),
         (
             [r.speedup for r in rows],
             "measured speed-up",
-            f"{metric} against time",
+            f"{Scale.of(metric).title or metric} against time",
             "up and to the right is better",
             True,
         ),
@@ -257,7 +257,7 @@ class _Plot:
         for p in sorted(self.found, key=lambda p: (p.row.chosen, p.row.on_frontier)):
             below = '<path class="below" d="M0 10v8m-3.5 -4l3.5 4l3.5 -4"/>' if p.y < self.y.low else ""
             shapes = f'<circle class="hit" r="12"/>{marker(p.row.family, p.row.chosen)}{below}'
-            kind, (px, py) = "pt on" if p.main else "pt", self.spot(p)
+            kind, (px, py) = "pt on" if p.main or p.row.family == "rival" else "pt", self.spot(p)
             place = f"translate({px:.1f},{py:.1f})"
             out.append(
                 tag("g", tag("title", escape(tip(p.row))) + shapes, kind=kind, data_row=p.index, transform=place)

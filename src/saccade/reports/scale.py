@@ -16,6 +16,7 @@ class Scale:
     share: bool = True
     lower: bool = False  # less is better
     unit: str = ""
+    title: str = ""  # of a figure, where the name is none
 
     @classmethod
     def of(cls, metric: str) -> Scale:
@@ -69,4 +70,4 @@ class Scale:
 
 
 SHARE = Scale()
-OTHERS = {"kl": Scale(False, True, "nats"), "cosine": Scale(False), "cells": Scale(False)}
+OTHERS = {"kl": Scale(False, True, "nats", "KL"), "cosine": Scale(False), "cells": Scale(False)}

@@ -61,7 +61,7 @@ def sweep_figures(report: SweepReport) -> list[Figure]:
         if len(xs) > 1:
             svgs = {name: _draw(report, xs, axis, size, gain) for name, size in LAYOUTS.items()}
             hint = f"up and to the {'right' if gain else 'left'} is better"
-            found.append(Figure(f"{metric} against {what}", hint, svgs))
+            found.append(Figure(f"{Scale.of(metric).title or metric} against {what}", hint, svgs))
     return found
 
 
