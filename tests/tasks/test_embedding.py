@@ -106,7 +106,7 @@ def test_predicted_and_evaluated(encoder, photos, tmp_path):
     assert found[0].label is None and found[0].macs > 0
     encoder.save(tmp_path / "m")
     rows, _ = saccade.eval(str(tmp_path / "m"), photos, ["tome(r=2)", "random(0.3)"])
-    assert rows[0].metric == "neighbours' class" and rows[0].agreement.mean == 1.0
+    assert rows[0].metric == "knn" and rows[0].agreement.mean == 1.0
 
 
 @torch.no_grad()

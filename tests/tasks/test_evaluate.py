@@ -106,7 +106,8 @@ def test_eval_measures_a_folder_as_its_task_does(
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
-    ("option", "value"), [("seconds", 1.0), ("out", "runs/x"), ("corrupt", "jpeg:2"), ("dtype", "bf16")]
+    ("option", "value"),
+    [("seconds", 1.0), ("out", "runs/x"), ("corrupt", "jpeg:2"), ("dtype", "bf16"), ("metric", "kl")],
 )
 def test_an_option_that_a_task_does_not_have_is_refused_by_name(
     task: str, option: str, value: str | float, place: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
