@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -135,14 +135,14 @@ def test_gates_are_trained_through_a_shrinking_budget():
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory) -> Path:
-    """A folder with photos of three classes and with weights of a ViT-Tiny, which are drawn."""
+    """A folder with photos of three classes, of one's own and ImageNet's, and drawn weights of a ViT-Tiny."""
     folder = tmp_path_factory.mktemp("studies")
-    with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
-        for split, count in (("train", 12), ("test", 6)):
-            for label in range(3):
-                for i in range(count):
-                    data = encode(picture(160, 160, seed=1000 * label + 100 * (split == "test") + i))
-                    archive.writestr(f"{split}/{label:04d}/{i}.png", data)
+    for name, classes in (("photos", ("cat", "dog", "owl")), ("known", ("n01440764", "n02102040", "n02979186"))):
+        with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
+            for (split, count), (i, label) in product((("train", 12), ("test", 6)), enumerate(classes)):
+                for j in range(count):
+                    data = encode(picture(160, 160, seed=1000 * i + 100 * (split == "test") + j))
+                    archive.writestr(f"{split}/{label}/{j}.png", data)
     saccade.create_model("vit_tiny_patch16_224").save(folder / "start")
     save_file(saccade.create_model("vit_tiny_patch16_224").vit.state_dict(), folder / "w.safetensors")
     return folder
@@ -161,7 +161,7 @@ def run_study(folder: Path, name: str, *arguments: str) -> str:
 SMALLEST = {
     "adavit": "photos.zip w.safetensors --dense-epochs 0.5 --epochs 0.5 --runs adavit dynamicvit --seconds 1",
     "quadformer": "photos.zip start w.safetensors --epochs 0.5 --runs uniform-49-0 entropy-49-0",
-    "rates": "vit_tiny_patch16_224 w.safetensors --learn photos.zip --test photos.zip --moves 1 --steps 1 --limit 4 "
+    "rates": "vit_tiny_patch16_224 w.safetensors --learn known.zip --test known.zip --moves 1 --steps 1 --limit 4 "
     "--test-limit 2",
 }
 
