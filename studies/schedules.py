@@ -35,6 +35,7 @@ from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.schedule import Space
 from saccade.evaluation.schedule_candidates import schedules
 from saccade.evaluation.schedule_price import macs
+from saccade.evaluation.schedule_search import TRIES
 from saccade.evaluation.stats import paired_difference
 from saccade.evaluation.successive_halving import shuffled_halves
 from saccade.storage.files import write_json
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("data", help="photos with labels")
     parser.add_argument("--split")
     parser.add_argument("--speeds", type=float, nargs="+", default=[1.5, 2.0, 3.0], help="times fewer MACs")
-    parser.add_argument("--tries", type=int, default=300)
+    parser.add_argument("--tries", type=int, default=TRIES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()

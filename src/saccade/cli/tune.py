@@ -66,7 +66,7 @@ def command(
     ] = ["auto"],  # noqa: B006  (typer reads it)
     schedules: Annotated[
         int | None,
-        typer.Option(min=0, help="Schedules to try in a search for the budget's best; 0: none. Default: up to 300."),
+        typer.Option(min=0, help="Schedules to try in a search for the budget's best; 0: none. Default: up to 400."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split into halves, and of the search.")] = 0,
     metric: Metric = None,

@@ -47,7 +47,7 @@ def schedules(
     Args:
         places: of the images that choose; no other is looked at.
         price: what they may cost; None: there is nothing to look for.
-        tries: schedules that are run, at most; None: 300, or as many as a seventh of a limited time suffices for.
+        tries: schedules that are run, at most; None: 400, or as many as a seventh of a limited time suffices for.
         folder: for the state, so that an interrupted search goes on; None: none is kept.
     """
     if tries == 0 or (tries is None and allowance.limited and allowance.seconds < 60 * LEAST_MINUTES):

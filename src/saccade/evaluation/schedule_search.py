@@ -21,7 +21,7 @@ from saccade.storage.files import write_json
 
 POPULATION = 6
 PRESSURE = 0.7  # rate of the exponential by which parents are drawn, the nearest most often
-TRIES = 300
+TRIES = 400
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 from saccade.evaluation.schedule import Cost, Rule, Schedule, Space
 
-COARSE = 2  # batches of the first look
+COARSE = 2  # batches of the second look; the first is on one
+SHAPED = 8  # methods on tokenizers that are looked at twice, in several shapes
 PROBE = 0.1  # share of all tokens that leave at one block, to see how sensitive it is
 
 
@@ -50,31 +50,38 @@ class Starts:
         return sorted((found for found in whole if found is not None), key=_distance)[:count]
 
     def _plain(self) -> Iterator[Tried]:
-        """Three shapes of every rule on every tokenizer but those that are farther, alone, than a whole schedule."""
+        """Three shapes of the methods and tokenizers that one of the shapes, on a batch, tells to be the nearest.
+
+        A tokenizer that is farther, alone, than a whole schedule is left out.
+        """
         depth, best = self.space.depth, math.inf
-        shapes = [
+        usual, *others = [
             [0.0] + [1.0] * (depth - 1),  # all blocks but the first
             [1.0] * depth,
             [min(block, 0.5 * (depth - 1 - block)) for block in range(depth)],  # most at a third of the depth
         ]
+        first: list[tuple[Tried, dict[Rule, float]]] = []
         for tokenizer in self.space.tokenizers:
             alone = self.judge(self.space.empty(tokenizer), (), 1) if tokenizer else None
             if alone is not None and alone.distance > best:
                 continue
-            for rules, shape in product(self._methods(), shapes):
-                if self.enough():
-                    return
-                found = self._judged(tokenizer, rules, shape)
-                if found is not None:
-                    best = min(best, found.distances[0])
+            for rules in self._methods():
+                if not self.enough() and (found := self._judged(tokenizer, rules, usual, 1)) is not None:
+                    best = min(best, found.distance)
+                    first.append((found, rules))
+        for rank, (tried, rules) in enumerate(sorted(first, key=lambda pair: pair[0].distance)[:SHAPED]):
+            if rank and self.enough():
+                return
+            for shape in (usual, *others):
+                if (found := self._judged(tried.schedule.tokenizer, rules, shape, COARSE)) is not None:
                     yield found
 
-    def _judged(self, tokenizer: str, rules: dict[Rule, float], shape: Sequence[float]) -> Tried | None:
-        """What a shape comes to, brought to the budget."""
+    def _judged(self, tokenizer: str, rules: dict[Rule, float], shape: Sequence[float], batches: int) -> Tried | None:
+        """What a shape comes to, brought to the budget, on so many batches."""
         if not sum(shape):
             return None
         found = self.space.within(self.space.shaped(tokenizer, rules, shape), self.cost, self.limit)
-        return None if found is None else self.judge(found, (), COARSE)
+        return None if found is None else self.judge(found, (), batches)
 
     def _methods(self) -> list[dict[Rule, float]]:
         """For each method its rules, all alike."""
@@ -98,7 +105,7 @@ class Starts:
             probe = space.scaled(space.shaped(schedule.tokenizer, rules, shape), many)
             if (found := self.judge(probe, (), 1)) is not None:
                 line[block] = (depth - 1 - block) / max(found.distance, 1e-9)
-        return self._judged(schedule.tokenizer, rules, line)
+        return self._judged(schedule.tokenizer, rules, line, COARSE)
 
 
 def _distance(tried: Tried) -> float:

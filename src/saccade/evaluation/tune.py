@@ -63,7 +63,7 @@ def search(
         runner: ways to run beside fp32 eager: "auto" for bf16, ``torch.compile`` and the engines that are installed, as
             far as there is time; or their names, like ["bf16", "onnx", "openvino bf16"].
         schedules: how many are tried in a search for the budget's own (``evaluation/schedule_search.py``); 0: none.
-            None: 300, or fewer where time is short.
+            None: 400, or fewer where time is short.
         metric: what settings are compared by (``saccade.evaluation.metric``); None: the usual one.
         rivals: other models to measure beside (``saccade.evaluation.rivals``), which are never chosen.
         allowance: the time that all of this may take; None: what it needs.
