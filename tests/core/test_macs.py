@@ -17,6 +17,7 @@ from saccade.core.gates import Gates
 from saccade.core.plan import Gater
 from saccade.core.record import BlockCost
 from saccade.model import AdaptiveViT
+from saccade.setting import Setting
 
 STEM = {"deit_small_patch16_224": (0.435 - 0.058) * G, "deit_tiny_patch16_224": (0.113 - 0.029) * G}
 
@@ -41,6 +42,8 @@ PUBLISHED = [
     ("deit_small_patch16_224", "dynamicvit(0.7)", 2.98),
     ("deit_small_patch16_224", "dynamicvit(0.5)", 2.23),
     ("deit_base_patch16_224", "dynamicvit(0.7)", 11.48),
+    ("deit_small_patch16_224", "evit_paper()", 3.03),
+    ("deit_small_patch16_224", "imagepiece_paper()", 2.916),
     ("deit_small_patch16_224", "tome(r=13)", 2.70),
     ("vit_base_patch16_224", "tome(r=8)", 13.10),
     ("vit_base_patch16_224", "tome(r=12)", 10.91),
@@ -54,6 +57,17 @@ PUBLISHED = [
 @pytest.mark.parametrize(("name", "setting", "gmacs"), PUBLISHED)
 def test_published_figures(name, setting, gmacs):
     assert nominal_gmacs(name, setting) == pytest.approx(gmacs, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "size"), [("quadformer", 100, 256), ("flexivit", 225, 240), ("imagepiece_patches", 196, 224)]
+)
+def test_published_systems_have_their_tokens(name, tokens, size):
+    offline = str(Setting.parse(name)).replace("'feature'", "\"feature(weights='random')\"")
+    model = AdaptiveViT(make_vit("deit", img_size=224), offline)
+    assert model.input_size() == (size, size)
+    with torch.no_grad():
+        assert model(make_images(model.vit, 1, (size, size))).trace.blocks[0].static_counts[0] == tokens + 1
 
 
 @pytest.mark.parametrize(
