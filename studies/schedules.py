@@ -4,7 +4,7 @@ Claim     Where to reduce, by how much, by which rule and from which input size,
           less than any one method at a strength, and than compositions that are written by hand. No paper says so of
           these methods together; where to prune was searched by latency at WACV 2025.
 Method    A pretrained model, nothing trained. Half of the photos choose, stratified by class: the schedule by its
-          divergence from the dense model on at most 96 of them, without labels; which of the three nearest, which
+          total variation from the dense model on at most 96, without labels; which of the three nearest, which
           single method and which composition is the best one, by top-1 on the whole half. The other half reports:
           top-1, paired differences, 95 % intervals over images. Rivals are written for the same executed MACs.
 Command   python studies/schedules.py vit_tiny_patch16_224 vit_tiny_patch16_224.safetensors inval227_dev.zip

@@ -58,7 +58,7 @@ def schedules(
         return Schedules([])
     most, until = TRIES if tries is None else tries, allowance.spent() + SHARE * allowance.seconds
     distance = Distance(evaluator, places)
-    key = hashlib.sha256(json.dumps([budget.key, seed, *map(int, places)]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps([budget.key, distance.kind, seed, *map(int, places)]).encode()).hexdigest()[:24]
     advance = progress.start("searching for schedules", most)
     search = ScheduleSearch(
         space,
