@@ -68,7 +68,7 @@ def train_all(runs: Mapping[str, Sequence[str]], out: Path, at_once: int) -> Non
         began = time.perf_counter()
         (out / name).mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "saccade", "train", *arguments, "--out", str(out / name), "--resume", "--json"]
-        with open(out / name / "log.txt", "a") as log:
+        with open(out / name / "run.log", "a") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log)
         print(f"{name}: {(time.perf_counter() - began) / 60:.1f} minutes", file=sys.stderr, flush=True)
 

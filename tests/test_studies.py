@@ -151,9 +151,9 @@ def small_world(tmp_path_factory) -> Path:
 def run_study(folder: Path, name: str, *arguments: str) -> str:
     script = Path(__file__).resolve().parents[1] / "studies" / f"{name}.py"
     command = [sys.executable, str(script), *arguments, "--out", f"runs/{name}"]
-    environment = {**os.environ, "STUDY_PRECISION": "fp32", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
-    logs = sorted((folder / "runs" / name).glob("*/log.txt"))
+    logs = sorted((folder / "runs" / name).glob("*/run.log"))
     assert done.returncode == 0, done.stderr[-2000:] + "".join(log.read_text()[-2000:] for log in logs[-1:])
     return done.stdout
 
