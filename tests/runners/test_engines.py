@@ -119,9 +119,12 @@ def test_a_program_for_the_batch_of_the_runner_and_one_for_any_other():
     assert other._deployment.view(other)[1]._sessions.keys() == {False}
 
 
-def test_an_encoder_gives_its_features():
+@pytest.mark.parametrize("name", ["torch", "onnx", "openvino"])
+def test_an_encoder_gives_its_features(name):
+    """Also where an operator inside has the name of the output: rows are taken by ``torch.embedding``."""
+    installed(name)
     model = AdaptiveViT(make_vit("vit", num_classes=0), "evit(0.5)").eval()
-    session, images = model.runner("torch", batch=2), make_images(model.vit, 2)
+    session, images = model.runner(name, batch=2), make_images(model.vit, 2)
     assert session.outputs == ("embedding",)
     with torch.no_grad():
         assert relative(session(images), model(images).logits) <= 1e-5

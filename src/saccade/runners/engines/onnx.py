@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ FILES = ("model.onnx",)
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 EXTRA = "onnx"
 OPSET = 18
+APART = "output "  # before the names of outputs, until no value inside is called alike
 LACKING = (torch.ops.aten.searchsorted.Tensor,)
 
 
@@ -64,14 +66,25 @@ def convert(exported: Exported) -> onnx.ModelProto:
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=[IMAGES],
-                output_names=list(exported.outputs),
+                output_names=[APART + name for name in exported.outputs],
                 custom_translation_table=translations(),
                 verbose=False,
             )
     except Exception as error:
         raise UserError(f"ONNX has no form for this program ({reason(error)})") from error
     assert made is not None
-    return made.model_proto
+    return _named(made.model_proto, exported.outputs)
+
+
+def _named(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
+    """The model with its outputs' own names; what is called so inside, after an operator, gets another."""
+    names = {name: f"{name}_inside" for name in outputs} | {APART + name: name for name in outputs}
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            values[:] = [names.get(name, name) for name in values]
+    for value in (*model.graph.output, *model.graph.value_info, *model.graph.initializer):
+        value.name = names.get(value.name, value.name)
+    return model
 
 
 def open(folder: Path, dtype: str, threads: int) -> Session:
