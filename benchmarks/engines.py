@@ -37,7 +37,7 @@ SETTINGS = {  # where a bare name does nothing, or not enough
     "together": "imagepiece() | evit(0.8)",
 }
 
-ON_PHOTOS = ("dense", "evit(0.7)", "topk(0.5)", "tome(r=13)", "imagepiece() | evit(0.8)", "quadtree(120)")
+ON_PHOTOS = ("dense", "evit(0.7)", "topk(0.5)", "tome(r=13)", "imagepiece() | evit(0.8)", "quadtree(121)")
 PHOTOS = "photos"  # key of their rows
 
 

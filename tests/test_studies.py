@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -237,3 +238,14 @@ def test_a_claim_is_decided_by_its_interval_and_needs_its_runs():
     assert better.row(lambda run: True) == ["a > b", "+100.0 [+100.0, +100.0]", "holds"]
     assert jobs.verdict(bootstrap(-torch.ones(9, dtype=torch.float64)), slack=0.5) == "does not hold"
     assert jobs.table(["a"], [["x | y"]]).splitlines() == ["| a |", "| --- |", "| x \\| y |"]
+
+
+@torch.inference_mode()
+def test_settings_that_engines_are_tried_with_run():
+    path = ROOT / "benchmarks" / "engines.py"
+    spec = importlib.util.spec_from_file_location("engines_benchmark", path)
+    engines = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(engines)
+    model, images = saccade.create_model("vit_tiny_patch16_224"), torch.rand(1, 3, 224, 224)
+    for setting in engines.ON_PHOTOS:
+        assert model.at(setting).eval()(images).logits.shape == (1, 1000), setting
