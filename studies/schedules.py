@@ -50,13 +50,17 @@ def main() -> None:
     parser.add_argument("data", help="photos with labels")
     parser.add_argument("--split")
     parser.add_argument("--speeds", type=float, nargs="+", default=[1.5, 2.0, 3.0], help="times fewer MACs")
+    parser.add_argument("--limit", type=int, help="take only so many photos, spread evenly over the split")
     parser.add_argument("--tries", type=int, default=TRIES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = saccade.create_model(given.model, weights=given.weights).eval()
-    evaluator = Evaluator(model, open_images(given.data, given.split))
+    images = open_images(given.data, given.split)
+    if given.limit:
+        images = images.subset([i * len(images) // given.limit for i in range(given.limit)])
+    evaluator = Evaluator(model, images)
     store = Cache.of(given.out / "cache", evaluator)
     halves = shuffled_halves(len(evaluator.images), given.seed, evaluator.labels)
     rows = []
