@@ -14,6 +14,7 @@ from data_helpers import write_folder
 from saccade.data import open_images
 from saccade.errors import UserError
 from saccade.evaluation import candidates as candidates_module
+from saccade.evaluation import export as export_module
 from saccade.evaluation import interleaved, search_run
 from saccade.evaluation.allowance import Allowance, Costs, plan
 from saccade.evaluation.candidates import Candidate
@@ -22,6 +23,7 @@ from saccade.evaluation.export import export_chosen
 from saccade.evaluation.report import tune
 from saccade.evaluation.speed import time_all
 from saccade.evaluation.tune_result import shown
+from saccade.runners.artefact import open_artefact
 from saccade.runners.runner import Runner
 from saccade.terminal.progress import Progress
 from slow_cases import cases
@@ -199,6 +201,25 @@ def test_an_engine_is_timed_beside_eager_and_what_it_runs_is_exported(model, pho
     for runner, there in ((Runner("fp32", "torch"), True), (Runner("bf16"), False)):
         said = export_chosen(found.model, runner, tmp_path / "out", images, range(4))
         assert (tmp_path / "out" / "export" / "predict.py").is_file() is there is any("Exported:" in x for x in said)
+
+
+def test_what_rounding_moves_too_far_is_exported_in_fp32_and_said(model, photos, tmp_path, monkeypatch):
+    real = export_module.parity
+
+    def rounded(view, artefact, *rest):
+        found = real(view, artefact, *rest)
+        return found | ({"agreement": 0.5, "met": False} if artefact.deployed.dtype in moved else {})
+
+    monkeypatch.setattr(export_module, "parity", rounded)
+    moved, images, speedups = {"bf16"}, open_images(photos), {Runner("fp32", "torch"): 1.25}
+    refused, instead = export_chosen(model, Runner("bf16", "torch"), tmp_path, images, range(4), speedups)
+    assert "agreement 50.00%" in refused and "--runner 'bf16 torch' --least" in refused
+    assert "Exported by fp32 torch instead at 1.25× of dense" in instead and "100.00% agreement" in instead
+    assert open_artefact(tmp_path / "export", trusted=True).deployed == Runner("fp32", "torch")
+    moved |= {"fp32"}
+    monkeypatch.setattr(export_module, "installed", list)
+    said = export_chosen(model, Runner("bf16", "torch"), tmp_path, images, range(4))
+    assert [line.split(":")[0] for line in said] == ["Not exported"] * 2 and not (tmp_path / "export").exists()
 
 
 def test_an_engine_that_is_not_there_is_refused_before_the_work(model, photos, tmp_path):

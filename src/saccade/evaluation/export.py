@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from saccade.runners.artefact import (
     open_artefact,
     write_config,
 )
-from saccade.runners.engine import check_dtype, engine_of, versions
+from saccade.runners.engine import check_dtype, engine_of, installed, versions
 from saccade.runners.exported import IMAGES, Exported, has_fixed_counts
 from saccade.runners.input_stage import InputStage
 from saccade.runners.predict_script import script
@@ -154,24 +154,48 @@ def export(
 
 
 def export_chosen(
-    model: AdaptiveViT, runner: Runner, folder: Path, images: ImageSet, places: Sequence[int]
+    model: AdaptiveViT,
+    runner: Runner,
+    folder: Path,
+    images: ImageSet,
+    places: Sequence[int],
+    speedups: Mapping[Runner, float] | None = None,
 ) -> list[str]:
-    """What a search chose for an engine, exported into its folder; what there is of it to say."""
-    place = folder / EXPORT
+    """What a search chose for an engine, exported into its folder; what there is of it to say.
+
+    Where rounding moves too many answers, the same setting is exported in fp32: by the same engine, else by another.
+
+    Args:
+        speedups: of the setting over dense, by runner, as far as they were measured.
+    """
+    place, said = folder / EXPORT, list[str]()
     try:
         check_free(place)
         if is_artefact(place):
             discard(place)  # of an earlier choice
-        if not runner.exported:
-            return []
-        (row,) = export(model, place, runner=runner, data=images, places=places).rows
     except UserError as error:
         return [f"It is not exported: {error}"]
-    same = f"{row.cosine:.4f} cosine" if row.agreement is None else f"{row.agreement:.2%} agreement"
-    return [
-        f"Exported: `{place.as_posix()}` runs without Saccade (`python predict.py photo.jpg`), {same} with the "
-        f"original on {row.images} images."
-    ]
+    for way in _instead(runner) if runner.exported else ():
+        try:
+            (row,) = export(model, place, runner=way, data=images, places=places).rows
+        except UserError as error:
+            low = "--least" in str(error)
+            again = f"saccade export {(folder / 'model').as_posix()} --runner '{way}' --least 0.9 --out FOLDER"
+            said.append(f"Not exported: {error}" + (f": `{again}`." if low else "."))
+            continue
+        same = f"{row.cosine:.4f} cosine" if row.agreement is None else f"{row.agreement:.2%} agreement"
+        known = (speedups or {}).get(way)
+        fast = "" if known is None or not said else f" at {known:.2f}× of dense"
+        how = f" by {way} instead{fast}" if said else ""
+        what = "runs without Saccade (`python predict.py photo.jpg`)"
+        return [*said, f"Exported{how}: `{place.as_posix()}` {what}, {same} with the original on {row.images} images."]
+    return said
+
+
+def _instead(runner: Runner) -> list[Runner]:
+    """A runner, and what runs the same without rounding, the nearest first; the last is there wherever PyTorch is."""
+    engines = [runner.engine, *(way.engine for way in installed()), "torch"]
+    return list(dict.fromkeys([Runner(runner.dtype, runner.engine), *(Runner("fp32", name) for name in engines)]))
 
 
 def _one(

@@ -95,7 +95,8 @@ def tune(
     chosen = model.deploy(replace(option.runner, batch=batch)).at(option.candidate.setting).eval()
     lines = [*recommendation.lines, *(_run_it(folder) if found.evaluator is not None else [])]
     if found.evaluator is not None:
-        lines += export_chosen(chosen, option.runner, folder, found.evaluator.images, found.report_places)
+        alike = {m.option.runner: m.speed.speedup for m in found.measured if m.option.candidate == option.candidate}
+        lines += export_chosen(chosen, option.runner, folder, found.evaluator.images, found.report_places, alike)
     if assumed:
         lines.append(f"Assumed, as nothing was asked for: {found.aim}; batches of {batch} images (--batch).")
     left_out = [f"`{name}` is left out: {reason}" for name, reason in found.failed.items()]
