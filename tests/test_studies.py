@@ -240,12 +240,28 @@ def test_a_claim_is_decided_by_its_interval_and_needs_its_runs():
     assert jobs.table(["a"], [["x | y"]]).splitlines() == ["| a |", "| --- |", "| x \\| y |"]
 
 
-@torch.inference_mode()
-def test_settings_that_engines_are_tried_with_run():
+@pytest.fixture(scope="module")
+def engines():
     path = ROOT / "benchmarks" / "engines.py"
     spec = importlib.util.spec_from_file_location("engines_benchmark", path)
-    engines = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(engines)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@torch.inference_mode()
+def test_settings_that_engines_are_tried_with_run(engines):
     model, images = saccade.create_model("vit_tiny_patch16_224"), torch.rand(1, 3, 224, 224)
     for setting in engines.ON_PHOTOS:
         assert model.at(setting).eval()(images).logits.shape == (1, 1000), setting
+
+
+def test_the_page_of_engines_is_written_anew_from_itself(engines):
+    """Whatever engine a run measures, what others gave, the photos and the words below them stay."""
+    text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    known, photos, rest = engines.recorded(text)
+    assert set(engines.settings()) <= known.keys() and set(engines.ON_PHOTOS) == photos.keys() and rest
+    assert text == engines.page(known, photos, rest, text.splitlines()[2].partition("; ")[2])
+    known["tome()"]["AOTInductor bf16"], known["new() | b()"] = "no: a | b (1)", {"AOTInductor bf16": "1e-02"}
+    assert engines.recorded(engines.page(known, photos, rest, "now.")) == (known, photos, rest)
+    assert engines.recorded("") == ({}, {}, "")

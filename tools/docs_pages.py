@@ -77,8 +77,9 @@ def engines(name: str) -> str:
     """The rows of docs/engines.md that a method has, or nothing."""
     lines = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("| setting |"))
-    rows = [line for line in lines[head:] if line.startswith(f"| `{name}(")]
-    note = "Largest difference of any logit from PyTorch's; [what the numbers are](../engines.md)."
+    end = lines.index("", head)  # photos have a table of their own
+    rows = [line for line in lines[head:end] if line.startswith(f"| `{name}(")]
+    note = "How far the logits are from PyTorch's; [what the numbers are](../engines.md)."
     return "\n".join(["## In engines", "", *lines[head : head + 2], *rows, "", note]) if rows else ""
 
 
