@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from saccade.errors import UserError
 
-T = TypeVar("T")
+T, V = TypeVar("T"), TypeVar("V")
 SECONDS = 30  # of processor time for one attempt: a guard against what never ends, not a measurement
 STATM = "/proc/self/statm"
 MEGABYTES = 1500  # of address space that one attempt may add
@@ -51,6 +51,22 @@ def attempt(act: Callable[[], T], *, seconds: float = SECONDS, megabytes: int = 
     assert len(text) < 3000, f"a line of {len(text)} characters: {text[:300]!r}"
     assert text.isprintable(), f"control characters: {text[:300]!r}"
     return refused
+
+
+def outcomes(cases: Iterable[tuple[str, V]], act: Callable[[V], T]) -> list[T]:
+    """What ``act`` gives for each named case. Raises AssertionError with the case's name where it raises."""
+    found = []
+    for name, case in cases:
+        try:
+            found.append(act(case))
+        except Exception as error:
+            raise AssertionError(name) from error
+    return found
+
+
+def refusals(found: Iterable[object]) -> int:
+    """How many of some outcomes are the library's own error."""
+    return sum(isinstance(one, UserError) for one in found)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import saccade
-from attack import attempt, damaged, listening, reached, twisted
+from attack import attempt, damaged, listening, outcomes, reached, refusals, twisted
 from oracles import make_vit
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
@@ -66,21 +66,15 @@ def dump(value: Any) -> str:
 @pytest.mark.parametrize("count", [400, pytest.param(None, marks=pytest.mark.slow)])
 def test_every_key_changed(folder, place, count):
     config = json.loads((folder / "config.json").read_text())
-    for name, value in twisted(config, 0, count):
-        try:
-            opens(place, dump(value))
-        except Exception as error:
-            raise AssertionError(name) from error
+    found = outcomes(twisted(config, 0, count), lambda value: opens(place, dump(value)))
+    assert 0 < refusals(found) < len(found)
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
 def test_bytes(folder, place, count):
     good = (folder / "config.json").read_bytes()
-    for name, data in damaged(good, 0, count, header=len(good)):
-        try:
-            opens(place, data)
-        except Exception as error:
-            raise AssertionError(name) from error
+    found = outcomes(damaged(good, 0, count, header=len(good)), lambda data: opens(place, data))
+    assert 0 < refusals(found) < len(found) == count
 
 
 TEXTS: dict[str, str | bytes] = {
