@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from saccade.errors import UserError
 from saccade.evaluation import parity
 from saccade.runners import artefact
 from saccade.runners.artefact import KEY, open_artefact
+from saccade.storage.files import part_beside
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,33 @@ def test_what_is_there_is_not_replaced_unless_it_is_an_export(model, exported, t
     with pytest.raises(UserError, match=r"holds .notes\.txt. beside an exported model"):
         saccade.export(model, beside, runner="torch")
     assert (beside / "notes.txt").read_text() == "mine"
+
+
+def test_the_old_artefact_stays_where_the_new_one_cannot_take_its_place(exported, tmp_path, monkeypatch):
+    place, replace = changed(exported, tmp_path / "out"), os.replace
+    before = {file.name: file.read_bytes() for file in place.iterdir()}
+
+    def full(old, new):
+        if Path(new) == place and Path(old).is_dir() and (Path(old) / "new").exists():
+            raise OSError(errno.ENOSPC, "no space left")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match="the disk is full"), artefact.folder_made(place) as part:
+        (part / "new").write_text("whole")
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == before
+    assert [found.name for found in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_export_left_goes_with_the_next(exported, tmp_path):
+    place = changed(exported, tmp_path / "out")
+    host, _, rest = part_beside(place).name.removeprefix(".out.").split(".", 2)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    left = tmp_path / f".out.{host}.{dead.stdout.strip()}.{rest}"
+    left.mkdir()
+    with artefact.folder_made(place) as part:
+        (part / "new").write_text("whole")
+    assert [found.name for found in tmp_path.iterdir()] == ["out"] and (place / "new").exists()
 
 
 def test_an_encoder_is_exported_too(tmp_path, photo):

@@ -18,7 +18,7 @@ from torch import Tensor
 from saccade.errors import UserError
 from saccade.runners.engine import Session, check_dtype, engine_of
 from saccade.runners.runner import Runner
-from saccade.storage.files import check_folder, discard, part_beside, reported, shortened, to_disk
+from saccade.storage.files import check_folder, discard, part_beside, reported, shortened, sweep, to_disk
 from saccade.storage.folder_config import CONFIG, Preprocessing, Strict, Text, read_bytes
 from saccade.storage.weights import digest
 
@@ -197,6 +197,9 @@ def _parsed(folder: Path) -> ExportConfig:
 def folder_made(target: str | os.PathLike) -> Iterator[Path]:
     """A hidden folder beside ``target`` that takes its place when the block ends well, and goes when it does not.
 
+    An artefact that is there is renamed away first, and is back where the new one cannot take its place. A process that
+    is killed between the two renames leaves both, whole, under hidden names; the next export to end well removes them.
+
     Raises UserError where ``target`` holds anything that is not an artefact, before the work is done.
     """
     check_free(target)
@@ -213,13 +216,18 @@ def folder_made(target: str | os.PathLike) -> Iterator[Path]:
             if place.is_dir():
                 before = part_beside(place)
                 os.replace(place, before)
-                os.replace(part, place)
+                try:
+                    os.replace(part, place)
+                except BaseException:
+                    os.replace(before, place)
+                    raise
                 discard(before)
             else:
                 os.replace(part, place)
             to_disk(place.parent)
         finally:
             discard(part)
+        sweep(place.parent, f".{place.name[:40]}.")
 
 
 def check_free(target: str | os.PathLike) -> None:
