@@ -196,6 +196,7 @@ def test_sources(place, tmp_path):
     without = saccade.predict(small(num_classes=0), place / "photos")
     assert without[0].labels == () and without[0].embedding.shape == (48,)
     assert without[0].line() == f"{without[0].name}: an embedding of 48 numbers"
+    assert without[0].to_dict().keys() == {"image", "embedding", "gmacs"}
     with pytest.raises(UserError, match="would have random weights"):
         saccade.Predictor("vit_tiny_patch16_224")
     with pytest.raises(UserError, match="batch=0"):
@@ -244,6 +245,16 @@ def test_in_a_pipe_every_line_is_json(place, capsys):
         rows = [json.loads(line) for line in out.splitlines()]
         assert [Path(row["image"]).name for row in rows] == ["a.png", "b.png", "c.png"]
         assert len(rows[0]["predictions"]) == 2 and rows[0]["gmacs"] > 0 and "error" in rows[1]
+
+
+def test_json_of_an_encoder_holds_its_embeddings(place, tmp_path, capsys):
+    encoder = small("tome(r=2)", num_classes=0)
+    encoder.save(tmp_path / "model")
+    code, out, _ = run(capsys, tmp_path / "model", place / "mixed", "--json")
+    found, broken, _ = map(json.loads, out.splitlines())
+    (expected,) = saccade.predict(encoder, place / "mixed" / "a.png")
+    assert code == 0 and found.keys() == {"image", "embedding", "gmacs"} and "error" in broken
+    assert np.allclose(found["embedding"], expected.details.embedding, atol=1e-5) and len(found["embedding"]) == 48
 
 
 def test_on_a_terminal_a_line_is_an_image(place, capsys, monkeypatch):

@@ -34,7 +34,8 @@ def command(
 ) -> None:
     """Classes, probabilities and embeddings of photos: a line for each, as soon as it is known.
 
-    In a pipe, and with --json, each line is a JSON object. A photo that cannot be read is named, and the others go on.
+    In a pipe, and with --json, each line is a JSON object; that of an encoder holds the embedding. A photo that cannot
+    be read is named, and the others go on.
 
     Example: saccade predict vit_tiny_patch16_224 photos/ --pretrained --top 3
     """

@@ -39,6 +39,7 @@ class Prediction:
     read: Callable[[], Tensor] | None = None  #      the image as the model sees it, uint8 [3, h, w]; raises ImageError
     look: Callable[[], Details] | None = None  #     what it ran; a compiled model runs again to tell
     known: Details | None = None  #                  the same, where it is known already
+    vector: np.ndarray | None = None  #              fp32 [D], of an encoder, whose answer it is
 
     @cached_property
     def details(self) -> Details | None:
@@ -47,7 +48,9 @@ class Prediction:
 
     @property
     def embedding(self) -> np.ndarray | None:
-        """fp32 [D]: what the classifier reads."""
+        """fp32 [D]: what the classifier reads, or what an encoder answers."""
+        if self.vector is not None:
+            return self.vector
         return None if self.details is None else self.details.embedding
 
     @property
@@ -95,12 +98,14 @@ class Prediction:
         return draw_tokens(to_pil_image(self.read()), self.owner.reshape(-1), grid, side=side)
 
     def to_dict(self) -> dict[str, Any]:
-        """Names and numbers, for JSON; without embedding and tokens."""
+        """Names and numbers, for JSON: classes, or of an encoder the embedding; tokens are left out."""
         if self.error is not None:
             return {"image": self.name, "error": self.error}
+        spent = {} if self.known is None else {"gmacs": self.gmacs}
+        if self.vector is not None:
+            return {"image": self.name, "embedding": self.vector.tolist(), **spent}
         found = zip(self.labels, self.classes, self.indices, self.probabilities, strict=True)
         named = [{"label": w, "class": c, "index": i, "probability": p} for w, c, i, p in found]
-        spent = {} if self.known is None else {"gmacs": self.gmacs}
         return {"image": self.name, "predictions": named, **spent}
 
     def row(self) -> dict[str, Any]:
@@ -119,8 +124,8 @@ class Prediction:
         """One line of text: the name, and as many of the best classes as there is room for, the first in any case."""
         if self.error is not None:
             return f"{self.name}: {self.error}"
-        if not self.labels:
-            return f"{self.name}: an embedding of {0 if self.embedding is None else len(self.embedding)} numbers"
+        if self.vector is not None:
+            return f"{self.name}: an embedding of {len(self.vector)} numbers"
         said = [f"{label} {share:.1%}" for label, share in zip(self.labels, self.probabilities, strict=True)]
         text = f"{self.name}: {said[0]}"
         for more in said[1:]:

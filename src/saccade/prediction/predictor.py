@@ -156,7 +156,9 @@ class Predictor:
                 yield Prediction(given.name, error="the model answers NaN or infinity: check its weights and precision")
                 continue
             crop, look = partial(self._crop, given), partial(self._look, given)
-            yield Prediction(given.name, **self.classes.best(logits, self.top), read=crop, look=look, known=known)
+            vector = None if self.classes.names else logits.numpy()
+            best = self.classes.best(logits, self.top)
+            yield Prediction(given.name, **best, read=crop, look=look, known=known, vector=vector)
 
     @torch.inference_mode()
     def _run(self, crops: Tensor) -> list[tuple[Tensor, Details | None]]:
