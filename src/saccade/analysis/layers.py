@@ -37,10 +37,10 @@ class Watched(Plan):
         self.seen: list[Seen] = []
 
     def works_at(self, block: int) -> bool:
-        return True  # every block is looked at …
+        return True  # every block is looked at
 
     def is_identity(self, block: int, n: int) -> bool:
-        return False  # … and into
+        return False  # and every reduction in it is run
 
     def reduce(self, block: int, site: str, tokens: Tokens, sparse: bool = True) -> tuple[Tokens, int]:
         after, cost = super().reduce(block, site, tokens, sparse)

@@ -31,10 +31,10 @@ from saccade.tokenizers.stem import Stem
 
 Images = str | os.PathLike | ImageSet | Tensor
 OFF_THE_KINK = 6.0  # standard deviations from a feature's mean to the ReLU's kink
-# Of the mean variance, at least, and as much as values outnumber rows: directions of less are not stretched further …
+# Directions with less than this share of the mean variance are not stretched further: SMALLEST, or DOUBT times the
+# values of a row over the number of rows, where that is more.
 SMALLEST, DOUBT = 1e-6, 1e-2
-# … and how firmly least squares stay with what the levels composed.
-RIDGE = 1e-3
+RIDGE = 1e-3  # how firmly least squares stay with what the levels composed
 BATCH = 16
 
 

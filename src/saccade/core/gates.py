@@ -16,7 +16,7 @@ from saccade.core.lazy import lazy, unread
 
 @dataclass(frozen=True)
 class Places:
-    """The mask [B, n] of some places [B, k], made where somebody wants to multiply with it."""
+    """The mask [B, n] of some places [B, k], made where it is multiplied with."""
 
     places: Tensor
     n: int

@@ -29,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody put a hook on this module itself."""
+    """Whether this module itself has a hook."""
     m = module
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
@@ -39,8 +39,8 @@ def any_hooked(modules: Iterable[nn.Module]) -> bool:
     return any(map(hooked, modules))
 
 
-ATTENTIONS = (Attention, EvaAttention, AttentionRope)  # of timm's, that are restated here …
-BLOCKS = (Block, EvaBlock, EvaBlockPostNorm)  # … and that are run in parts
+ATTENTIONS = (Attention, EvaAttention, AttentionRope)  # timm's, whose forward is restated here
+BLOCKS = (Block, EvaBlock, EvaBlockPostNorm)  # timm's, that are run in parts
 
 
 def exact(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -96,9 +96,9 @@ def applied(x: Tensor, *modules: nn.Module) -> Tensor:
     return x
 
 
-# Of a timm ViT, what is restated here, so that a user's own in its place would go unheard …
+# Methods of a timm ViT that are restated here: a user's own in their place would not be called.
 FEATURES = ("forward", "forward_features", "_pos_embed")
-# … and what is called, unless tokens count differently or a method has logits of its own.
+# Methods that are called, unless tokens count differently or a method has logits of its own.
 HEAD = ("forward_head", "pool")
 
 

@@ -1,4 +1,4 @@
-"""Which cell went where: owner maps that are composed when somebody reads them, and not in every block.
+"""Which cell went where: owner maps that are composed when they are read, and not in every block.
 
 A reduction leaves its index tensors here; ``tokens.owner`` and ``trace.blocks[i].owner`` read the map [B, G] they make.
 """

@@ -21,8 +21,8 @@ from saccade.core.tokens import DROPPED, NO_STATS, AttentionStats, Hidden, Token
 class Merge:
     """Tokens that are merged away, each into one that stays."""
 
-    src: Tensor  #                     [B, R]  tokens merged away …
-    dst: Tensor  #                     [B, R]  … each into this slot of ``keep`` (0 … M-1; several may share one)
+    src: Tensor  #                     [B, R]  tokens merged away
+    dst: Tensor  #                     [B, R]  the slot of ``keep`` (0 to M-1) that each merges into
     gate: Tensor | None = None  #      [B, R]  0/1, straight-through: which of ``src`` merge after all; None: all
     weight: Tensor | None = None  #    [B, N]  how much a token counts in the mean of its group; None: its size
     values: Tensor | None = None  #    [B, M, D]  what those that stay become instead of the means
@@ -61,8 +61,8 @@ class SoftReduction:
 
     weights: Tensor  #                 [B, M, N]
     values: Tensor | None = None  #    [B, N, D]  what is mixed; None: the tokens as they are
-    state: Mapping[str, Any] | None = None  # to be remembered from here on, as the tokens that were mixed may be …
-    onto: Tokens | None = None  #      … to which a later mixture, of one row for each of them, is added
+    state: Mapping[str, Any] | None = None  # to be remembered from here on (``Tokens.state``)
+    onto: Tokens | None = None  #      earlier tokens, one for each row of ``weights``, that the mixture is added to
 
 
 def reduce(tokens: Tokens, reduction: Reduction | SoftReduction | First | None) -> Tokens:

@@ -25,35 +25,35 @@ from saccade.errors import UserError, nearest
 
 MASK = 1 / 14  # side of a mask, of the image's: 16 pixels of 224
 MOST_MASKS = 1000
-Corrupt = Callable[[Tensor, float, torch.Generator], Tensor]  # image [3, h, w] in 0 … 1, strength, chance -> the same
+Corrupt = Callable[[Tensor, float, torch.Generator], Tensor]  # (image [3, h, w] in 0 … 1, strength, draws) -> the same
 
 
-def _noise(image: Tensor, std: float, chance: torch.Generator) -> Tensor:
-    return image + std * torch.randn(image.shape, generator=chance)
+def _noise(image: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    return image + std * torch.randn(image.shape, generator=generator)
 
 
-def _shots(image: Tensor, photons: float, chance: torch.Generator) -> Tensor:
-    return torch.poisson(image * photons, generator=chance) / photons
+def _shots(image: Tensor, photons: float, generator: torch.Generator) -> Tensor:
+    return torch.poisson(image * photons, generator=generator) / photons
 
 
-def _impulses(image: Tensor, share: float, chance: torch.Generator) -> Tensor:
-    hit, white = torch.rand(2, *image.shape, generator=chance)
+def _impulses(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    hit, white = torch.rand(2, *image.shape, generator=generator)
     return torch.where(hit < share, (white < 0.5).to(image.dtype), image)
 
 
-def _blur(image: Tensor, sigma: float, chance: torch.Generator) -> Tensor:
+def _blur(image: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
     sigma = sigma * min(image.shape[-2:]) / 224  # of what is seen, not of pixels
     reach = min(math.ceil(3 * sigma), min(image.shape[-2:]) - 1)
     return V.gaussian_blur(image, [2 * reach + 1] * 2, [sigma] * 2)
 
 
-def _pixelate(image: Tensor, share: float, chance: torch.Generator) -> Tensor:
+def _pixelate(image: Tensor, share: float, generator: torch.Generator) -> Tensor:
     height, width = image.shape[-2:]
     small = V.resize(image, [max(1, round(height * share)), max(1, round(width * share))], antialias=True)
     return V.resize(small, [height, width], InterpolationMode.NEAREST_EXACT)
 
 
-def _jpeg(image: Tensor, quality: float, chance: torch.Generator) -> Tensor:
+def _jpeg(image: Tensor, quality: float, generator: torch.Generator) -> Tensor:
     return V.to_dtype(V.jpeg(V.to_dtype(image, torch.uint8, scale=True), int(quality)), torch.float32, scale=True)
 
 
@@ -66,10 +66,10 @@ COMMON: dict[str, tuple[Corrupt, tuple[float, ...]]] = {
     "gaussian_blur": (_blur, (1, 2, 3, 4, 6)),
     "pixelate": (_pixelate, (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8)),
     "jpeg": (_jpeg, (25, 18, 15, 10, 7)),
-    "contrast": (lambda image, factor, chance: V.adjust_contrast(image, factor), (0.4, 0.3, 0.2, 0.1, 0.05)),
-    "brightness": (lambda image, factor, chance: V.adjust_brightness(image, factor), (1.2, 1.4, 1.6, 1.8, 2.0)),
-    "darkness": (lambda image, factor, chance: V.adjust_brightness(image, factor), (0.7, 0.5, 0.35, 0.2, 0.1)),
-    "saturation": (lambda image, factor, chance: V.adjust_saturation(image, factor), (0.6, 0.4, 0.2, 0.1, 0.0)),
+    "contrast": (lambda image, factor, generator: V.adjust_contrast(image, factor), (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "brightness": (lambda image, factor, generator: V.adjust_brightness(image, factor), (1.2, 1.4, 1.6, 1.8, 2.0)),
+    "darkness": (lambda image, factor, generator: V.adjust_brightness(image, factor), (0.7, 0.5, 0.35, 0.2, 0.1)),
+    "saturation": (lambda image, factor, generator: V.adjust_saturation(image, factor), (0.6, 0.4, 0.2, 0.1, 0.0)),
 }
 
 
@@ -90,11 +90,11 @@ class Corruption:
         Args:
             fill: colour of masks, 0 … 1: the mean that is subtracted later, so that masks are 0 for the model.
         """
-        chance = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{key}".encode("utf-8", "surrogateescape")))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{key}".encode("utf-8", "surrogateescape")))
         if self.name == "masks":
-            return _masked(crop, self.amount, fill, chance)
+            return _masked(crop, self.amount, fill, generator)
         act, strengths = COMMON[self.name]
-        image = act(crop.float() / 255, strengths[self.amount - 1], chance)
+        image = act(crop.float() / 255, strengths[self.amount - 1], generator)
         return (image.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
@@ -119,11 +119,11 @@ def corruption(spec: str, seed: int = 0) -> Corruption:
     return Corruption(name, int(amount), seed)
 
 
-def _masked(crop: Tensor, count: int, fill: tuple[float, ...], chance: torch.Generator) -> Tensor:
+def _masked(crop: Tensor, count: int, fill: tuple[float, ...], generator: torch.Generator) -> Tensor:
     crop, (height, width) = crop.clone(), crop.shape[-2:]
     side = max(1, round(MASK * min(height, width)))
     colour = (torch.tensor(fill) * 255).round().to(torch.uint8)[:, None, None]
-    for down, right in torch.rand(count, 2, generator=chance).tolist():
+    for down, right in torch.rand(count, 2, generator=generator).tolist():
         top, left = int(down * (height - side + 1)), int(right * (width - side + 1))
         crop[:, top : top + side, left : left + side] = colour
     return crop

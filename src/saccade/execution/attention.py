@@ -26,8 +26,8 @@ class Attended:
     """What one attention gives."""
 
     x: Tensor  #                         [B, Q, D]
-    kernel: str  #                       which path ran: "fused", "unfused", with "+bias" where keys count differently …
-    #                                    … "varlen", CUDA's for ragged batches; "heads", only those that are on
+    kernel: str  #                       which path ran: "fused", "unfused", with "+bias" where keys count differently;
+    #                                    "varlen", CUDA's for ragged batches; "heads", only those that are on
     stats: AttentionStats = field(default_factory=lambda: NO_STATS)  # what was read, of all K keys (prefix too)
 
 

@@ -17,8 +17,8 @@ from saccade.core.gates import Gates
 from saccade.core.hooks import plain_linear
 from saccade.execution.mixing import Packed
 
-MAX_HEAD_SHARE = 0.8  # share of (image, head) pairs up to which skipping pays where images differ, in a large batch …
-SMALL = 4.0  # … and how it shrinks in a small one, by 1 + SMALL / images: ``benchmarks/ragged.py --heads``
+MAX_HEAD_SHARE = 0.8  # of (image, head) pairs: up to it skipping is faster in a large batch where images differ
+SMALL = 4.0  # in a batch of few that share is divided by 1 + SMALL / images: ``benchmarks/ragged.py --heads``
 
 Mix = Callable[[Packed], tuple[Tensor, str]]  # mixed values [T, h, d], and by which kernel
 

@@ -26,11 +26,11 @@ class Asked:
     keep_mask: Tensor | None = None  #  [B, K] 0/1, straight-through: keys that count, with a gradient; or [B, Q', K],
     #                            Q' ≥ Q, for each query, and a key's gradient then goes by all that it would get
     query_mask: Tensor | None = None  # [B, K] 0/1, queries that count in ``attn_received``, and ``inner``; None: all
-    inner: bool = False  #         heads multiply queries, keys and values too, and what ``query_mask`` leaves out …
-    #                              … attends to itself alone: the same output with another gradient (``Gates.inner``)
+    inner: bool = False  #         heads multiply queries, keys and values too, and what ``query_mask`` leaves out
+    #                              attends to itself alone: the same output with another gradient (``Gates.inner``)
     rows: Rows | None = None  #    x is packed [T, D] and holds these rows; bias, readings and output are packed alike
-    turn: Tensor | None = None  #  [B, K, H, 2d], H may be 1: sines and cosines by which queries and keys of …
-    #                              … each token are rotated (RoPE); of packed rows [T, H, 2d]; None: they are not
+    turn: Tensor | None = None  #  [B, K, H, 2d], H may be 1: sines and cosines by which queries and keys of
+    #                              each token are rotated (RoPE); of packed rows [T, H, 2d]; None: they are not
     skip: bool = False  #          do not compute heads that are off (``heads.should_skip_heads`` says where)
 
     @property

@@ -140,8 +140,8 @@ class Boxed(Examples):
         image = resized_crop(read, top, left, height, width, list(self.size), self.how)
         shares = left / read.width, top / read.height, width / read.width, height / read.height
         boxes, left_over = seen(there.boxes, *shares)
-        for flip, chance, axis in ((hflip, self.augment.hflip, 0), (vflip, self.augment.vflip, 1)):
-            if torch.rand(()) < chance:
+        for flip, probability, axis in ((hflip, self.augment.hflip, 0), (vflip, self.augment.vflip, 1)):
+            if torch.rand(()) < probability:
                 image = flip(image)
                 boxes[:, [axis, axis + 2]] = 1 - boxes[:, [axis + 2, axis]]
         if self.colour is not None:

@@ -81,8 +81,8 @@ def credit(scores: list[Tensor], mosaic: Mosaic) -> Tensor:
     itself = torch.cat([over, none], dim=1).gather(1, place).squeeze(1)
     parent = torch.cat([none, over], dim=1).gather(1, place).squeeze(1)
     whole_leaf = torch.cat([F.logsigmoid(-logit), sure], dim=1).gather(1, itself)
-    chance = torch.cat([F.logsigmoid(logit), sure], dim=1).gather(1, parent) + whole_leaf
-    return (chance - chance.detach()).exp()
+    log_probability = torch.cat([F.logsigmoid(logit), sure], dim=1).gather(1, parent) + whole_leaf
+    return (log_probability - log_probability.detach()).exp()
 
 
 @register_scorer("gate")
