@@ -63,7 +63,7 @@ def main() -> None:
     settings = [s for s in stored.trained if s != "dense"]
     scores, failures = saccade.eval(stored, "scenes", [*settings, "random(0.5)", "grid(32)"], split="test", batch=64)
     assert not failures
-    rows = [f"| `{s.setting}` | {s.gmacs:.4f} | {s.mac_ratio:.2f}× | {_three(s.top1)} | {_away(s)} |" for s in scores]
+    rows = [f"| `{s.setting}` | {s.gmacs:.4f} | {s.mac_ratio:.2f}× | {_three(s.value)} | {_away(s)} |" for s in scores]
     card = CARD.format(
         parameters=sum(p.numel() for p in stored.parameters()) / 1e6,
         megabytes=(arguments.out / "model.safetensors").stat().st_size / 1e6,

@@ -32,8 +32,8 @@ from saccade.terminal.progress import Progress
 GOALS = (1.5, 2.0)  # times fewer MACs
 NEAR = math.log(1.05)  # how far from its goal a setting of the menu may be, where the method takes a budget
 FEW = 16  # photos that settings are priced on
-SCORED = ("gmacs", "mac_ratio", "tokens", "p_value")
-SCORED += tuple(f"{name}{end}" for name in ("top1", "delta") for end in ("", "_low", "_high"))
+SCORED: tuple[str, ...] = ("gmacs", "mac_ratio", "tokens", "p_value")
+SCORED += tuple(f"{name}{end}" for name in ("value", "delta") for end in ("", "_low", "_high"))
 TIMED = ("runner", "batch", "speedup", "speedup_low", "speedup_high", "images_per_s", "conversion", "runs")
 OUT = Path(__file__).parents[1] / "docs" / "measured"
 
@@ -61,7 +61,7 @@ def main() -> None:
         rows = scored(model, given, progress)
     # One thread or two, this processor or that: accuracy does not depend on the machine.
     facts = {name: fact for name, fact in about(model, command).items() if name not in ("device", "threads")}
-    facts |= {"data": given.data.name, "images": rows[0]["images"]}
+    facts |= {"data": given.data.name, "images": rows[0]["images"], "metric": "top-1"}
     write_json(given.out / "methods.json", {"about": facts, "rows": rows})
 
 

@@ -15,7 +15,7 @@ TINY = {"depth": 3, "embed_dim": 48, "num_heads": 3, "img_size": 64, "num_classe
 
 
 def tiny(seed: int = 0, **kwargs: int) -> saccade.AdaptiveViT:
-    """A small ViT whose opinions differ between images and between settings."""
+    """A small ViT whose answers differ between images and between settings."""
     torch.manual_seed(seed)
     model = saccade.create_model("vit_tiny_patch16_224", **{**TINY, **kwargs})
     with torch.no_grad():

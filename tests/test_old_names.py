@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -48,6 +49,14 @@ def test_old_methods_of_a_model_give_what_new_ones_give():
         with pytest.warns(DeprecationWarning, match="AdaptiveViT.head is forward_head now"):
             logits = model.head(tokens)
         assert torch.equal(logits, model.forward_head(tokens))
+
+
+def test_the_old_name_of_a_row_s_value():
+    from saccade.reports.rows import Row
+
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Row))
+    with pytest.warns(DeprecationWarning, match="Row.top1 is value now"):
+        assert Row(**nothing | {"value": 0.5}).top1 == 0.5
 
 
 def test_new_names_do_not_warn():

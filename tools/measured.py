@@ -67,10 +67,10 @@ def summary(name: str, docs: Path = DOCS) -> str:
 
 def accuracy(row: Mapping[str, Any]) -> list[str]:
     """Accuracy and MACs of a row as cells."""
-    top1 = "{:.1f}\u00a0% [{:.1f},\u00a0{:.1f}]".format(*(100 * row[f"top1{end}"] for end in ("", "_low", "_high")))
+    value = "{:.1f}\u00a0% [{:.1f},\u00a0{:.1f}]".format(*(100 * row[f"value{end}"] for end in ("", "_low", "_high")))
     lost = "{:+.1f} [{:+.1f},\u00a0{:+.1f}]".format(*(100 * row[f"delta{end}"] for end in ("", "_low", "_high")))
     lost = "" if row["setting"] == DENSE else lost.replace("-", "−")
-    return [top1, lost, f"{row['gmacs']:.2f}", f"{row['mac_ratio']:.2f}×"]
+    return [value, lost, f"{row['gmacs']:.2f}", f"{row['mac_ratio']:.2f}×"]
 
 
 def speedup(row: Mapping[str, Any] | None) -> str:

@@ -36,6 +36,7 @@ from saccade.data import Preprocess
 from saccade.reports.frontier_picture import Point, frontier_picture
 from saccade.reports.render_tokens import token_map
 
+NUMBERS = ("speedup", "value", "value_low", "value_high")  # of a row of frontier.csv, in the order of a Point
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 PHOTO, PICTURE, FRONTIER = PICTURES / "cat.jpg", PICTURES / "settings.jpg", PICTURES / "frontier.png"
 RESULTS, EXAMPLES = PICTURES.parent / "results.md", PICTURES.parents[1] / "examples"
@@ -142,13 +143,13 @@ def published() -> list[Point]:
 
 def tuned(file: Path) -> list[Point]:
     """The settings of a frontier.csv that have accuracy and speed."""
+
+    def point(row: dict[str, str]) -> Point:
+        speedup, value, low, high = (float(row[name]) for name in NUMBERS)
+        return Point(row["setting"], row["family"], speedup, value, low, high, row["chosen"] == "True")
+
     with file.open(encoding="utf-8", newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["top1"] and row["speedup"]]
-    return [
-        Point(row["setting"], row["family"], *(float(row[key]) for key in ("speedup", "top1", "top1_low", "top1_high")),
-              row["chosen"] == "True")
-        for row in rows
-    ]  # fmt: skip
+        return [point(row) for row in csv.DictReader(lines) if row["value"] and row["speedup"]]
 
 
 if __name__ == "__main__":

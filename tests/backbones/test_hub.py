@@ -62,10 +62,12 @@ def test_the_card_opens_the_weights_without_saccade(kind, tmp_path, monkeypatch)
 
 def test_the_card_says_what_it_is_and_what_was_measured(tmp_path):
     model = made()
-    rows = [SimpleNamespace(setting="topk(0.5) | tome(r=1)", top1=0.71234, gmacs=0.5, images_per_s=None, speedup=1.5)]
+    told = {"setting": "topk(0.5) | tome(r=1)", "metric": "cosine", "value": 0.71234, "gmacs": 0.5, "speedup": 1.5}
+    rows = [SimpleNamespace(**told, images_per_s=None)]
     model.save_pretrained(tmp_path, model_card_kwargs={"rows": rows, "license": "apache-2.0"})
     text = (tmp_path / "README.md").read_text()
     assert "`tome(r=2)`" in text and "32 × 32 pixels" in text and "license: apache-2.0" in text
+    assert "| setting | cosine | gmacs |" in text
     assert "| topk(0.5) \\| tome(r=1) | 0.7123 | 0.5 |  | 1.5 |" in text
     macs = model(make_images(model.vit, 1), whole=True).trace.macs().item()
     assert f"| GMACs | {macs / 1e9:.3f}" in text

@@ -125,7 +125,7 @@ def test_eval(run):
     assert "model, 21 images of photos" in table
     for row in found["rows"]:
         assert row["setting"] in table
-        assert f"{row['top1']['mean']:.2%}" in table
+        assert f"{row['value']['mean']:.2%}" in table
 
 
 def test_eval_says_which_images_it_could_not_read(run, tmp_path):
@@ -208,7 +208,7 @@ def test_demo(run, tmp_path, monkeypatch):
     code, out, err = run("demo", "--model", "model", "--data", "photos", "--out", tmp_path / "out", "--json")
     assert code == 0
     found = json.loads(out)
-    assert all(row["top1"] is not None for row in found["rows"])
+    assert all(row["value"] is not None for row in found["rows"])
     assert (tmp_path / "out" / "report.html").is_file() and (tmp_path / "out" / "model").is_dir()
     assert "built-in" not in err
 

@@ -75,7 +75,7 @@ def law(model) -> float:
 @pytest.fixture
 def lawful(monkeypatch):
     def timed(entries, *args, **options):
-        return {name: SimpleNamespace(seconds=[law(model) / 1000] * 3) for name, model in entries.items()}, {}
+        return {name: SimpleNamespace(p50=law(model) / 1000) for name, model in entries.items()}, {}
 
     monkeypatch.setattr(latency_curve, "interleaved", timed)
 
@@ -93,6 +93,14 @@ def test_settings_that_were_not_timed_are_priced(lawful):
         view = model.at(setting).eval()
         assert slower.predict(view) == pytest.approx(1.5 * law(view), rel=1e-6), setting
     assert LatencyCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
+
+
+def test_a_model_of_few_patches_has_a_curve(lawful):
+    """Of three patches 85 % are three: a block of all tokens is timed once."""
+    model = tiny(img_size=(16, 48)).eval()
+    curve = measure(model, [], batch=1)
+    assert len({*curve.tokens}) == len(curve.tokens) == 3
+    assert curve.predict(model.at("dense").eval()) == pytest.approx(law(model.at("dense").eval()), rel=1e-6)
 
 
 def test_a_schedule_is_priced_without_being_run(lawful):

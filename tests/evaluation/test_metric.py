@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from functools import partial
 
@@ -24,6 +25,7 @@ from saccade.evaluation.metric import Metric, choose
 from saccade.evaluation.schedule_candidates import schedules
 from saccade.evaluation.schedule_price import macs
 from saccade.evaluation.stats import Interval
+from saccade.evaluation.tune import search
 from saccade.model import AdaptiveViT
 from saccade.tasks.embedding.embedding_head import EmbeddingHead
 from small_runs import tiny
@@ -101,6 +103,25 @@ def test_a_reindexed_recall_embeds_the_index_anew(encoder, flat):
         expected.append(len(theirs & ours) / 4)
     assert measured(encoder, flat, "reindexed@4") == pytest.approx(expected)
     assert measured(encoder, flat, "reindexed@4") != measured(encoder, flat, "recall@4")
+
+
+def test_an_index_embedded_anew_needs_more_images_than_neighbours(encoder, flat):
+    """Of ten images an image's nine neighbours are the same nine under any setting."""
+    evaluator = Evaluator(encoder, open_images(flat), metric="reindexed@10")
+    found = evaluator.predict(encoder.at(SETTING).eval(), range(10))
+    with pytest.raises(UserError, match=r"asks for 10 of the 9 neighbours .* 10 images measured together.*reindexed@4"):
+        evaluator.values(found)
+    with pytest.raises(UserError, match="6 images measured together"):
+        saccade.eval(encoder, flat, [SETTING], metric="reindexed@10", limit=6)
+    with pytest.raises(UserError, match="11 images measured together"):
+        search(encoder, flat, Target.of("2x"), metric="reindexed@10", limit=22)
+    assert evaluator.values(evaluator.predict(encoder.at(SETTING).eval(), range(12))).min() < 1.0
+
+
+@pytest.mark.parametrize("images, remedy", [(1, "give more images"), (2, "give more images"), (3, "or recall@1")])
+def test_a_remedy_is_one_that_helps(images, remedy):
+    with pytest.raises(UserError, match=f"{remedy}$"):
+        choose("recall@5", encodes=True, labelled=False, images=images)
 
 
 @pytest.mark.parametrize("head", [None, EmbeddingHead("mean", normalise=True)])
@@ -190,7 +211,7 @@ def test_a_metric_that_does_not_fit_is_refused_with_those_that_do(name, encodes,
 
 
 def test_a_loss_is_in_the_unit_of_the_metric():
-    assert Metric("recall@10").aim(Target.of(max_drop="1%")) == "at most 1.0% lost"
+    assert Metric("recall@10").aim(Target.of(max_drop="1%")) == "at most 1% lost"
     assert Metric("kl").aim(Target.of(max_drop=0.05)) == "kl up by at most 0.05 nats"
     assert Metric("cosine").aim(Target.of(max_drop="0.02")) == "cosine down by at most 0.02"
     assert Metric("cosine").aim(Target.of("2x")) == "2× faster"
@@ -210,11 +231,16 @@ def test_less_is_better_where_it_is():
 def test_eval_says_the_metric_and_ranks_by_it(encoder, flat, tmp_path):
     found = saccade.eval(encoder, flat, ["tome(r=1..2)", SETTING], metric="cosine", seconds=0, out=tmp_path / "out")
     dense, *_, worst = found.rows
-    assert dense.metric == "cosine" and dense.top1.three() == (1.0, 1.0, 1.0)
-    assert worst.top1.mean < min(row.top1.mean for row in found.rows[1:-1])
+    assert dense.metric == "cosine" and dense.value.three() == (1.0, 1.0, 1.0)
+    assert worst.value.mean < min(row.value.mean for row in found.rows[1:-1])
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "cosine of an image" in page and "cosine %" not in page and f"{worst.top1.mean:.4f}" in page
-    assert f"{worst.top1.mean:.4f}" in str(found)
+    assert "cosine of an image" in page and "cosine %" not in page and f"{worst.value.mean:.4f}" in page
+    assert f"{worst.value.mean:.4f}" in str(found)
+    table = csv.DictReader((tmp_path / "out" / "scores.csv").read_text(encoding="utf-8").splitlines())
+    listed = [(row["metric"], float(row["value"]), row["family"], "top1" in row) for row in table]
+    families = ["dense", "reduction", "reduction", "random"]  # also of what the page draws as a curve
+    assert listed == [("cosine", r.value.mean, f, False) for r, f in zip(found.rows, families, strict=True)]
+    assert all(row["metric"] == "cosine" and "top1" not in row for row in found.to_dict()["rows"])
     with pytest.raises(UserError, match="metric 'top-1' is for classifiers"):
         saccade.eval(encoder, flat, metric="top-1")
 
@@ -223,7 +249,7 @@ def test_labels_of_other_classes_can_be_left_unread(sorted_in_classes):
     model = tiny(num_classes=7)
     with pytest.raises(UserError, match="--metric agreement"):
         accuracy.evaluate(model, sorted_in_classes)
-    assert accuracy.evaluate(model, sorted_in_classes, metric="agreement").rows[0].top1.mean == 1.0
+    assert accuracy.evaluate(model, sorted_in_classes, metric="agreement").rows[0].value.mean == 1.0
 
 
 @torch.inference_mode()

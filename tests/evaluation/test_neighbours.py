@@ -71,14 +71,14 @@ def test_labels_and_no_labels(encoder, photos, tmp_path):
     assert rows[1].kl.mean < rows[2].kl.mean
     flat = write_folder(tmp_path / "flat", {f"{i}.png": encode(picture(70, 64, seed=i)) for i in range(30)})
     rows, _ = evaluate(encoder, str(flat), ["tome(r=2)", "random(0.3)"])
-    assert rows[0].metric == "recall@10" and rows[0].top1.mean == 1.0
-    assert 0 < rows[2].top1.mean < 1.0 and rows[0].top1.mean >= rows[1].top1.mean
+    assert rows[0].metric == "recall@10" and rows[0].value.mean == 1.0
+    assert 0 < rows[2].value.mean < 1.0 and rows[0].value.mean >= rows[1].value.mean
 
 
 def test_a_batch_and_a_limit_change_no_answer(encoder, photos):
     whole, _ = evaluate(encoder, photos, ["evit(0.5)"], batch=48)
     small, _ = evaluate(encoder, photos, ["evit(0.5)"], batch=5)
-    assert [row.top1 for row in whole] == [row.top1 for row in small]
+    assert [row.value for row in whole] == [row.value for row in small]
     some, _ = evaluate(encoder, photos, ["evit(0.5)"], limit=10)
     assert some[0].images == 10
 

@@ -40,7 +40,7 @@ def measured(
     speed = Speed(
         setting, "fp32", 8, 100.0, 20 / speedup, 0, 0, speedup, speedup, speedup, 1 / gmacs, 1.0, gmacs, 9, 1, "", 7
     )
-    row = SimpleNamespace(images=len(hits), top1=proportion(torch.tensor(hits).bool()), delta=Interval(0.0, 0.0, 0.0))
+    row = SimpleNamespace(images=len(hits), value=proportion(torch.tensor(hits).bool()), delta=Interval(0.0, 0.0, 0.0))
     chosen_by = hits if selection is None else selection
     share = sum(chosen_by) / len(chosen_by)
     return Measured(Option(candidate, Runner(**options)), speed, share, 0.5, row, said(hits), said(chosen_by))

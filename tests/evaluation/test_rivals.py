@@ -37,7 +37,7 @@ def test_a_rival_sees_the_images_as_it_was_made_for(photos, smaller):
     dense, _, row = found.rows
     assert row.setting == f"rival {smaller}" and row.metric == "top-1" and row.images == dense.images
     alone = saccade.eval(smaller, photos).rows[0]
-    assert row.top1 == alone.top1 and row.gmacs == alone.gmacs
+    assert row.value == alone.value and row.gmacs == alone.gmacs
     assert row.agreement.mean < 1.0 and row.delta is not None and row.trained is None
 
 
@@ -46,7 +46,7 @@ def test_a_rival_stands_in_the_report_and_is_not_chosen(photos, smaller, tmp_pat
     found = tune(tiny(), photos, "1.2x", out=tmp_path / "out", rivals=[smaller], **QUICK)
     rows = [row for row in found.rows if row.family == "rival"]
     assert rows and not any(row.chosen or row.on_frontier for row in rows)
-    assert all(row.speedup is not None and row.top1 is not None for row in rows)
+    assert all(row.speedup is not None and row.value is not None for row in rows)
     assert sum(f"`rival {smaller}" in line for line in found.recommendation) == 1
     assert f"rival {smaller}" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "out" / "frontier.json").read_text())["rows"][-1]["metric"] == "top-1"
@@ -77,11 +77,11 @@ def test_an_encoder_is_compared_with_a_rival_of_another_width(photos, metric):
     encoder, rival = tiny(num_classes=0), tiny(seed=1, depth=1, embed_dim=24)  # its classifier is taken off
     found = saccade.eval(encoder, photos, ["tome(r=2)"], metric=metric, rivals=[rival])
     own = saccade.eval(encoder, photos, metric=metric).rows[0]
-    assert found.rows[0].top1 == own.top1 and 0 < found.rows[-1].top1.mean < 1.0
+    assert found.rows[0].value == own.value and 0 < found.rows[-1].value.mean < 1.0
     assert rival.vit.num_classes == 3
     if metric == "knn":  # by its own index
         rival.vit.reset_classifier(0)
-        assert found.rows[-1].top1 == saccade.eval(rival, photos, metric="knn").rows[0].top1
+        assert found.rows[-1].value == saccade.eval(rival, photos, metric="knn").rows[0].value
 
 
 def test_weights_of_a_rival_are_named_with_it(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from functools import partial
@@ -14,6 +15,7 @@ from data_helpers import encode, picture, write_folder
 from saccade.data import open_images
 from saccade.evaluation.allowance import Allowance
 from saccade.evaluation.candidates import Target
+from saccade.evaluation.defined import NonFinite
 from saccade.evaluation.distance import Distance
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.schedule import Rule, Schedule, Space, by_macs
@@ -22,6 +24,7 @@ from saccade.evaluation.schedule_price import macs
 from saccade.evaluation.schedule_search import ScheduleSearch
 from saccade.evaluation.schedule_starts import Starts
 from saccade.evaluation.tune import search
+from saccade.model import AdaptiveViT
 from saccade.setting import Setting
 from small_runs import shorten, tiny
 
@@ -181,6 +184,36 @@ def test_the_search_comes_nearer_within_its_budget_and_goes_on_where_it_stopped(
     assert found_by(evaluator, space, start.tried + 40, file=file, key="b")[0] == found, "another's is not taken up"
     file.write_text('{"key": "b", "tried": 5, "population": [["", [[1]], [0.0]]]}', encoding="utf-8")
     assert found_by(evaluator, space, start.tried + 40, file=file, key="b")[0] == found, "nor what does not fit"
+
+
+def test_a_search_without_time_is_made_again(evaluator, space, tmp_path):
+    file = tmp_path / "search.json"
+    none, *_ = found_by(evaluator, space, 10, file=file, key="a", enough=lambda: True)
+    assert none.nearest == [] and not file.exists()
+    assert found_by(evaluator, space, 0, file=file, key="a")[0].nearest
+    spent = Allowance(300.0, clock=iter([0.0, *[10.0] * 3, *[100.0] * 10_000]).__next__)
+    found = schedules(evaluator, range(IMAGES), partial(macs, ratio=1.5), spent, folder=tmp_path)
+    assert found.candidates == [] and found.note == "time did not suffice for a schedule"
+
+
+def test_only_schedules_that_ran_are_counted_as_tried(evaluator, space, monkeypatch):
+    ran = []
+    real = Distance.of
+    monkeypatch.setattr(Distance, "of", lambda self, setting, *rest: ran.append(setting) or real(self, setting, *rest))
+    found, *_ = found_by(evaluator, space, 120)
+    assert found.tried == len(ran) <= 120
+
+
+def test_answers_that_are_not_finite_are_far_away(space, evaluator):
+    vit = copy.deepcopy(evaluator.dense.vit)
+    scale = [1.0]
+    vit.head.register_forward_hook(lambda module, given, out: out * scale[0])
+    own = Evaluator(AdaptiveViT(vit), evaluator.images)
+    distance = Distance(own, range(4))
+    scale[0] = float("nan")
+    with pytest.raises(NonFinite, match=r"`tome\(r=1\)` hold NaN or infinity"):
+        distance.of("tome(r=1)")
+    assert ScheduleSearch(Space.of(own.dense), distance, by_macs, 1.0).judge(space.empty("grid(32)"), (), 1) is None
 
 
 def test_starts_are_the_best_of_plain_shapes(evaluator, space):

@@ -338,6 +338,6 @@ def test_real_sweep_collapses_away_from_its_patch_size(data_dir, tmp_path):
         pytest.skip("no weights or photos in the data folder")
     model = saccade.create_model("vit_tiny_patch16_224", weights=weights)
     rows, _ = evaluate(model, images, "grid(14..32)", limit=100, seconds=0, out=tmp_path)
-    top1 = {r.setting: r.top1.mean for r in rows}
-    assert top1["dense"] == top1["grid(16)"] > top1["grid(28)"] > top1["grid(32)"]
+    value = {r.setting: r.value.mean for r in rows}
+    assert value["dense"] == value["grid(16)"] > value["grid(28)"] > value["grid(32)"]
     assert torch.tensor([r.gmacs for r in rows[1:]]).diff().max() < 0

@@ -157,7 +157,7 @@ def test_dense_the_best_of_each_family_and_the_choice_are_shown_and_controls_fol
     found = tune(model, photos, "1.2x", out=tmp_path / "out", **QUICK)
     table = "\n".join(row[0] for row in found.table().rows)
     assert "dense" in table and "→ " in table and "random" not in table
-    best = max((r for r in found.rows if r.family == "reduction"), key=lambda r: (r.top1, r.speedup))
+    best = max((r for r in found.rows if r.family == "reduction"), key=lambda r: (r.value, r.speedup))
     assert best.setting in table and found.rows[0] in shown(found.rows)
     page = (tmp_path / "out" / "report.html").read_text()
     main, folded = page.split("<details")[0], page.split("<details")[1].split("</details>")[0]
@@ -175,7 +175,7 @@ def test_the_verdict_names_a_line_that_runs_it(model, photos, few, tmp_path, mon
         images = torch.randn(2, 3, *found.model.input_size())
         assert torch.equal(eval(code, {"saccade": saccade, "images": images}), found.model(images).logits)
     assert any(
-        "Assumed, as nothing was asked for: at most 1.0% lost; batches of 2 images" in x for x in found.recommendation
+        "Assumed, as nothing was asked for: at most 1% lost; batches of 2 images" in x for x in found.recommendation
     )
 
 
@@ -264,7 +264,7 @@ def test_a_time_is_kept_to_and_still_says_something(model, photos, few, tmp_path
     least = 300 * an_image if an_image > 0.3 else 0.0  # 20 images and four settings are measured whatever it takes
     assert clock.now <= max(60 * minutes, least)
     assert found.rows[0].setting == "dense" and any(row.chosen for row in found.rows)
-    assert all(row.top1 is not None for row in found.rows)
+    assert all(row.value is not None for row in found.rows)
 
 
 def test_without_a_time_everything_is_measured(model, photos, few, tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_logits_that_are_all_alike_are_no_hit_for_class_zero(photos, monkeypatch
 
     monkeypatch.setattr(saccade.AdaptiveViT, "forward_head", head)
     _, row = saccade.eval(tiny(), str(photos), ["evit(0.5)"]).rows
-    assert row.top1.mean == row.top5.mean == row.agreement.mean == 0.0
+    assert row.value.mean == row.top5.mean == row.agreement.mean == 0.0
 
 
 def test_one_image_is_no_certainty(photos):

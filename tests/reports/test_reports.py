@@ -145,7 +145,7 @@ def test_the_contact_sheet_holds_the_photo_and_every_block(count, columns):
 
 
 TOME = Row(
-    "tome(r=8)", "reduction", gmacs=0.9, mac_ratio=1.4, top1=0.75, top1_low=0.73, top1_high=0.77,
+    "tome(r=8)", "reduction", gmacs=0.9, mac_ratio=1.4, value=0.75, value_low=0.73, value_high=0.77,
     delta=-0.004, delta_low=-0.012, delta_high=0.003, agreement=0.97, speedup=1.3, conversion=0.93,
     images_per_s=500.0, p50_ms=31.0, memory_mb=200.0, tokens=100.0, on_frontier=True, chosen=False,
 )  # fmt: skip
@@ -168,9 +168,9 @@ def report(rows: list[Row], **values: object) -> Report:
 ROWS = [
     row("dense", family="dense", gmacs=1.26, mac_ratio=1.0, speedup=1.0, conversion=1.0, delta=0.0),
     row("tome(r=8)", chosen=True),
-    row("evit(0.5)", gmacs=0.6, mac_ratio=2.1, speedup=1.8, top1=0.70, delta=-0.05, note="steep"),
+    row("evit(0.5)", gmacs=0.6, mac_ratio=2.1, speedup=1.8, value=0.70, delta=-0.05, note="steep"),
     row(
-        "random(0.3)", family="random", gmacs=0.5, mac_ratio=2.5, speedup=2.3, top1=0.2, delta=-0.55, on_frontier=False
+        "random(0.3)", family="random", gmacs=0.5, mac_ratio=2.5, speedup=2.3, value=0.2, delta=-0.55, on_frontier=False
     ),
 ]
 
@@ -207,7 +207,7 @@ def test_the_report_is_one_file_without_outside_references():
 
 def test_text_is_escaped_everywhere():
     evil = '<script>alert("1")</script>&\'"'
-    rows = [row(evil, note=evil, chosen=True), row(evil, family=evil, gmacs=0.5, top1=0.5)]
+    rows = [row(evil, note=evil, chosen=True), row(evil, family=evil, gmacs=0.5, value=0.5)]
     samples = [Sample(evil, [(evil, Image.new("RGB", (8, 8)))])]
     text = render_report(Report(evil, evil, [evil, evil], {evil: evil}, evil, rows, samples, [evil]))
     page = Page(text)
@@ -216,7 +216,7 @@ def test_text_is_escaped_everywhere():
 
 
 def test_columns_and_plots_without_numbers_are_left_out():
-    nothing = dict.fromkeys(("top1", "top1_low", "top1_high", "delta", "delta_low", "delta_high", "agreement"))
+    nothing = dict.fromkeys(("value", "value_low", "value_high", "delta", "delta_low", "delta_high", "agreement"))
     speed_only = Page(render_report(report([replace(r, **nothing) for r in ROWS])))
     assert "speed-up against MAC ratio" in "".join(a.get("aria-label") or "" for _, a in speed_only.tags)
     assert speed_only.count("div", "wide") == 1
@@ -237,7 +237,7 @@ costs = st.one_of(st.floats(1e-6, 1e6), st.just(1.0))
 def test_any_numbers_make_a_page_that_parses(values, name):
     families = ["dense", "reduction", "random", "other"]
     rows = [
-        row(f"{name} {k}", family=families[k % 4], gmacs=g, mac_ratio=m, top1=a, top1_low=b, delta=b, delta_low=a,
+        row(f"{name} {k}", family=families[k % 4], gmacs=g, mac_ratio=m, value=a, value_low=b, delta=b, delta_low=a,
             speedup=s and 3 * s, conversion=s, on_frontier=on, chosen=not on and k == 1)
         for k, (g, m, a, b, s, on) in enumerate(values)
     ]  # fmt: skip

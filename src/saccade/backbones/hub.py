@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 FILES = (CONFIG, "model.safetensors", CARD)
-COLUMNS = ("setting", "top1", "gmacs", "images_per_s", "speedup")  # of a frontier's rows
+COLUMNS = ("setting", "value", "gmacs", "images_per_s", "speedup")  # of a frontier's rows
 
 
 class HubNames(ModelHubMixin):
@@ -158,7 +158,8 @@ def _frontier(rows: Sequence[Any]) -> str:
     if not rows:
         return ""
     lines = [[_cell(getattr(row, name, None)) for name in COLUMNS] for row in rows]
-    head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
+    named = [getattr(rows[0], "metric", "") or name if name == "value" else name for name in COLUMNS]
+    head = f"| {' | '.join(named)} |\n|{'---|' * len(COLUMNS)}"
     return "\n## Frontier\n\n" + "\n".join([head, *(f"| {' | '.join(cells)} |" for cells in lines)]) + "\n"
 
 

@@ -20,6 +20,7 @@ from saccade.evaluation.evaluator import Evaluator, check_head
 from saccade.evaluation.rivals import Rival
 from saccade.evaluation.stats import Interval, bootstrap, mcnemar, proportion, without_infinity
 from saccade.model import AdaptiveViT
+from saccade.renamed.row_names import OldRowNames
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result
 
@@ -27,13 +28,13 @@ ITSELF = Interval(0.0, 0.0, 0.0)  # the difference of a model to itself
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(OldRowNames):
     """One row of ``eval``. Shares are fractions; ``delta`` is paired, against the dense model."""
 
     setting: str
     metric: str  #           "top-1", "agreement", "recall@10", … (``saccade.evaluation.metric``)
     images: int
-    top1: Interval  #        of the metric, whichever it is, in its own unit
+    value: Interval  #        of the metric, whichever it is, in its own unit
     top5: Interval
     nll: Interval
     delta: Interval | None
@@ -70,7 +71,7 @@ def score(setting: str, found: Predictions, dense: Predictions, evaluator: Evalu
         setting=setting,
         metric=metric.name,
         images=len(found.indices),
-        top1=own,
+        value=own,
         top5=proportion((found.top == truth.unsqueeze(1)).any(1)),
         nll=bootstrap(found.nll, least=0.0),
         delta=delta,
@@ -157,6 +158,7 @@ def evaluate(
     for rival in rivals:
         rival.check(evaluator)
     chosen = spread(len(images), limit)
+    evaluator.check_count(len(chosen))
     named = [s for s in map(str, settings) if s not in ("", "dense")]
     views = {
         "dense": evaluator.dense,

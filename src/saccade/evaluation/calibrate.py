@@ -29,6 +29,7 @@ from saccade.evaluation.knob_search import KnobSearch, learnable
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.stats import Interval
 from saccade.model import AdaptiveViT
+from saccade.renamed.row_names import OldRowNames
 from saccade.setting import Setting
 from saccade.storage.files import check_folder
 from saccade.storage.foreign import check_not_foreign
@@ -44,7 +45,7 @@ CLOSE = 0.005  # share of the budget that may be left over
 
 
 @dataclass(frozen=True, repr=False)
-class Calibrated(Result):
+class Calibrated(OldRowNames, Result):
     """A setting that meets a budget, and what it costs and knows on the images it was found on."""
 
     setting: str
@@ -57,7 +58,7 @@ class Calibrated(Result):
     gmacs_p95: float
     gmacs_dense: float
     metric: str  #      "top-1", "agreement", "knn", "recall@10", …
-    top1: Interval
+    value: Interval
     tried: int  #       thresholds; or steps and moves of learning
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,8 +72,8 @@ class Calibrated(Result):
 
     def table(self) -> Table:
         costs = (self.gmacs, self.gmacs_p50, self.gmacs_p95, self.gmacs_dense)
-        top1 = f"{self.top1.mean:.2%} [{self.top1.low:.1%}, {self.top1.high:.1%}]"
-        cells = [self.setting, f"{costs[0]:.3f}", top1, *(f"{cost:.3f}" for cost in costs[1:])]
+        value = f"{self.value.mean:.2%} [{self.value.low:.1%}, {self.value.high:.1%}]"
+        cells = [self.setting, f"{costs[0]:.3f}", value, *(f"{cost:.3f}" for cost in costs[1:])]
         columns = ["setting", "GMACs, mean", self.metric, "p50", "p95", "dense"]
         return Table(counted(self.images, "image"), columns, [cells], "Intervals are at 95 %.")
 
@@ -242,7 +243,7 @@ def _calibrated(
         gmacs_p95=each.quantile(0.95).item(),
         gmacs_dense=dense.macs.mean().item() / 1e9,
         metric=evaluator.metric.name,
-        top1=evaluator.metric.interval(evaluator.values(found)),
+        value=evaluator.metric.interval(evaluator.values(found)),
         tried=tried,
     )
 

@@ -193,8 +193,9 @@ class Target:
         return cls(kind, number, percent=unit == "%" and text.endswith(unit))
 
     def __str__(self) -> str:
-        forms = {"speedup": "{:g}× faster", "gmacs": "{:g} GMACs", "ms": "{:g} ms", "drop": "at most {:.1%} lost"}
-        return forms[self.kind].format(self.value)
+        if self.kind == "drop":
+            return f"at most {100 * self.value:g}% lost"
+        return {"speedup": "{:g}× faster", "gmacs": "{:g} GMACs", "ms": "{:g} ms"}[self.kind].format(self.value)
 
 
 ASSUMED = Target("drop", 0.01)  # what is aimed at where nothing is said

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from saccade.data import Loaders
 from saccade.evaluation.accuracy import spread
+from saccade.evaluation.defined import require_finite
 from saccade.evaluation.dense_answers import cell_cosine, unit_map
 from saccade.evaluation.evaluator import Evaluator
 from saccade.model import AdaptiveViT
@@ -20,11 +21,11 @@ HOPELESS = 1.1  # times the distance of the one to beat, on the same batches
 
 class Distance:
     """Total variation between the classes' probabilities, ½ Σ |p − q|, on a few images: the share of probability that
-    has gone elsewhere. Of an encoder 1 − cosine of the embeddings; where the metric compares feature maps, 1 − its mean
-    cosine of a cell.
+    moves to other classes. Of an encoder 1 − cosine of the embeddings; where the metric compares feature maps, 1 − its
+    mean cosine of a cell.
 
-    A divergence without bound, KL, hangs on few images: five of 96 make a third of it, and the nearest schedule is then
-    the one that they happen to like.
+    KL has no upper bound, so that a few images decide it: five of 96 make a third of the sum, and the nearest schedule
+    is then the one that suits these five.
 
     Each setting sees the images as it would in use, in its own input size.
     """
@@ -53,6 +54,9 @@ class Distance:
         Args:
             least: distances of the setting to beat, by batch.
             batches: no more than so many of them.
+
+        Raises:
+            NonFinite: logits, embeddings or features of the setting are not finite.
         """
         view, found = self.evaluator.dense.at(setting).eval(), list[float]()
         for batch, dense in list(zip(self._batches, self._dense, strict=True))[:batches]:
@@ -62,15 +66,15 @@ class Distance:
         return found
 
     def _answer(self, view: AdaptiveViT, places: Sequence[int]) -> Tensor:
-        """Probabilities [n, K], embeddings of length 1 [n, D], or feature maps [n, D, h, w]."""
+        """Probabilities [n, K], embeddings of length 1 [n, D], or feature maps [n, D, h, w]. Raises NonFinite."""
         weight = next(view.parameters())
         loader = self._loaders.of(self.evaluator.preprocess(view.input_size()))
         (seen,) = loader.batches(len(places), places)
         images = seen.images.to(weight.device, weight.dtype)
         if self._of_maps:
-            return unit_map(view, images)
+            return require_finite(unit_map(view, images), view.setting, "features")
         with torch.inference_mode():
-            given = view(images).logits.double()
+            given = require_finite(view(images).logits.double(), view.setting)
         return F.normalize(given, dim=-1) if self.evaluator.encodes else given.softmax(-1)
 
     def _between(self, dense: Tensor, said: Tensor) -> float:

@@ -18,6 +18,7 @@ from saccade.evaluation.dense_answers import DenseAnswers, cell_cosine, unit_map
 from saccade.evaluation.metric import Metric, choose, nearest, overlap
 from saccade.evaluation.neighbours import MOST, Neighbours
 from saccade.model import AdaptiveViT
+from saccade.terminal.results import counted
 
 Step = Callable[[int], None]
 
@@ -27,7 +28,7 @@ EMBEDDED = ("cosine", "reindexed@k")  # metrics that compare embeddings with the
 
 
 class Evaluator:
-    """Images and the dense model's opinion of them: what every setting is compared with, on the same images."""
+    """Images and the dense model's answers to them: what every setting is compared with, on the same images."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class Evaluator:
             self.labels = torch.tensor(images.labels)
         self.notes.append(f"metric: {self.metric.described()}")
         self.failures: dict[str, str] = {}
-        self._near: dict[int, Neighbours] = {}  # by the ViT that embeds the images
+        self._near: dict[ViT, Neighbours] = {}  # by the module that embeds the images
         self._loaders = Loaders(images)
         self._reference = DenseAnswers()
         self._asked: set[int] = set()  # places that the dense model was asked about; some cannot be read
@@ -156,6 +157,11 @@ class Evaluator:
                 f"{self.images.names[int(places[~answered][0])]}): its head is untrained; train it or load weights"
             )
 
+    def check_count(self, count: int) -> None:
+        """Raises UserError where so many images, measured together, are too few for the metric."""
+        if self.metric.kind == "reindexed@k":  # other indices hold images that are not measured too
+            self.metric.check_images(count, f"{counted(count, 'image')} measured together")
+
     def need(self, found: Predictions, setting: str) -> None:
         """Raises UserError if there is not one image."""
         if not len(found.indices):
@@ -168,13 +174,15 @@ class Evaluator:
         return found.top[:, 0] == self.truth(found)
 
     def values(self, found: Predictions) -> Tensor:
-        """The metric of each image in its own unit, [n] float64; of an index embedded anew, among these images."""
+        """The metric of each image in its own unit, [n] float64; of an index embedded anew, among these images.
+
+        Raises UserError as ``check_count``.
+        """
         if self.metric.kind != "reindexed@k":
             return found.value
-        places, k = found.indices.tolist(), min(self.metric.k, len(found.indices) - 1)
+        self.check_count(len(found.indices))
+        places, k = found.indices.tolist(), self.metric.k
         self._consult(places)
-        if k < 1:
-            return torch.ones(len(places), dtype=torch.float64)
         return overlap(nearest(found.features, k), nearest(self._reference.vectors(places), k))
 
     def merits(self, found: Predictions) -> Tensor:
@@ -201,7 +209,7 @@ class Evaluator:
         return [i for i in places if i in self._reference]
 
     def _consult(self, indices: Sequence[int]) -> None:
-        """Have the dense model's opinion of these images."""
+        """Have the dense model's answers to these images."""
         if unseen := [i for i in indices if i not in self._asked]:
             self.predict(self.dense, unseen)
 
@@ -217,9 +225,9 @@ class Evaluator:
 
     def _neighbours(self, model: AdaptiveViT) -> Neighbours:
         """Images that others have for neighbours, as the dense model embeds them; of a rival, as it does."""
-        if (found := self._near.get(id(model.vit))) is None:
+        if (found := self._near.get(model.vit)) is None:
             own = self.dense if model.vit is self.dense.vit else model.deploy(None)
-            found = self._near[id(model.vit)] = self._gallery(own)
+            found = self._near[model.vit] = self._gallery(own)
         return found
 
     def _gallery(self, model: AdaptiveViT) -> Neighbours:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class Timed:
     seconds: list[float]  # run by run
     facts: Facts
     finite: bool  # whether its logits are
+
+    @property
+    def p50(self) -> float:
+        """The median of its runs, in seconds."""
+        return median(self.seconds)
 
 
 def interleaved(
@@ -124,11 +130,11 @@ def in_turn(
     Each round has another order, the same in every process: none is always the first, or behind the heaviest.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
-    order, chance, rounds = list(ways), random.Random(0), 0
+    order, draw, rounds = list(ways), random.Random(0), 0
     while more(rounds):
-        chance.shuffle(order)
+        draw.shuffle(order)
         for name in order:
-            apart = [torch.empty(chance.randrange(1, APART)) for _ in range(3)]
+            apart = [torch.empty(draw.randrange(1, APART)) for _ in range(3)]
             times[name].append(_timed(*ways[name], clock))
             del apart
         rounds += 1

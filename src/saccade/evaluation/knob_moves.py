@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saccade.core.registry import KnobLearner
+from saccade.evaluation.defined import NonFinite
 from saccade.evaluation.distance import IMAGES, Distance
 from saccade.evaluation.evaluator import Evaluator
 from saccade.storage.files import write_json
@@ -54,7 +56,9 @@ class Moves:
         least = distance.of(self.setting(best))
         for move in range(done, count):
             tried = self.learner.moved(best, random.Random(f"{self.seed} {move}"))
-            found = [] if tried == best else distance.of(self.setting(tried), least)
+            found = list[float]()
+            with suppress(NonFinite):  # such a setting is no better one
+                found = [] if tried == best else distance.of(self.setting(tried), least)
             if len(found) == len(least) and sum(found) < sum(least):
                 best, least = tried, found
             if file is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -173,7 +172,7 @@ def measure(
     base, some = model.deploy(replace(runner, batch=batch)).eval(), [*settings]
     views = {name: base.at(name).eval() for name in points(model, some)}
     timed, _ = interleaved(views, batch, seconds, progress)
-    return fitted(model, some, {name: 1000 * median(found.seconds) for name, found in timed.items()}, runner, batch)
+    return fitted(model, some, {name: 1000 * found.p50 for name, found in timed.items()}, runner, batch)
 
 
 def points(model: AdaptiveViT, settings: Iterable[str]) -> list[str]:
@@ -187,8 +186,8 @@ def _shorter(model: AdaptiveViT) -> str:
 
 def _cuts(model: AdaptiveViT) -> dict[str, float]:
     """All blocks with fewer tokens, without deciding which: settings, and how many tokens those are, fewest first."""
-    prefix = model.backbone.num_prefix
-    counts = sorted({max(1, round(share * model.backbone.num_patches)) for share in SHARES})
+    prefix, patches = model.backbone.num_prefix, model.backbone.num_patches
+    counts = sorted({max(1, round(share * patches)) for share in SHARES} - {patches})
     return {str(Setting(calls("block", [(0, count)]))): float(prefix + count) for count in counts}
 
 

@@ -1,4 +1,4 @@
-"""What an answer is worth: the metrics that settings are compared by, and which of them fit a model and images.
+"""The metrics that settings are compared by, and which of them fit a model and images.
 
 Each gives every image a value of its own, so that two settings can be compared image by image. All but ``top-1`` and
 ``knn`` need no labels: they ask how near a setting stays to the dense model.
@@ -17,6 +17,7 @@ from saccade.errors import UserError
 from saccade.evaluation.candidates import Target
 from saccade.evaluation.stats import Interval, bootstrap, paired_difference, proportion
 from saccade.reports.scale import Scale
+from saccade.terminal.results import counted
 
 KINDS = {
     "top-1": "the share of images whose class is right",
@@ -41,7 +42,7 @@ class Metric:
     """A metric by its name, and why it is the one."""
 
     name: str  #      "top-1", "recall@10", …
-    why: str = ""  #  empty: somebody asked for it
+    why: str = ""  #  empty: it was asked for by name
 
     @property
     def kind(self) -> str:
@@ -98,6 +99,20 @@ class Metric:
         unit = f" {self.scale.step}".rstrip() if difference else self.scale.suffix
         return f"{mean}{unit} (95 %: {low} … {high})"
 
+    def check_images(self, images: int, where: str) -> None:
+        """Raises UserError where k neighbours of so many images would be all of them, or all but one.
+
+        Args:
+            where: what to call the images.
+        """
+        if self.k and self.k > images - 2:
+            fewer = (images - 1) // 2
+            others = counted(max(images - 1, 0), "neighbour")
+            raise UserError(
+                f"metric {self.name!r} asks for {self.k} of the {others} that an image has in {where}: give more images"
+                + (f", or {self.kind[:-1]}{fewer}" if fewer > 0 else "")
+            )
+
     def aim(self, target: Target) -> str:
         """A target in words that this metric gives their meaning. Raises UserError for per cent of what is no share."""
         if target.kind != "drop" or self.scale.share:
@@ -136,11 +151,7 @@ def choose(name: str | None, *, encodes: bool, labelled: bool, images: int, wher
         raise UserError(f"metric {found.name!r} is for {other}, and this model {has}: {fitting} fits{how}")
     if found.labelled and not labelled:
         raise UserError(f"metric {found.name!r} needs a folder for each class, and {where} has none: {fitting} fits")
-    if numbered and found.k > images - 2:
-        raise UserError(
-            f"metric {found.name!r} asks for {found.k} of the {max(images - 1, 0)} neighbours that an image has in "
-            f"{where}: give more images, or {found.kind[:-1]}{max(1, (images - 1) // 2)}"
-        )
+    found.check_images(images, where)
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from saccade.errors import UserError
+from saccade.terminal.results import counted
 
 TEMPERATURE = 0.07  # of the published k-NN protocol
 MOST = 2000  # images that others may have for neighbours, evenly spread over the set
@@ -31,7 +32,7 @@ class Neighbours:
         Raises UserError for fewer than ``least`` images, or than three.
         """
         if len(places) < max(least, LEAST):
-            raise UserError(f"{len(places)} images have no neighbours to speak of: give {max(least, LEAST)} or more")
+            raise UserError(f"{counted(len(places), 'image')}: neighbours are told from {max(least, LEAST)} or more")
         self.embeddings, self.places = F.normalize(embeddings.double(), dim=-1), places
         self.shares = None if labels is None else F.one_hot(labels, classes).double()  # [N, K]
 

@@ -43,7 +43,7 @@ class Cache:
 
     @classmethod
     def of(cls, folder: Path, evaluator: Evaluator) -> Cache:
-        """For all that a judge may ask."""
+        """For all that an evaluator may ask."""
         labels = None if evaluator.labels is None else evaluator.labels.tolist()
         facts = (
             evaluator.images.fingerprint(),

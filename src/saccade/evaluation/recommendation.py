@@ -167,8 +167,8 @@ def _cost(m: Measured, dense: Measured, evaluator: Evaluator) -> str:
     if metric.labelled:
         return f"{metric.worded(difference(m, dense, evaluator))} of {metric}"
     assert m.score is not None
-    low, high = (metric.scale.value(v, False) for v in (m.score.top1.low, m.score.top1.high))
-    own = SAID[metric.kind].format(metric.scale.value(m.score.top1.mean), k=metric.k)
+    low, high = (metric.scale.value(v, False) for v in (m.score.value.low, m.score.value.high))
+    own = SAID[metric.kind].format(metric.scale.value(m.score.value.mean), k=metric.k)
     return f"{own} (95 %: {low} … {high}{metric.scale.suffix})"
 
 
@@ -210,7 +210,7 @@ def _contradiction(chosen: Measured, serious: Sequence[Measured], search: Search
     lines, scale = [], search.evaluator.metric.scale
     for m in serious:
         assert m.score is not None
-        ahead = scale.merit(m.score.top1.mean) > scale.merit(chosen.score.top1.mean)
+        ahead = scale.merit(m.score.value.mean) > scale.merit(chosen.score.value.mean)
         seen = m.speed.speedup >= chosen.speed.speedup and ahead
         if m is chosen or not (seen or _beats(m, chosen)):
             continue
@@ -241,7 +241,7 @@ def described(m: Measured, evaluator: Evaluator) -> str:
     if m.score is not None:
         loss, metric = m.score.delta, evaluator.metric
         text += (
-            f", {metric.worded(loss)}" if loss is not None else f", {metric} {metric.scale.value(m.score.top1.mean)}"
+            f", {metric.worded(loss)}" if loss is not None else f", {metric} {metric.scale.value(m.score.value.mean)}"
         )
     return text + ")"
 

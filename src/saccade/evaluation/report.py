@@ -144,16 +144,16 @@ def _run_it(folder: Path) -> list[str]:
 def _row(m: Measured, found: Search, recommendation: Recommendation) -> Row:
     score, speed = m.score, m.speed
     nothing = (None, None, None)
-    top1, top1_low, top1_high = score.top1.three() if score else nothing
+    value, value_low, value_high = score.value.three() if score else nothing
     delta, delta_low, delta_high = score.delta.three() if score and score.delta else nothing
     return Row(
         setting=m.option.name,
         family=m.option.candidate.family,
         gmacs=score.gmacs if score else speed.gmacs,
         mac_ratio=score.mac_ratio if score else speed.mac_ratio,
-        top1=top1,
-        top1_low=top1_low,
-        top1_high=top1_high,
+        value=value,
+        value_low=value_low,
+        value_high=value_high,
         delta=delta,
         delta_low=delta_low,
         delta_high=delta_high,
@@ -181,7 +181,7 @@ def _details(row: Row, m: Measured) -> dict[str, Any]:
     return {
         **vars(row),
         "runner": str(m.option.runner),
-        "selection_metric": None if m.selection is None else Scale.of(row.metric).merit(m.selection),
+        "selection_value": None if m.selection is None else Scale.of(row.metric).merit(m.selection),
         "score": m.score and m.score.to_dict(),
         "speed": m.speed.to_dict(),
     }

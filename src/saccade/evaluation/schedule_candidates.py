@@ -56,8 +56,8 @@ def schedules(
     budget = price(space) if space.rules else None
     if budget is None:
         return Schedules([])
-    most, until = TRIES if tries is None else tries, allowance.spent() + SHARE * allowance.seconds
-    distance = Distance(evaluator, places)
+    most, distance = TRIES if tries is None else tries, Distance(evaluator, places)
+    until = allowance.spent() + SHARE * allowance.seconds
     key = hashlib.sha256(json.dumps([budget.key, distance.kind, seed, *map(int, places)]).encode()).hexdigest()[:24]
     advance = progress.start("searching for schedules", most)
     search = ScheduleSearch(
@@ -75,7 +75,8 @@ def schedules(
     found = search.run()
     advance.finish()
     if not found.nearest:
-        return Schedules([], "no schedule is within the budget", budget.curve)
+        why = "time did not suffice for a schedule" if allowance.spent() > until else "no schedule is within the budget"
+        return Schedules([], why, budget.curve)
     best = {str(space.setting(t.schedule)): space.macs(t.schedule) for t in found.nearest[:RACED]}
     note = (
         f"{found.tried} schedules were tried on {found.images} of the images that choose, without their labels, within "

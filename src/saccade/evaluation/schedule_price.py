@@ -28,7 +28,7 @@ class Price:
     cost: Cost
     limit: float
     words: str  # what it counts
-    key: str  #   the budget, in words that are the same each time: no time is
+    key: str  #   the budget in words, without measured times, which differ from run to run
     curve: LatencyCurve | None = None  # that milliseconds follow from
 
 

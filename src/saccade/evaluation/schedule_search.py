@@ -29,7 +29,7 @@ class FoundSchedules:
     """What a search gives."""
 
     nearest: list[Tried]  # nearest first
-    tried: int  #           settings that were run, on some of the images at least
+    tried: int  #           schedules that were run, on some of the images at least
     images: int  #          that they were judged by
 
 
@@ -48,7 +48,7 @@ class ScheduleSearch:
 
     Args:
         cost: what a schedule costs, in the unit of ``limit``.
-        tries: settings that are run, at most, but for those that it starts from.
+        tries: schedules that are drawn, at most; those that it starts from count too, and are run in any case.
         enough: asked before each; no more are run once it is true.
         advance: told of each setting that was run.
         file: holds how far a search came, and is taken up; None: none is kept.
@@ -66,6 +66,7 @@ class ScheduleSearch:
     file: Path | None = None
     key: str = ""
     tried: int = field(default=0, init=False)
+    drawn: int = field(default=0, init=False)  # those tried, and draws that gave no new schedule
 
     def run(self) -> FoundSchedules:
         """The nearest schedules within the budget; none where none is."""
@@ -74,7 +75,7 @@ class ScheduleSearch:
             starts = Starts(self.space, self.cost, self.limit, self.judge, self.enough)
             population = starts.population(POPULATION)
             self._keep(population)
-        while population and self.tried < self.tries and not self.enough():
+        while population and self.drawn < self.tries and not self.enough():
             population = self._after_move(population)
             self._keep(population)
         return FoundSchedules(population, self.tried, self.distance.images)
@@ -82,6 +83,7 @@ class ScheduleSearch:
     def judge(self, schedule: Schedule, least: Sequence[float], batches: int | None) -> Tried | None:
         """Its distances; None where it fails, or is given up."""
         self.tried += 1
+        self.drawn += 1
         self.advance(1)
         try:
             found = self.distance.of(str(self.space.setting(schedule)), least, batches)
@@ -93,11 +95,12 @@ class ScheduleSearch:
 
     def _after_move(self, population: list[Tried]) -> list[Tried]:
         """The population after one of it has moved: a nearer child takes the place of the farthest."""
-        draw = random.Random(f"{self.seed} {self.tried}")
+        draw = random.Random(f"{self.seed} {self.drawn}")
         parent = population[min(len(population) - 1, int(draw.expovariate(PRESSURE)))]
         child = self.space.within(self.space.tidied(self.space.moved(parent.schedule, draw)), self.cost, self.limit)
         if child is None or any(child == other.schedule for other in population):
-            self.tried += 1  # another draw next time
+            self.drawn += 1
+            self.advance(1)
             return population
         found = self.judge(child, population[-1].distances, None)
         if found is None or (len(population) >= POPULATION and found.distance >= population[-1].distance):
@@ -105,9 +108,9 @@ class ScheduleSearch:
         return sorted([*population, found], key=lambda tried: tried.distance)[:POPULATION]
 
     def _keep(self, population: list[Tried]) -> None:
-        if self.file is not None:
+        if self.file is not None and population:  # none where there was no time
             rows = [[t.schedule.tokenizer, t.schedule.counts, t.distances] for t in population]
-            write_json(self.file, {"key": self.key, "tried": self.tried, "population": rows})
+            write_json(self.file, {"key": self.key, "tried": self.tried, "drawn": self.drawn, "population": rows})
 
     def _taken_up(self) -> list[Tried] | None:
         """The population that the file holds; None where it holds none of this search."""
@@ -116,10 +119,10 @@ class ScheduleSearch:
             if told is None or told["key"] != self.key:
                 return None
             found = [self._read(*row) for row in told["population"]]
-            self.tried = int(told["tried"])
+            self.tried, self.drawn = int(told["tried"]), int(told.get("drawn", told["tried"]))
         except (ValueError, TypeError, KeyError, AttributeError, OSError):
             return None
-        self.advance(self.tried)
+        self.advance(self.drawn)
         return found
 
     def _read(self, tokenizer: Any, counts: Any, distances: Any) -> Tried:

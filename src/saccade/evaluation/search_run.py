@@ -56,7 +56,7 @@ class SearchRun:
         self.failed: dict[str, str] = {}
         self.notes: list[str] = []
         self.bar: Bar | None = None
-        self._judge = evaluator
+        self._evaluator = evaluator
         self._curve: LatencyCurve | None = None
         self._rivals = {rival.name: rival.model for rival in rivals}
         self._bases: dict[tuple[str, Runner], AdaptiveViT] = {("", FP32): self.plain}
@@ -64,8 +64,8 @@ class SearchRun:
     @property
     def evaluator(self) -> Evaluator:
         """What measures accuracy; there is none in a run about speed alone."""
-        assert self._judge is not None
-        return self._judge
+        assert self._evaluator is not None
+        return self._evaluator
 
     def by_speed(self, seconds: float) -> Search:
         """Speed alone, of single settings."""
@@ -102,6 +102,7 @@ class SearchRun:
             ratio=ratio,
         )
         select, report = select[: -(-sizes.images // 2)], report[: sizes.images // 2]
+        evaluator.check_count(len(report))
         if len(sizes.candidates) < len(priced.candidates):
             fewer = len(priced.candidates) - len(sizes.candidates)
             self.notes.append(f"{fewer} of {len(priced.candidates)} settings were not tried, to keep within the time")

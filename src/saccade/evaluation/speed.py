@@ -251,8 +251,8 @@ def _speed(
 ) -> Speed:
     """A row of what was timed, against the first of its run, dense in its runner, and its ideal."""
     own, base = (torch.tensor(t.seconds, dtype=torch.float64) for t in (timed, first))
-    p50, p90, p99 = (own.quantile(q).item() for q in (0.5, 0.9, 0.99))
-    speedup = _median(first) / p50  # of the medians, so that one with more images/s has a higher speed-up
+    p50, (p90, p99) = timed.p50, (own.quantile(q).item() for q in (0.9, 0.99))
+    speedup = first.p50 / p50  # of the medians, so that one with more images/s has a higher speed-up
     low, high = ((base / own).quantile(q).item() for q in (0.25, 0.75))
     facts = timed.facts
     ratio = max(dense.facts.macs, 1.0) / max(facts.macs, 1.0)
@@ -268,7 +268,7 @@ def _speed(
         speedup_low=min(low, speedup),
         speedup_high=max(high, speedup),
         mac_ratio=ratio,
-        conversion=_median(dense) / p50 / ratio,
+        conversion=dense.p50 / p50 / ratio,
         gmacs=facts.macs / 1e9,
         tokens=facts.tokens,
         memory_mb=facts.memory_mb,
@@ -276,10 +276,6 @@ def _speed(
         runs=len(own),
         finite=timed.finite,
         masked=facts.masked,
-        kept=None if best is None else _median(best) / p50,
+        kept=None if best is None else best.p50 / p50,
         **more,
     )
-
-
-def _median(timed: Timed) -> float:
-    return torch.tensor(timed.seconds, dtype=torch.float64).quantile(0.5).item()

@@ -54,8 +54,8 @@ def successive_halving(
 def _halve(alive: list[Candidate], found: dict[Candidate, Predictions], survivors: int, last: bool) -> list[Candidate]:
     regrets = {}
     for own in alive:
-        rivals = [c for c in alive if c is not own and c.family != RIVAL and c.macs <= own.macs * SAME_COST]
-        gaps = [_gap(found[rival], found[own]) for rival in rivals]
+        others = [c for c in alive if c is not own and c.family != RIVAL and c.macs <= own.macs * SAME_COST]
+        gaps = [_gap(found[other], found[own]) for other in others]
         beaten = any(mean - Z90 * error > 0 for mean, error in gaps)
         regrets[own] = (beaten, max((mean for mean, _ in gaps), default=0.0))
     free = sorted((c for c in alive if not _stays(c)), key=lambda c: regrets[c])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def _publish(
     facts["number type"] = str(model.deployed or FP32)
     notes = [f"`{name}` could not be read and counts nowhere: {reason}" for name, reason in list(failures.items())[:10]]
     notes += [f"`{name}` is left out: {reason}" for name, reason in found.left_out.items()]
-    table = _table(model, rows, ranged)
+    table = _table(rows)
     places = {row.setting: i for i, row in enumerate(rows)}
     written = {"facts": facts, "rows": [r.to_dict() for r in rows], "not_read": failures, "left_out": found.left_out}
     facts[RUN] = run = run_name(command, written)
@@ -185,7 +186,7 @@ def _publish(
         verdict=_verdict(rows),
         facts=facts,
         metric_name=rows[0].metric,
-        rows=table,
+        rows=_by_curve(table, ranged),
         curves={text: [places[name] for name in found if name in places] for text, found in ranged.items()},
         untrained={i for i, row in enumerate(rows) if row.trained is False},
         notes=notes,
@@ -194,13 +195,18 @@ def _publish(
     write_texts({folder / name: text for name, text in pages.items()})
 
 
-def _table(model: AdaptiveViT, rows: list[SweepRow], ranged: dict[str, list[str]]) -> list[Row]:
+def _by_curve(table: list[Row], ranged: dict[str, list[str]]) -> list[Row]:
+    """The rows as the page draws them: those of a range look like their curve, the first where there are several."""
+    curve = {name: k for k, found in reversed([*enumerate(ranged.values())]) for name in found}
+    return [replace(row, family=curve_kind(curve[row.setting])) if row.setting in curve else row for row in table]
+
+
+def _table(rows: list[SweepRow]) -> list[Row]:
     known = registry()
     cost = {r.setting: -r.speed.speedup if r.speed else r.gmacs for r in rows}
     scale = Scale.of(rows[0].metric)
     ours = [r for r in rows if not is_rival(r.setting)]
-    best = front({r.setting: (cost[r.setting], scale.merit(r.top1.mean)) for r in ours})
-    curve = {name: k for k, found in reversed([*enumerate(ranged.values())]) for name in found}
+    best = front({r.setting: (cost[r.setting], scale.merit(r.value.mean)) for r in ours})
 
     def row(r: SweepRow) -> Row:
         entries = [] if is_rival(r.setting) else [known[call.name] for call in Setting.parse(r.setting).calls]
@@ -214,12 +220,12 @@ def _table(model: AdaptiveViT, rows: list[SweepRow], ranged: dict[str, list[str]
         delta, delta_low, delta_high = r.delta.three() if r.delta else (None, None, None)
         return Row(
             setting=r.setting,
-            family=curve_kind(curve[r.setting]) if r.setting in curve else kind,
+            family=kind,
             gmacs=r.gmacs,
             mac_ratio=r.mac_ratio,
-            top1=r.top1.mean,
-            top1_low=r.top1.low,
-            top1_high=r.top1.high,
+            value=r.value.mean,
+            value_low=r.value.low,
+            value_high=r.value.high,
             delta=delta,
             delta_low=delta_low,
             delta_high=delta_high,
@@ -245,25 +251,25 @@ def _verdict(rows: list[SweepRow]) -> list[str]:
 
     def words(r: SweepRow) -> str:
         cost = f"{gain(r):.2f}× faster" if timed else f"{gain(r):.2f}× fewer MACs"
-        delta = f"{scale.difference(r.top1.mean - dense.top1.mean)} {scale.step or dense.metric}"
+        delta = f"{scale.difference(r.value.mean - dense.value.mean)} {scale.step or dense.metric}"
         limits = f" [{100 * r.delta.low:+.1f}, {100 * r.delta.high:+.1f}]" if r.delta else ""
         return f"{cost} than `dense`, {delta}{limits}"
 
     def loss(r: SweepRow) -> float:
-        return scale.merit(dense.top1.mean) - scale.merit(r.top1.mean)
+        return scale.merit(dense.value.mean) - scale.merit(r.value.mean)
 
     lines, close = [], "one point" if scale.share else f"{CLOSE}{scale.suffix}"
     near = [r for r in others if not r.untrained and gain(r) > 1.0 and loss(r) <= CLOSE]
-    most = "fastest" if timed else "cheapest"
+    more, most = ("faster", "fastest") if timed else ("cheaper", "cheapest")
     if near:
         chosen = max(near, key=gain)
         lines.append(f"`{chosen.setting}` is the {most} within {close} of `dense`: {words(chosen)}.")
     elif others:
-        lines.append(f"No other setting is {most[:-3]}er than `dense` within {close} of it.")
-    best = max(rows if dense.delta is not None else others or rows, key=lambda r: scale.merit(r.top1.mean))
-    ends = f"{scale.value(best.top1.low)}, {scale.value(best.top1.high)}"
+        lines.append(f"No other setting is {more} than `dense` within {close} of it.")
+    best = max(rows if dense.delta is not None else others or rows, key=lambda r: scale.merit(r.value.mean))
+    ends = f"{scale.value(best.value.low)}, {scale.value(best.value.high)}"
     lines.append(
-        f"The best {dense.metric} is {scale.value(best.top1.mean)} [{ends}], `{best.setting}` at "
+        f"The best {dense.metric} is {scale.value(best.value.mean)} [{ends}], `{best.setting}` at "
         f"{best.gmacs:.3g} GMACs."
     )
     strange = [r for r in rows if r.trained is False]

@@ -57,8 +57,8 @@ class Evaluation(Evaluated):
 def _value(row: Score, scale: Scale) -> str:
     """The metric with its interval."""
     if scale.share:
-        return f"{row.top1.mean:.2%} [{row.top1.low:.1%}, {row.top1.high:.1%}]"
-    mean, low, high = (scale.value(v, False) for v in row.top1.three())
+        return f"{row.value.mean:.2%} [{row.value.low:.1%}, {row.value.high:.1%}]"
+    mean, low, high = (scale.value(v, False) for v in row.value.three())
     return f"{mean} [{low}, {high}]"
 
 

@@ -88,6 +88,7 @@ def search(
         raise UserError(
             f"{len(places)} images in {images.path}: tune needs {LEAST_IMAGES} or more to choose and report"
         )
+    evaluator.check_count(len(places) // 2)
     runners = _runners(runner, compiled, allowance)
     for line in evaluator.notes:
         progress.say(line)

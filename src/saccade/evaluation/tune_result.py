@@ -46,7 +46,7 @@ class TuneResult(Result):
             [
                 ("→ " if row.chosen else "  ") + row.setting,
                 "" if row.speedup is None else f"{row.speedup:.2f}×",
-                "" if row.top1 is None else scale.value(row.top1),
+                "" if row.value is None else scale.value(row.value),
                 interval(row.delta, row.delta_low, row.delta_high),
                 f"{row.gmacs:.2f}",
                 "" if row.images_per_s is None else f"{row.images_per_s:.0f}",
@@ -75,9 +75,9 @@ class TuneResult(Result):
         metric = self.rows[0].metric
         return frontier_picture(
             [
-                Point(row.setting, row.family, row.speedup, row.top1, row.top1_low, row.top1_high, row.chosen)
+                Point(row.setting, row.family, row.speedup, row.value, row.value_low, row.value_high, row.chosen)
                 for row in self.rows
-                if row.speedup is not None and row.top1 is not None
+                if row.speedup is not None and row.value is not None
             ],
             metric if metric not in ("", "top-1") else "accuracy",
         )
@@ -92,7 +92,7 @@ def shown(rows: Sequence[Row]) -> list[Row]:
 
     always = [rows[0], best("dense"), best("reduction")]
     return [r for r in rows if any(r is a for a in always) or r.chosen or (r.on_frontier and r.family != "random")
-            or r.top1 is None or r.family == RIVAL]  # fmt: skip
+            or r.value is None or r.family == RIVAL]  # fmt: skip
 
 
 def interval(mean: float | None, low: float | None, high: float | None) -> str:

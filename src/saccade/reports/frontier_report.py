@@ -86,11 +86,11 @@ def _tiles(row: Row, metric: str) -> str:
             f"95 %: {points(row.delta_low)} … {points(row.delta_high)}" if known(row.delta_low, row.delta_high) else ""
         )
         tiles.append((f"{metric}, points against dense", points(row.delta), limits))
-    if known(row.top1):
+    if known(row.value):
         scale = Scale.of(metric)
-        low, high = scale.value(row.top1_low, False), scale.value(row.top1_high)
-        limits = f"95 %: {low} … {high}" if known(row.top1_low, row.top1_high) else ""
-        tiles.append((metric, scale.value(row.top1), limits))
+        low, high = scale.value(row.value_low, False), scale.value(row.value_high)
+        limits = f"95 %: {low} … {high}" if known(row.value_low, row.value_high) else ""
+        tiles.append((metric, scale.value(row.value), limits))
     elif known(row.p50_ms):
         tiles.append(("median latency", f"{number(row.p50_ms)} ms", ""))
     return render_tiles(tiles)
@@ -102,7 +102,7 @@ def _legend(rows: Sequence[Row], frontier: bool) -> str:
         keys.append((marker(next(r.family for r in rows if r.chosen), True), "chosen"))
     if frontier:
         keys.append(('<path class="frontier-line" d="M-9 6H0V-6H9"/>', "frontier"))
-    if frontier and any(known(r.top1_low, r.top1_high) for r in rows):
+    if frontier and any(known(r.value_low, r.value_high) for r in rows):
         keys.append(('<path class="whisker" d="M0 -8V8M-3 -8h6M-3 8h6"/>', "95 % interval"))
     return render_legend(keys)
 
@@ -134,7 +134,7 @@ def _saved(figure: Figure, rows: Sequence[Row]) -> str:
 def _table(report: Report) -> str:
     """All rows; blind controls stand in a table of their own, which has to be unfolded."""
     hint = "Select a heading to sort."
-    if any(known(r.top1_low) for r in report.rows):
+    if any(known(r.value_low) for r in report.rows):
         hint += " Intervals are at 95 %."
     blind = {i for i, r in enumerate(report.rows) if r.family == "random"}
     blind = blind if len(blind) < len(report.rows) else set()

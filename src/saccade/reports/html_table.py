@@ -91,9 +91,9 @@ def _columns(rows: Sequence[Row], metric: str) -> list[Column[Row]]:
     scale = Scale.of(metric)
 
     def accuracy(r: Row) -> str:
-        low, high = scale.value(r.top1_low, False), scale.value(r.top1_high, False)
-        bounds = f"{low}–{high}" if known(r.top1_low, r.top1_high) else ""
-        return f"<b>{scale.value(r.top1, False)}</b>" + (tag("small", bounds) if bounds else "")
+        low, high = scale.value(r.value_low, False), scale.value(r.value_high, False)
+        bounds = f"{low}–{high}" if known(r.value_low, r.value_high) else ""
+        return f"<b>{scale.value(r.value, False)}</b>" + (tag("small", bounds) if bounds else "")
 
     def delta(r: Row) -> str:
         return f"{whisker(r, low, high)}<b>{points(r.delta)}</b>"
@@ -110,7 +110,7 @@ def _columns(rows: Sequence[Row], metric: str) -> list[Column[Row]]:
         Column(
             f"{metric}{scale.suffix}",
             f"{scale.axis(metric)}, with its 95 % interval",
-            lambda r: r.top1,
+            lambda r: r.value,
             accuracy,
             "metric",
         ),

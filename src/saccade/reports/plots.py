@@ -69,7 +69,7 @@ def frontier_figures(rows: Sequence[Row], metric: str) -> list[Figure]:
     for xs, axis, title, hint, gain in measures:
         found = []
         for i, (row, x) in enumerate(zip(rows, xs, strict=True)):
-            if x is not None and row.top1 is not None and known(row.top1) and sane(x):
+            if x is not None and row.value is not None and known(row.value) and sane(x):
                 found.append(_Point(i, row, x, *_merits(row, scale)))
         if len(found) > 1:
             svgs = {name: _frontier(found, axis, metric, size, gain) for name, size in LAYOUTS.items()}
@@ -79,9 +79,9 @@ def frontier_figures(rows: Sequence[Row], metric: str) -> list[Figure]:
 
 def _merits(row: Row, scale: Scale) -> tuple[float, float | None, float | None]:
     """The metric and the ends of its interval as heights: better is up, also where less is better."""
-    ends = [scale.merit(v) for v in (row.top1_low, row.top1_high) if v is not None and known(v)]
+    ends = [scale.merit(v) for v in (row.value_low, row.value_high) if v is not None and known(v)]
     low, high = (min(ends), max(ends)) if len(ends) > 1 else (None, None)
-    return scale.merit(row.top1 or 0.0), low, high
+    return scale.merit(row.value or 0.0), low, high
 
 
 def conversion_figure(rows: Sequence[Row]) -> Figure | None:
@@ -119,9 +119,9 @@ def stairs(found: Sequence[tuple[float, float]], gain: bool) -> list[tuple[float
 def tip(row: Row) -> str:
     """One row in a few words, for the pointer."""
     parts = [row.setting, f"{number(row.gmacs)} GMACs"]
-    if known(row.top1):
+    if known(row.value):
         scale = Scale.of(row.metric)
-        parts.append(scale.value(row.top1) + (f" ({points(row.delta)} points)" if known(row.delta) else ""))
+        parts.append(scale.value(row.value) + (f" ({points(row.delta)} points)" if known(row.delta) else ""))
     if known(row.speedup):
         parts.append(f"speed {times(row.speedup)}")
     return " · ".join(parts)

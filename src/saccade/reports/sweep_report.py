@@ -57,7 +57,7 @@ def sweep_figures(report: SweepReport) -> list[Figure]:
         ({i: r.speedup for i, r in enumerate(report.rows)}, "measured speed-up", "time", True),
     )
     for costs, axis, what, gain in measures:
-        xs = {i: x for i, x in costs.items() if x is not None and sane(x) and known(report.rows[i].top1)}
+        xs = {i: x for i, x in costs.items() if x is not None and sane(x) and known(report.rows[i].value)}
         if len(xs) > 1:
             svgs = {name: _draw(report, xs, axis, size, gain) for name, size in LAYOUTS.items()}
             hint = f"up and to the {'right' if gain else 'left'} is better"
@@ -70,13 +70,13 @@ def _draw(report: SweepReport, xs: Mapping[int, float], name: str, size: tuple[i
     log = max(xs.values()) > 4 * min(xs.values())
     x = Axis(*span([*xs.values()], 0.07, log), 46, size[0] - 14, log)
     scale = Scale.of(report.metric_name)  # better is up, also where less is better
-    ends = [scale.merit(v) for i in xs for v in (rows[i].top1, rows[i].top1_low, rows[i].top1_high)
+    ends = [scale.merit(v) for i in xs for v in (rows[i].value, rows[i].value_low, rows[i].value_high)
             if v is not None and known(v)]  # fmt: skip
     low, high = span(ends)
     low, high = (max(low, min(-0.02, *ends)), min(high, max(1.02, *ends))) if scale.share else (low, high)
     y = Axis(low, high, size[1] - 44, 26)
     step = min((b - a for a, b in pairwise(y.ticks(6))), default=1.0)
-    spots = {i: (x(cost), y(scale.merit(rows[i].top1 or 0.0))) for i, cost in xs.items()}
+    spots = {i: (x(cost), y(scale.merit(rows[i].value or 0.0))) for i, cost in xs.items()}
 
     def cost(v: float) -> str:
         return f"{v:.10g}" + ("×" if gain else "")
@@ -94,8 +94,8 @@ def _draw(report: SweepReport, xs: Mapping[int, float], name: str, size: tuple[i
             out.append(tag("path", kind=f"line {curve_kind(k)}", d=path))
     for i, (px, _) in spots.items():
         r = rows[i]
-        if r.top1_low is not None and r.top1_high is not None and known(r.top1_low, r.top1_high):
-            d = f"M{px:.1f} {y(scale.merit(r.top1_high)):.1f}V{y(scale.merit(r.top1_low)):.1f}"
+        if r.value_low is not None and r.value_high is not None and known(r.value_low, r.value_high):
+            d = f"M{px:.1f} {y(scale.merit(r.value_high)):.1f}V{y(scale.merit(r.value_low)):.1f}"
             out.append(tag("path", kind=f"whisker {r.family}", data_row=i, d=d))
     for i, (px, py) in spots.items():
         shapes = tag("title", escape(tip(rows[i]))) + '<circle class="hit" r="12"/>' + _mark(report, i)
@@ -135,6 +135,6 @@ def _legend(report: SweepReport) -> str:
     if report.untrained:
         i = min(report.untrained, key=lambda i: (i not in ranged, i))
         keys.append((_mark(report, i), "hollow: the weights were not trained for it"))
-    if any(known(r.top1_low, r.top1_high) for r in rows):
+    if any(known(r.value_low, r.value_high) for r in rows):
         keys.append(('<path class="whisker" d="M0 -8V8"/>', "95 % interval"))
     return render_legend(keys)

@@ -36,7 +36,7 @@ class Result:
         return [self.table()]
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as flat dictionaries of plain values: an interval ``top1`` is top1, top1_low and top1_high, and
+        """The rows as flat dictionaries of plain values: an interval ``value`` is value, value_low and value_high, and
         what stands in a row of its own keeps its name before a dot, like ``speed.p50_ms``."""
         return [flat(row) for row in self.rows]
 

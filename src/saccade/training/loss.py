@@ -1,4 +1,4 @@
-"""What learning to classify minimises: labels, and a teacher's opinion of the same view; what methods ask for."""
+"""What learning to classify minimises: labels, and a teacher's output for the same view; what methods ask for."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Teacher:
         self.width: int = module.num_features  # type: ignore[assignment]
 
     def __call__(self, images: Tensor) -> TeacherOutput:
-        """Images as the student's normalisation left them, [b, 3, h, w] -> its opinion, without gradient."""
+        """Images as the student's normalisation left them, [b, 3, h, w] -> its output, without gradient."""
         with torch.no_grad():
             seen = sized(images, self.own.size)
             if (self.student.mean, self.student.std) != (self.own.mean, self.own.std):
@@ -110,7 +110,7 @@ def terms(
 
     Args:
         targets: float [b, K], rows sum to 1.
-        teacher_out: the teacher's opinion; None: labels only.
+        teacher_out: the teacher's output; None: labels only.
         project: brings features to the teacher's width.
     """
     logp = out.logits.float().log_softmax(-1)

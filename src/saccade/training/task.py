@@ -130,7 +130,7 @@ class Task(ABC):
 
         Args:
             model: the student under one setting, and ``out`` what it gave.
-            teacher_out: the teacher's ``TeacherOutput``, or what ``opinion`` made of the largest setting; None:
+            teacher_out: the teacher's ``TeacherOutput``, or ``teacher_output`` of the largest setting; None:
                 labels only.
         """
 
