@@ -9,13 +9,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import cast
 
 import timm
 import torch
 
+from saccade.core.timm_types import ViT
 from saccade.evaluation.stopwatch import faster_attention
 from saccade.execution.attention import attend
-from saccade.execution.mixing import class_attention
+from saccade.execution.mixing import Asked, class_attention
 from saccade.methods.common.matching import best_edges
 from saccade.runners.allocator import steady_allocator
 
@@ -54,7 +56,7 @@ def paths(dtype: torch.dtype, batch: int, n: int) -> None:
 
 def shares(batch: int = 8, n: int = 197) -> None:
     """What a reducer's decisions cost, as a share of one DeiT-S block."""
-    block = timm.create_model("deit_small_patch16_224").eval().blocks[0]
+    block = cast(ViT, timm.create_model("deit_small_patch16_224").eval()).blocks[0]
     x = torch.randn(batch, n, 384)
     q, k = torch.randn(2, batch, n, 3, 6, 64)[:, :, :, 0].permute(0, 1, 3, 2, 4).unbind(0)
     key = torch.randn(batch, n - 1, 64)
@@ -62,7 +64,7 @@ def shares(batch: int = 8, n: int = 197) -> None:
         lambda: block(x),
         lambda: class_attention(q[:, :, 0], k, None),
         lambda: best_edges(key[:, 1::2], key[:, ::2], 13),
-        lambda: attend(block.attn, x, read=frozenset({"key"})).stats.key,
+        lambda: attend(block.attn, x, ask=Asked(read=frozenset({"key"}))).stats,
         lambda: attend(block.attn, x),
     ]
     whole, row, matching, keyed, plain = medians(ways, 40)

@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from math import ceil
+from typing import cast
 
 import timm
 import torch
@@ -52,7 +53,8 @@ def main() -> None:
     print("| model | setting | speed-up over timm's (quartiles) | asked | ideal | kept | bare loop | bare ÷ ours |")
     print("|---|---|---|---|---|---|---|---|")
     for name in arguments.models:
-        vit = timm.create_model(name).eval().to(torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
+        made = timm.create_model(name).eval().to(torch.bfloat16 if arguments.dtype == "bf16" else torch.float32)
+        vit = cast(ViT, made)
         model = saccade.AdaptiveViT(vit)
         ways: dict[str, Callable] = {"timm": vit} | {setting: model.at(setting).eval() for setting in ASKED}
         ways |= {f"ideal {setting}": model.at(ideal_of(model.at(setting))).eval() for setting in ASKED}

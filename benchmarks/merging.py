@@ -108,7 +108,8 @@ def conversion(model: saccade.AdaptiveViT, settings: list[str], arguments: argpa
     for row in rows:
         quartiles = f"{row.speedup:.3f} ({row.speedup_low:.3f}–{row.speedup_high:.3f})"
         speedup, converted = TARGETS.get(row.setting, (None, None))
-        asked = ", ".join(filter(None, (speedup and f"{speedup}×", converted and f"{converted} of the ratio")))
+        goals = [f"{speedup}×"] if speedup else []
+        asked = ", ".join([*goals, *([f"{converted} of the ratio"] if converted else [])])
         name = row.setting.replace("|", "\\|")
         print(f"| `{name}` | {quartiles} | {row.mac_ratio:.3f} | {row.conversion:.3f} | {asked} | {row.runs} |")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import quantiles
 
 import torch
@@ -103,7 +103,7 @@ def masked_steps(scores: list[Tensor], count: int) -> Tensor:
 
 
 def _children(scores: list[Tensor]) -> Tensor:
-    """Places of the children of every node of two levels, [S, 4]; of fine ones a place that nobody looks at, S."""
+    """Places of the children of every node of two levels, [S, 4]; of fine ones the unused place S."""
     coarse, w = scores[0][0].numel(), scores[0].shape[-1]
     where, nodes = torch.arange(coarse), sum(s[0].numel() for s in scores)
     first = coarse + (where // w) * 4 * w + (where % w) * 2  # upper left child of each coarse node
@@ -201,7 +201,7 @@ def _without_packing(way: Callable[[], object]) -> object:
         saccade.core.packing.MAX_LIVE_SHARE = kept
 
 
-def quartiles(ways: list[Callable[[], object]], rounds: int) -> list[float]:
+def quartiles(ways: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """Lower quartile of each one's seconds, interleaved."""
     times: list[list[float]] = [[] for _ in ways]
     for turn in range(rounds + 2):

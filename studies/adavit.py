@@ -1,4 +1,4 @@
-"""Is what AdaViT learns to leave out better than chance, and better than fixed counts, when skipping is real?
+"""Is what AdaViT learns to leave out better than random gates, and better than fixed counts, when skipping is real?
 
 Paper     AdaViT, arXiv 2111.15668 (CVPR 2022), beside EViT 2202.07800, IdleViT's top-k 2310.05654 and DynamicViT
           2106.02034. The published AdaViT computes everything; here MACs are those that ran. Orderings are tested, not
@@ -27,17 +27,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import PRECISION, autocast, train_all, write
-from safetensors.torch import load_file
+from jobs import TRAINED, Memory, autocast, labels, loader_of, parser_of, points, train_all
 from torch import Tensor
 
 import saccade
-from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, class_indices, open_images
+from saccade.data import Loader, Preprocess, open_images
 from saccade.errors import UserError
+from saccade.evaluation.accuracy import spread
 from saccade.evaluation.calibrate import bisect, by_count, fixed_levels, logit, sigmoid, with_threshold
 from saccade.evaluation.stats import bootstrap
 from saccade.runners.allocator import steady_allocator
@@ -62,17 +61,14 @@ class Study:
         self.epochs, self.at_once, self.limit = arguments.epochs, arguments.at_once, arguments.limit
         self.dense_epochs = arguments.dense_epochs
         self.only = arguments.runs
-        self.file = self.out / "seen.safetensors"
-        self.seen: dict[str, Tensor] = load_file(self.file) if self.file.exists() else {}
+        self.seen = Memory(self.out / "seen.safetensors")
         self.images = {split: open_images(self.data, split) for split in ("train", "test")}
-        self.loaders: dict[str, Loader] = {}
 
     # --- training ---------------------------------------------------------------------------------------------------
 
     def common(self) -> list[str]:
         """What all runs share."""
-        run = ["run.batch=32", "run.threads=1", f"run.precision={PRECISION}", "run.save_every=60"]
-        return [f"data.path={self.data}", "data.holdout=0", "data.workers=0", *run]
+        return [f"data.path={self.data}", *TRAINED, "run.save_every=60"]
 
     def train_dense(self) -> None:
         """The model that everything starts from."""
@@ -146,9 +142,9 @@ class Study:
 
         each: another threshold for each stage, where there are several (as ``saccade calibrate`` does).
         """
-        places, levels = _spread(len(self.images["train"]), TUNE), []
+        places, levels = spread(len(self.images["train"]), TUNE), []
         if each and (view := by_count(self.model(run), text)) is not None:
-            batches = self._loader(view, self.images["train"], "train").batches(TIMED, places)
+            batches = self._loader(view, "train").batches(TIMED, places)
             with torch.inference_mode(), autocast():
                 levels = fixed_levels(view, lambda: [view(batch.images) for batch in batches])
 
@@ -163,7 +159,7 @@ class Study:
 
     def sampled(self) -> str:
         """``ats`` on the dense model at the largest number of levels, in hundredths, that costs half on average."""
-        places, low, high = _spread(len(self.images["train"]), TUNE), 1, 100
+        places, low, high = spread(len(self.images["train"]), TUNE), 1, 100
         while low < high:
             middle = (low + high + 1) // 2
             cost = float(self.look("dense-0", f"ats({middle / 100})", "train", places)["macs"].mean()) / 1e9
@@ -209,30 +205,25 @@ class Study:
         self, run: str, setting: str, split: str = "test", places: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
         """Whether each image is classified rightly, -log p of its class, and the MACs that ran, [n] float64 each."""
-        key = f"{run}|{setting}|{split}"
-        if f"{key}|macs" not in self.seen:
-            view = self.model(run).at(setting).eval()
-            images = self.images[split]
-            chosen = _spread(len(images), self.limit or len(images)) if places is None else places
-            labels = torch.tensor(class_indices(images, view.vit.num_classes))[list(chosen)]
+
+        def make() -> dict[str, Tensor]:
+            view, images = self.model(run).at(setting).eval(), self.images[split]
+            chosen = spread(len(images), self.limit) if places is None else places
             logits, macs, use = [], [], []
-            for batch in self._loader(view, images, split).batches(TIMED, chosen):
+            for batch in self._loader(view, split).batches(TIMED, chosen):
                 with torch.inference_mode(), autocast():
                     out = view(batch.images)
                     use.append(_usage(view, batch.images) if "usage" in run or run == "head" else torch.zeros(1, 3))
                 logits.append(out.logits.double())
                 macs.append(out.trace.macs())
-            logp = torch.cat(logits).log_softmax(-1)
-            found = {"hit": (logp.argmax(-1) == labels).double(), "macs": torch.cat(macs), "use": torch.cat(use)}
-            found["nll"] = -logp.gather(1, labels.unsqueeze(1)).squeeze(1)
-            self.seen |= {f"{key}|{name}": value.contiguous() for name, value in found.items()}
-            write(self.seen, self.file)
-        return {name: self.seen[f"{key}|{name}"] for name in ("hit", "macs", "nll", "use")}
+            logp, truth = torch.cat(logits).log_softmax(-1), labels(view, images, chosen)
+            found = {"hit": (logp.argmax(-1) == truth).double(), "macs": torch.cat(macs), "use": torch.cat(use)}
+            return found | {"nll": -logp.gather(1, truth.unsqueeze(1)).squeeze(1)}
 
-    def _loader(self, view: saccade.AdaptiveViT, images: ImageSet, split: str) -> Loader:
-        if split not in self.loaders:
-            self.loaders[split] = Loader(images, Preprocess.of(view.vit, view.input_size()), cache_bytes=CACHE_BYTES)
-        return self.loaders[split]
+        return self.seen.all({name: f"{run}|{setting}|{split}|{name}" for name in ("hit", "macs", "nll", "use")}, make)
+
+    def _loader(self, view: saccade.AdaptiveViT, split: str) -> Loader:
+        return loader_of(self.images[split], Preprocess.of(view.vit, view.input_size()))
 
     # --- time -------------------------------------------------------------------------------------------------------
 
@@ -244,9 +235,9 @@ class Study:
         ways = {name: tested[name] for name in shown if name in tested}
         for name in RIVALS:
             ways |= {f"{name}|{k}": (name, at_strength(name, k)) for k in KEEPS if name in tested}
-        images = self.images["test"]
         views = {name: self.model(run).at(text).eval() for name, (run, text) in ways.items()}
-        batches = list(self._loader(views["dense"], images, "test").batches(TIMED, _spread(len(images), 4 * TIMED)))
+        places = spread(len(self.images["test"]), 4 * TIMED)
+        batches = list(self._loader(views["dense"], "test").batches(TIMED, places))
         taken: dict[str, list[float]] = {name: [] for name in views}
         start, turn = time.perf_counter(), 0
         with torch.inference_mode():
@@ -282,7 +273,7 @@ class Study:
         for name, (_, text) in tested.items():
             own = seen[name]
             low, middle, high = own["macs"].quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
-            away = "" if name == "dense" else _points(own["hit"] - dense["hit"])
+            away = "" if name == "dense" else points(bootstrap(own["hit"] - dense["hit"]))
             fast = timed["times"].get(name)
             faster = "" if fast is None else "{:.2f} ({:.2f}–{:.2f})".format(*(fast["speedup"][i] for i in (1, 0, 2)))
             mean, share = own["macs"].mean().item(), (own["macs"].mean() / dense["macs"].mean()).item()
@@ -407,11 +398,6 @@ def _usage(view: saccade.AdaptiveViT, images: Tensor) -> Tensor:
     return torch.stack([mean([b.patch for b in blocks]), mean([b.head for b in blocks]), mean(branches)], dim=1)
 
 
-def _spread(count: int, limit: int) -> list[int]:
-    limit = min(limit, count)
-    return [i * count // limit for i in range(limit)]
-
-
 def _quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4)
 
@@ -423,10 +409,6 @@ def _where(seconds: dict[float, float], wanted: float) -> float:
     a, b = next((pair for pair in pairs if wanted <= seconds[pair[1]]), pairs[-1])
     slope = (seconds[b] - seconds[a]) / (b - a)
     return min(1.0, max(0.05, round(a + (wanted - seconds[a]) / slope, 3)))
-
-
-def _points(difference: Tensor) -> str:
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in bootstrap(difference).three()))
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -450,10 +432,7 @@ def _rank_correlation(a: Tensor, b: Tensor, draws: int = 1000) -> tuple[float, f
 
 def main() -> None:
     """Train what is not trained yet, test, time, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data")
-    parser.add_argument("weights")
-    parser.add_argument("--out", type=Path, default=Path("runs/adavit"))
+    parser = parser_of(__doc__, "runs/adavit", "data", "weights")
     parser.add_argument("--epochs", type=float, default=1.0, help="of each method, after those of the dense model")
     parser.add_argument("--dense-epochs", type=float, default=2.0, help="of the dense model")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")

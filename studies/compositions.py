@@ -150,10 +150,11 @@ class Asked:
 
     def calibrated(self, run: str, setting: str) -> list[str]:
         """The setting at the thresholds where its mean MACs on training images meet ``GOALS``, where they can."""
-        found, told = [], {"split": "train", "limit": TUNE, "cache": self.out / "cache"}
+        found, cache = [], self.out / "cache"
         for goal in GOALS:
             with suppress(UserError):  # no threshold makes it so cheap
-                found.append(calibrate(self.model(run), self.data, setting, goal, **told).setting)
+                own = calibrate(self.model(run), self.data, setting, goal, split="train", limit=TUNE, cache=cache)
+                found.append(own.setting)
         return found or [setting]
 
 

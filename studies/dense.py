@@ -2,7 +2,7 @@
 
 Claim     ALGM (arXiv 2406.09936): merging alike neighbours early and alike tokens later costs a segmenter nothing or
           less. ImagePiece (arXiv 2412.16491) and ToMe (arXiv 2210.09461) merge without a word on dense tasks. All of
-          them are held against plain ways to be as fast: smaller inputs, larger patches; and against chance.
+          them are held against plain ways to be as fast, smaller inputs and larger patches, and the random baseline.
 Method    ViT-Tiny (AugReg) to CamVid's 11 classes with a linear head, photos brought to 288×384 (432 tokens); merged
           tokens give their features to all of their cells, dropped ones their last. Trained once, dense. Then every
           method at four strengths without training; then one strength of each is tuned from there, and tested at its
@@ -12,7 +12,7 @@ Method    ViT-Tiny (AugReg) to CamVid's 11 classes with a linear head, photos br
 Command   python studies/dense.py camvid_dev.zip vit_tiny_patch16_224.safetensors --out runs/dense; again with
           --time (on a machine at rest; more such calls are averaged), and again without: nothing is trained twice
 Cost      an estimate: 25 minutes of one core, most of it training
-Expected  algm > tome > imagepiece, whose judge, the class token, no segmenter trains; all above chance.
+Expected  algm > tome > imagepiece, whose judge, the class token, no segmenter trains; all above the random baseline.
 Measured  docs/results-imagepiece.md
 """
 
@@ -32,7 +32,7 @@ import saccade
 from saccade.evaluation.stats import Interval
 from saccade.storage.files import write_json
 from saccade.tasks.segmentation.mean_iou import Counts, count, interval, mean_iou
-from saccade.tasks.segmentation.segmentation_data import open_pixels
+from saccade.tasks.segmentation.segmentation_data import PixelSet, open_pixels
 from saccade.training.config import read_config
 
 SIZE = (288, 384)
@@ -95,7 +95,7 @@ class Asked:
     def __init__(self, out: Path, data: str, limit: int | None) -> None:
         rule = read_config("segment").segment
         self.out, self.memory = out, Memory(out / "counts.safetensors")
-        self.pixels = open_pixels(data, "val", rule.classes, rule.void)
+        self.pixels: PixelSet = open_pixels(data, "val", rule.classes, rule.void)
         self.places = range(len(self.pixels))[:limit]
 
     def __call__(self, run: str, setting: str) -> Counts:
@@ -110,7 +110,8 @@ class Asked:
             return {"sums": torch.stack(found.sums), "macs": torch.tensor([found.macs], dtype=torch.float64)}
 
         seen = self.memory.all({"sums": key, "macs": f"{key}|macs"}, make)
-        return Counts(torch.tensor(self.places), *seen["sums"], seen["macs"].item())
+        hit, there, said = seen["sums"].unbind()
+        return Counts(torch.tensor(self.places), hit, there, said, seen["macs"].item())
 
 
 def report(asked: Asked, title: str, methods: dict[str, list[tuple[str, str]]], speed: dict[str, float]) -> None:

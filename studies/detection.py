@@ -14,7 +14,8 @@ Measured  docs/results.md, "Detection at any patch size"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ TRAINED = (12, 16, 20, 32)
 TESTED = (10, 12, 16, 20, 24, 32)
 FIXED = 16
 TOP = 20
+Of = Callable[[Sequence[int]], float]  # a number of the images at some places, which are a range
 
 
 def main() -> None:
@@ -77,7 +79,7 @@ def main() -> None:
                 "GMACs": gmacs,
                 "random sizes": with_spread(ap["random"], len(places)),
                 f"fixed {FIXED}": with_spread(ap["fixed"], len(places)),
-                "difference": with_spread(lambda at, ap=ap: ap["random"](at) - ap["fixed"](at), len(places)),
+                "difference": with_spread(_apart(ap["random"], ap["fixed"]), len(places)),
                 "AP50": (average_precision(random, there)["ap50"], average_precision(fixed, there)["ap50"]),
             }
         )
@@ -86,16 +88,19 @@ def main() -> None:
     write_json(out / "detection.json", plain)
 
 
-def _cached(each: Sequence[Found], there: Sequence[Found]):  # type: ignore[no-untyped-def]
+def _cached(each: Sequence[Found], there: Sequence[Found]) -> Of:
     """AP of the images at some places, in points; every group is asked for twice."""
-    known: dict[range, float] = {}
 
-    def of(places: range) -> float:
-        if places not in known:
-            known[places] = 100 * average_precision([each[i] for i in places], [there[i] for i in places])["ap"]
-        return known[places]
+    @cache
+    def of(places: Sequence[int]) -> float:
+        return 100 * average_precision([each[i] for i in places], [there[i] for i in places])["ap"]
 
     return of
+
+
+def _apart(a: Of, b: Of) -> Of:
+    """The difference of two numbers of the same places."""
+    return lambda places: a(places) - b(places)
 
 
 def show(rows: list[dict], head: bool) -> None:

@@ -65,10 +65,10 @@ def runs_of(data: Path, out: Path, seeds: list[int]) -> dict[str, list[str]]:
     fixed(10, first)
     # one teacher, three ways to begin
     taught = [*SIZED, *caltech, many, "run.epochs=1", "augment.mixup=0.0", "optim.lr=2e-4", "optim.head=5.0"]
-    opinion = ["distill.weight=1.0", f"distill.teacher={out / f'fixed-16-{first}' / 'model'}"]
+    teacher = ["distill.weight=1.0", f"distill.teacher={out / f'fixed-16-{first}' / 'model'}"]
     args = "model.args={num_classes=101, img_size=160}"
-    runs["teacher-init"] = ["flexivit_distill", *taught, *opinion, args, "distill.init=true"]
-    runs["random-init"] = ["flexivit_distill", *taught, *opinion, args, "distill.init=false"]
+    runs["teacher-init"] = ["flexivit_distill", *taught, *teacher, args, "distill.init=true"]
+    runs["random-init"] = ["flexivit_distill", *taught, *teacher, args, "distill.init=false"]
     runs["labels-random-init"] = ["flexivit", *taught, args]
 
     # large to small patches against the small one throughout: more steps, the same MACs
@@ -164,9 +164,9 @@ def claims_of(tests: Tests, seeds: list[int]) -> list[Claim]:
         for p in (16, 32):
             claim(f"at {p}: {better} > {worse}", better, f"grid({p})", worse, f"grid({p})")
     for p in (20, 16, 10):
-        fine, coarse = f"grid({p})", "grid(32)"
-        claim(f"fine-tuned at 32, deployed at {p}: flexible gains", "coarse-<seed>", fine, "coarse-<seed>", coarse)
-        claim(f"fine-tuned at 32, deployed at {p}: fixed loses", "fixed-32-<seed>", coarse, "fixed-32-<seed>", fine)
+        own, large = f"grid({p})", "grid(32)"
+        claim(f"fine-tuned at 32, deployed at {p}: flexible gains", "coarse-<seed>", own, "coarse-<seed>", large)
+        claim(f"fine-tuned at 32, deployed at {p}: fixed loses", "fixed-32-<seed>", large, "fixed-32-<seed>", own)
     text = "large patches first, at equal MACs, is as good as patch 16 throughout"
     claim(text, "curriculum", "grid(16)", f"fixed-16-{first}", "grid(16)")
     return found + ensembles(tests, f"flexible-{first}")

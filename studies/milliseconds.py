@@ -58,11 +58,13 @@ def main() -> None:
     space = Space.of(model)
     curve = curve_of(model, points(space), runner=runner, batch=given.batch, seconds=given.seconds)
     dense_ms = curve.predict(model.at("dense").eval())
+    assert dense_ms is not None  # a curve knows the dense model
     rows = []
     for speed in given.speeds:
         search = partial(schedules, evaluator, select, allowance=Allowance(), tries=given.tries, folder=store.folder)
         by_macs = search(partial(macs, ratio=speed)).candidates[0].setting
         limit = curve.predict(model.at(by_macs).eval())
+        assert limit is not None  # and what schedules are made of
         print(f"{speed}×: {by_macs} takes {limit:.3f} of {dense_ms:.3f} ms by the curve", file=sys.stderr, flush=True)
         price = partial(milliseconds, limit=1.02 * limit, dense_ms=dense_ms, runner=runner, batch=given.batch)
         by_time = search(partial(price, key=f"{speed}")).candidates[0].setting

@@ -1,11 +1,11 @@
 """Patches of several sizes without any training: how far do pretrained weights carry, and whose mosaic is best?
 
 Paper     Quadformer, arXiv 2304.00287, trains; here every setting runs the weights as they are.
-Claims    1. More tokens are nearer to the whole grid. 2. Mosaics that look at the photo beat chance, and the uniform
-          grid of as many tokens, a smaller photo.
+Claims    1. More tokens are nearer to the whole grid. 2. Mosaics that look at the photo beat random ones, and
+          the uniform grid of as many tokens, a smaller photo.
 Method    ViT-Tiny/16 (AugReg) on ImageNet validation photos and on Imagenette, at 224 px with patches of 16 and 32 px
           and at 256 px with 16, 32 and 64. Top-1, and agreement with the whole grid of the same input; differences to
-          the uniform grid and to chance are paired over the photos, with 95 % intervals. Chance: mean of four patterns.
+          the uniform grid and to random mosaics (means of four) are paired over the photos, with 95 % intervals.
           The paper's feature network is a ShuffleNet with ImageNet weights; here, the first blocks of the same ViT.
 Command   python studies/mosaics.py vit_tiny_patch16_224.safetensors inval227_dev.zip nette160.zip [--limit 500]
 Cost      about 10 minutes of one core
@@ -30,7 +30,7 @@ from saccade.storage.files import write_text
 
 INPUTS = {224: (16, 32), 256: (16, 32, 64)}
 TOKENS = {64: 128, 100: 160, 169: 208}  # and the pixels of the photo that has as many in a uniform grid
-CHANCE = tuple(f"random({seed})" for seed in range(4))
+RANDOM = tuple(f"random({seed})" for seed in range(4))
 
 
 class Looks:
@@ -49,7 +49,7 @@ class Looks:
 def rows(looks: Looks, scorers: dict[str, tuple[str, ...]]) -> list[str]:
     """The table of one set of photos."""
     lines = [
-        "| input | tokens | mosaic by | top-1 | − uniform | − chance | agreement | − uniform | − chance |",
+        "| input | tokens | mosaic by | top-1 | − uniform | − random | agreement | − uniform | − random |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for size, sizes in INPUTS.items():
@@ -57,7 +57,7 @@ def rows(looks: Looks, scorers: dict[str, tuple[str, ...]]) -> list[str]:
         hits = (dense == looks.labels).double()
         lines.append(f"| {size} | {(size // 16) ** 2} | all fine | {100 * float(hits.mean()):.1f} % | | | | | |")
         for tokens, side in TOKENS.items():
-            settings = {"uniform": (f"grid(16, size={side})",)}
+            settings: dict[str, tuple[str, ...]] = {"uniform": (f"grid(16, size={side})",)}
             for name, calls in scorers.items():
                 settings[name] = tuple(
                     f'quadtree({tokens}, sizes={sizes}, size={size}, scorer="{call}")' for call in calls
@@ -69,7 +69,7 @@ def rows(looks: Looks, scorers: dict[str, tuple[str, ...]]) -> list[str]:
                 cells = [f"{size}", f"{tokens}", name]
                 for values in (right, agree):
                     cells.append(f"{100 * float(values[name].mean()):.1f} %")
-                    for rival in ("uniform", "chance"):
+                    for rival in ("uniform", "random"):
                         cells.append("" if name == rival else points(bootstrap(values[name] - values[rival])))
                 lines.append("| " + " | ".join(cells) + " |")
                 print(lines[-1], flush=True)
@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = saccade.create_model("vit_tiny_patch16_224", weights=arguments.weights)
     look = f"feature('vit_tiny_patch16_224', stride=16, blocks=2, weights='{arguments.weights}')"
-    scorers = {"chance": CHANCE, "pixel": ("pixel",), "entropy": ("entropy",)}
+    scorers = {"random": RANDOM, "pixel": ("pixel",), "entropy": ("entropy",)}
     scorers |= {"first look": ("attention(6)",), "features": (look,)}
     lines = []
     for data in arguments.data:

@@ -3,7 +3,7 @@
 Paper     Quadformer, arXiv 2304.00287 (CVPRW 2023). Its orderings are tested, not its numbers: data and scale differ.
 Claims    1. At as many tokens (and so, within 2 %, MACs) large and small patches beat a uniform grid; the paper says by
              0.79 points (ViT-B) and 0.88 (ViT-L), and by 0.42 at the same measured speed.
-          2. Who says what is split matters: features > pixels > chance, and an oracle that knows the label is above.
+          2. Who says what is split matters: features > pixels > random, and an oracle that knows the label is above.
           3. One model for all numbers of tokens is within a point of one for each, and a mosaic falls less than a grid
              at a number that it was not trained for.
 Method    ViT-Tiny/16, fine-tuned on Caltech-101 at 160 px (``studies/training.py`` makes it: START is its dense model),
@@ -164,7 +164,7 @@ class Tests:
         """Where the start, told the label, sees it, [n, 10, 10]."""
         if self.maps is None:
             vit = saccade.load(self.start).eval().vit
-            net, found = Network("start", None, "", None, vit), []
+            net, found = Network("start", None, "", None, vit), list[Tensor]()
             classes = torch.tensor(class_indices(self.images, vit.num_classes))
             std, mean = (torch.tensor(v)[:, None, None] for v in (net.std, net.mean))
             for seen in loader_of(self.images, Preprocess.of(vit)).batches(BATCH, range(len(self.images))):
@@ -211,10 +211,10 @@ def claims_of(tests: Tests, weights: str) -> list[Claim]:
     def by(*scorers: str) -> Side:
         return one("scorers-64", *(mosaic(64, scorer) for scorer in scorers))
 
-    chance, features = by(*(f"random({seed})" for seed in SEEDS)), by(feature(weights))
+    at_random, features = by(*(f"random({seed})" for seed in SEEDS)), by(feature(weights))
     for scorer in ("pixel", "entropy", "attention(6)"):
-        claim(f"one model, 64 tokens: {scorer} > chance", by(scorer), chance)
-    claim("one model, 64 tokens: features (ViT, 2 blocks) > chance", features, chance)
+        claim(f"one model, 64 tokens: {scorer} > random", by(scorer), at_random)
+    claim("one model, 64 tokens: features (ViT, 2 blocks) > random", features, at_random)
     claim("one model, 64 tokens: features (ViT, 2 blocks) > pixel", features, by("pixel"))
     for scorer in ("pixel", "entropy", "attention(6)"):
         claim(f"one model, 64 tokens: oracle > {scorer}", by("maps"), by(scorer))

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jobs import write
+from jobs import parser_of, points, verdict, write
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,7 +36,7 @@ from saccade.evaluation.accuracy import spread
 from saccade.evaluation.calibrate import bisect, calibrate
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.knob_search import KnobSearch
-from saccade.evaluation.stats import Interval, paired_difference, proportion
+from saccade.evaluation.stats import paired_difference, proportion
 from saccade.storage.files import write_json, write_text
 
 SPEEDS = (1.5, 2.0)  # times fewer MACs
@@ -49,9 +49,7 @@ Seen = dict[str, dict[str, Tensor]]  # by setting: whether each photo is classif
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("weights")
+    parser = parser_of(__doc__, "runs/rates", "model", "weights")
     parser.add_argument("--learn", required=True, help="photos with a split train")
     parser.add_argument("--test", nargs="+", required=True, help="photos with labels")
     parser.add_argument("--moves", type=int, default=150, help="of learning, 96 photos each")
@@ -59,7 +57,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=400, help="photos to learn from")
     parser.add_argument("--test-limit", type=int, help="test only so many of each kind")
     parser.add_argument("--stage", choices=("learn", "test"), help="one of them alone")
-    parser.add_argument("--out", type=Path, default=Path("runs/rates"))
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -170,24 +167,14 @@ def report(lines: Lines, tables: dict[str, Seen]) -> str:
             rows = [(name, seen[line]) for (name, at), line in lines.items() if at == speed]
             for name, own in sorted(rows, key=lambda row: -row[1]["hit"].double().mean().item()):
                 away = paired_difference(best, own["hit"])
-                told = ("", "") if name == BEST else (signed(away), verdict(away.low, away.high))
+                told = ("", "") if name == BEST else (points(away), verdict(away))
                 cells = [f"{speed}×", name, f"{own['macs'].mean() / 1e9:.3f}", f"{own['hit'].double().mean():.1%}"]
-                cells += [signed(paired_difference(own["hit"], dense)), *told]
+                cells += [points(paired_difference(own["hit"], dense)), *told]
                 parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
     found = dict.fromkeys((name, speed, line) for (name, speed), line in lines.items() if name not in RIVALS)
     parts += [f"- {speed}×, {name}: `{line}`" for name, speed, line in found]
     return "\n".join(parts) + "\n"
-
-
-def signed(found: Interval) -> str:
-    """A difference in points, with the sign that is printed."""
-    return found.points().replace("-", "−")
-
-
-def verdict(low: float, high: float) -> str:
-    """Of a difference that is to be above 0."""
-    return "holds" if low > 0 else "does not hold" if high < 0 else "not decided"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import saccade
 from saccade.evaluation.stats import Interval
 from saccade.storage.files import write_json
 from saccade.tasks.segmentation.mean_iou import Counts, count, interval, iou, mean_iou
-from saccade.tasks.segmentation.segmentation_data import open_pixels
+from saccade.tasks.segmentation.segmentation_data import PixelSet, open_pixels
 from saccade.training.config import read_config
 
 SIZE = (192, 256)
@@ -76,7 +76,7 @@ def main() -> None:
     train_all(runs, out, arguments.at_once)
 
     rule = read_config("segment").segment
-    pixels = open_pixels(arguments.data, "val", rule.classes, rule.void)
+    pixels: PixelSet = open_pixels(arguments.data, "val", rule.classes, rule.void)
     memory = Memory(out / "counts.safetensors")  # of finished runs, which do not change
 
     def of(run: str, setting: str) -> Counts:

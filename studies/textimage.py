@@ -165,14 +165,14 @@ def show(hits: dict[tuple[str, int, int], Tensor], seeds: list[int], out: Path) 
             "FlexiLiT - LiT": bootstrap((of["FlexiLiT"] - of["LiT"]).mean(0)),
             "FlexiLiT - own": bootstrap((of["FlexiLiT"] - own).mean(0)),
         }
-        rows.append({"patch": p, **accuracy, **paired})
-    print(table([*rows[0]], [[_cell(*item) for item in row.items()] for row in rows]))
-    write_json(out / "textimage.json", [{k: v if k == "patch" else vars(v) for k, v in row.items()} for row in rows])
+        rows.append((p, accuracy | paired))
+    cells = [[str(p), *(_cell(name, value) for name, value in found.items())] for p, found in rows]
+    print(table(["patch", *rows[0][1]], cells))
+    told = [{"patch": p, **{name: vars(value) for name, value in found.items()}} for p, found in rows]
+    write_json(out / "textimage.json", told)
 
 
-def _cell(name: str, value: Interval | int) -> str:
-    if not isinstance(value, Interval):
-        return str(value)
+def _cell(name: str, value: Interval) -> str:
     sign, unit = ("+", "") if " - " in name else ("", " %")
     mean, low, high = (f"{100 * v:{sign}.1f}" for v in value.three())
     return f"{mean}{unit} [{low}, {high}]"

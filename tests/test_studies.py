@@ -191,7 +191,7 @@ def test_the_study_of_imagepiece_runs_from_its_command_to_its_tables(small_world
 STUDIES = sorted(path for path in (ROOT / "studies").glob("*.py") if path.stem != "jobs")
 NAMED = ("Claim|Claims|Paper", "Command", "Cost", "Measured")
 SHARED = {"Loader", "save_file"}  # for jobs.py alone
-APART = {"adavit": {"Loader"}, "rates": {"Loader"}}  # what they read tells counts too, or goes on in the middle
+APART = {"rates": {"Loader"}}  # what it reads goes on in the middle
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
