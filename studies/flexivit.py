@@ -65,10 +65,10 @@ def runs_of(data: Path, out: Path, seeds: list[int]) -> dict[str, list[str]]:
     fixed(10, first)
     # one teacher, three ways to begin
     taught = [*SIZED, *caltech, many, "run.epochs=1", "augment.mixup=0.0", "optim.lr=2e-4", "optim.head=5.0"]
-    teacher = ["distill.weight=1.0", f"distill.teacher={out / f'fixed-16-{first}' / 'model'}"]
+    distilled = ["distill.weight=1.0", f"distill.teacher={out / f'fixed-16-{first}' / 'model'}"]
     args = "model.args={num_classes=101, img_size=160}"
-    runs["teacher-init"] = ["flexivit_distill", *taught, *teacher, args, "distill.init=true"]
-    runs["random-init"] = ["flexivit_distill", *taught, *teacher, args, "distill.init=false"]
+    runs["teacher-init"] = ["flexivit_distill", *taught, *distilled, args, "distill.init=true"]
+    runs["random-init"] = ["flexivit_distill", *taught, *distilled, args, "distill.init=false"]
     runs["labels-random-init"] = ["flexivit", *taught, args]
 
     # large to small patches against the small one throughout: more steps, the same MACs
