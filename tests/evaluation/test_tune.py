@@ -267,6 +267,22 @@ def test_a_time_is_kept_to_and_still_says_something(model, photos, few, tmp_path
     assert all(row.value is not None for row in found.rows)
 
 
+@pytest.mark.parametrize("ratio", [None, 1.5])
+def test_once_pricing_is_out_of_time_only_arithmetic_and_tokenizers_alone_are_priced(model, monkeypatch, ratio):
+    """A menu of settings that each take a forward does not overdraw the time, and every reduction still has a rival."""
+    whole, forwards = candidates_module.candidates(model), []
+    real = saccade.AdaptiveViT.forward
+    counted = lambda self, images: forwards.append(str(self.setting)) or real(self, images)  # noqa: E731
+    monkeypatch.setattr(saccade.AdaptiveViT, "forward", counted)
+    found = candidates_module.candidates(model, ratio, enough=lambda: True)
+    grids = [c for c in whole.candidates if c.family == "dense" and c.setting != "dense"]
+    assert {c.setting for c in grids} <= set(forwards) and all(s.startswith("grid") for s in forwards)
+    assert {c.setting for c in grids} < {c.setting for c in found.candidates} < {c.setting for c in whole.candidates}
+    assert not any(c.setting.startswith(("topk", "ats")) for c in found.candidates)
+    assert any(c.setting.startswith("tome") for c in found.candidates)
+    assert found.untried >= len(whole.candidates) - len(found.candidates) and not whole.untried
+
+
 def test_without_a_time_everything_is_measured(model, photos, few, tmp_path, monkeypatch):
     clock = Clock(monkeypatch, 10.0)
     found = tune(model, photos, "1.2x", out=tmp_path / "out", clock=clock, **QUICK)

@@ -44,7 +44,7 @@ class Priced:
 
     candidates: list[Candidate]
     failed: dict[str, str]  # setting -> its error
-    untried: int = 0  #       combinations that time did not suffice for
+    untried: int = 0  #       settings that time did not suffice for
 
 
 def candidates(
@@ -58,7 +58,8 @@ def candidates(
     Args:
         ratio: the MAC ratio aimed at; of the combinations only those near it are taken. None: no combinations.
         progress: where to show it; None: nowhere.
-        enough: asked before each combination; no more are priced once it is true.
+        enough: whether the time for pricing is over. What takes a forward is then left out, but for tokenizers alone,
+            which reductions are compared with.
     """
     known, backbone = registry(), model.backbone
     menus = {name: entry.menu(backbone) for name, entry in known.items()}
@@ -81,11 +82,14 @@ def candidates(
     failed = _untrained(model, list(families))
     for setting in failed:
         del families[setting]
-    cost = {"dense": dense} | _priced(model, list(families), progress, failed)
+    cost = {"dense": dense} | _priced(
+        model, list(families), progress, failed, lambda s: enough() and families[s] != "dense" and not _static(model.at(s))
+    )
+    late = len([s for s in families if s not in cost and s not in failed])
     alone = [Candidate("dense", "dense", dense, False)]
     alone += [Candidate(s, families[s], cost[s], False) for s in families if cost.get(s, dense) < dense]
     if ratio is None:
-        return Priced(sorted(alone, key=lambda c: -c.macs), failed)
+        return Priced(sorted(alone, key=lambda c: -c.macs), failed, late)
 
     parts = [[s for s in menu if s not in failed] for menu in methods.values()]
     pairs = [" | ".join(pair) for a, b in combinations(parts, 2) for pair in product(a, b)]
@@ -95,10 +99,10 @@ def candidates(
     guess = {p: math.prod(cost.get(s, dense) / dense for s in p.split(" | ")) for p in pairs}
     near = [p for p in pairs if 0.7 <= 1 / guess[p] / ratio <= 1.6]
     near.sort(key=lambda p: abs(1 / guess[p] / ratio - 1.05))
-    found = _priced(model, near, progress, failed, enough)
+    found = _priced(model, near, progress, failed, lambda s: enough())
     combined = [Candidate(s, RED, macs, True) for s, macs in found.items() if 0.97 <= dense / macs / ratio <= 1.3]
     combined = sorted((c for c in combined if c.macs < dense), key=lambda c: abs(dense / c.macs / ratio - 1.05))
-    untried = len([s for s in near if s not in found and s not in failed])
+    untried = late + len([s for s in near if s not in found and s not in failed])
     return Priced(sorted(alone + combined[:PAIRS], key=lambda c: -c.macs), failed, untried)
 
 
@@ -122,17 +126,17 @@ def _priced(
     settings: list[str],
     progress: Progress | None,
     failed: dict[str, str],
-    enough: Callable[[], bool] = lambda: False,
+    too_late: Callable[[str], bool],
 ) -> dict[str, float]:
-    """Executed MACs of settings; those that fail are put into ``failed`` with their error."""
+    """Executed MACs of settings, but for those that it is too late for; what fails is put into ``failed`` with its
+    error."""
     found: dict[str, float] = {}
     step = (progress or Progress()).start("pricing settings", len(settings))
     for setting in settings:
-        if enough():
-            break
         step(what=f"pricing {setting}")
         try:
-            found[setting] = price(model, setting)
+            if not too_late(setting):
+                found[setting] = price(model, setting)
         except Exception as error:
             if is_systems(error):
                 raise
@@ -143,15 +147,20 @@ def _priced(
 
 def price(model: AdaptiveViT, setting: str) -> float:
     """Executed MACs of one image (of noise, where the count depends on the image); by arithmetic where that will do."""
-    view, known = model.at(setting), registry()
-    methods = view.plan.methods
-    plain = all(call.name in known and known[call.name].kind == "method" for call in view.setting.calls)
-    if plain and budget.static(model.backbone, *methods):
-        return float(budget.macs(model.backbone, *methods))
+    view = model.at(setting)
+    if _static(view):
+        return float(budget.macs(model.backbone, *view.plan.methods))
     weight = next(model.parameters())
     noise = torch.randn(1, model.backbone.channels, *view.input_size(), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         return view(noise.to(weight.device, weight.dtype)).trace.macs().item()
+
+
+def _static(view: AdaptiveViT) -> bool:
+    """Whether arithmetic gives the price of a setting: methods alone, whose counts do not depend on the image."""
+    known = registry()
+    plain = all(call.name in known and known[call.name].kind == "method" for call in view.setting.calls)
+    return plain and budget.static(view.backbone, *view.plan.methods)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ class SearchRun:
         priced = candidates(self.plain, ratio, self.progress, lambda: self.allowance.beyond(0.25))
         self._leave_out(priced.failed)
         if priced.untried:
-            self.notes.append(f"{priced.untried} combinations were not tried, to keep within the time")
+            self.notes.append(f"{counted(priced.untried, 'setting')} were not priced, to keep within the time")
         return priced
 
     def _schedules(self, select: Sequence[int], ways: Ways, tries: int | None, seed: int) -> list[Candidate]:
