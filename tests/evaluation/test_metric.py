@@ -28,7 +28,7 @@ from saccade.evaluation.stats import Interval
 from saccade.evaluation.tune import search
 from saccade.model import AdaptiveViT
 from saccade.tasks.embedding.embedding_head import EmbeddingHead
-from small_runs import tiny
+from small_runs import files, tiny
 
 SETTING, COUNT = "random(0.4)", 26
 CLASSES = ("a", "b", "c")
@@ -189,6 +189,22 @@ def test_the_usual_metric_and_why():
     found = choose(None, encodes=True, labelled=False, images=100)
     assert found.why and found.why in found.described() and "nearest" in found.described()
     assert not choose("kl", encodes=False, labelled=False, images=9).why
+
+
+def test_neighbours_are_not_asked_for_classes_of_one_image():
+    """Of fifty photos of fifty things each is wrong under knn, whatever the encoder."""
+    few, most = (choose(None, encodes=True, labelled=True, images=50, alone=a) for a in (0.5, 0.98))
+    assert few.name == "knn" and most.name == "recall@10" and "98% of the images are the only one" in most.why
+    assert choose(None, encodes=False, labelled=True, images=50, alone=1.0).name == "top-1"
+    assert choose("knn", encodes=True, labelled=True, images=50, alone=0.98).name == "knn"
+    with pytest.raises(UserError, match="needs two images of a class, and every class in photos has one: recall@10"):
+        choose("knn", encodes=True, labelled=True, images=50, alone=1.0, where="photos")
+
+
+def test_an_evaluator_counts_the_images_that_are_alone(tmp_path):
+    photos = write_folder(tmp_path / "photos", files("abcdefghijklmnopqrstuvwx", 1))
+    assert Evaluator(tiny(num_classes=0), open_images(photos)).metric.name == "recall@10"
+    assert Evaluator(tiny(num_classes=0), open_images(write_folder(tmp_path / "more", files()))).metric.name == "knn"
 
 
 @pytest.mark.parametrize(

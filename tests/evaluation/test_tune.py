@@ -20,6 +20,7 @@ from saccade.evaluation.allowance import Allowance, Costs, plan
 from saccade.evaluation.candidates import Candidate
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.export import export_chosen
+from saccade.evaluation.failures import by_reason
 from saccade.evaluation.report import tune
 from saccade.evaluation.speed import time_all
 from saccade.evaluation.tune_result import shown
@@ -94,8 +95,8 @@ def test_a_candidate_that_fails_is_named_and_left_out(model, photos, few, tmp_pa
     with Progress(shown=True) as progress:
         found = tune(model, photos, "1.2x", out=tmp_path / "out", progress=progress, **QUICK)
     assert found.left_out and all("evit" in name for name in found.left_out)
-    said = "no" if isinstance(error, UserError) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    assert set(found.left_out.values()) == {said}
+    reason = "no" if isinstance(error, UserError) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    assert set(found.left_out.values()) == {reason}
     assert not any("evit" in row.setting for row in found.rows) and any("tome" in row.setting for row in found.rows)
     written = json.loads((tmp_path / "out" / "frontier.json").read_text())
     assert written["left_out"] == found.left_out
@@ -103,7 +104,14 @@ def test_a_candidate_that_fails_is_named_and_left_out(model, photos, few, tmp_pa
     printed = capsys.readouterr().err
     for name in found.left_out:
         assert f"<code>{name}</code> is left out: " in page
-        assert f"left out: {name}: {said}" in printed
+    assert f"left out: {next(iter(found.left_out))}" in printed and f": {reason}\n" in printed
+
+
+def test_many_settings_that_one_reason_leaves_out_take_one_line():
+    few = {"evit(0.7)": "not timed", "tome(r=8)": "no such kernel", "tome(r=9)": "not timed"}
+    assert by_reason(few) == ["evit(0.7), tome(r=9): not timed", "tome(r=8): no such kernel"]
+    many = {f"tome(r={r})": "not timed" for r in range(1, 29)}
+    assert by_reason(many) == ["tome(r=1), tome(r=2) and 26 others: not timed"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")])

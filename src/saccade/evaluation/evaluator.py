@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -48,6 +49,7 @@ class Evaluator:
             encodes=self.encodes,
             labelled=images.labels is not None,
             images=min(len(images), MOST),
+            alone=_alone(images.labels or []),
             where=str(images.path),
         )
         self.labels: Tensor | None = None
@@ -258,6 +260,12 @@ def _head_labels(images: ImageSet, vit: ViT) -> Labels:
         return head_labels(images, vit)
     except UserError as error:
         raise UserError(f"{error}; or compare without labels: --metric agreement, or kl") from None
+
+
+def _alone(labels: Sequence[int]) -> float:
+    """The share of images that are the only one of their class."""
+    counts = Counter(labels).values()
+    return sum(n == 1 for n in counts) / max(1, sum(counts))
 
 
 def check_head(model: AdaptiveViT, *, encoders: bool = False) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from saccade.errors import UserError
+
+NAMED = 2  # settings that a line names, of many that fail for one reason
 
 
 def is_systems(error: BaseException) -> bool:
@@ -14,3 +18,17 @@ def described(error: BaseException) -> str:
     """One line: what kind of error, and its first words."""
     words = (str(error).strip().splitlines() or [""])[0][:200]
     return words if isinstance(error, UserError) and words else f"{type(error).__name__}: {words}"
+
+
+def by_reason(failed: Mapping[str, str]) -> list[str]:
+    """A line for each reason: ``evit(0.7), tome(r=8) and 26 others: not timed, to keep within the time``."""
+    names: dict[str, list[str]] = {}
+    for name, reason in failed.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{_some(those)}: {reason}" for reason, those in names.items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    if len(names) <= NAMED + 1:
+        return ", ".join(names)
+    return f"{', '.join(names[:NAMED])} and {len(names) - NAMED} others"

@@ -35,6 +35,7 @@ OF_CLASSIFIERS = ("top-1", "agreement", "kl", "cells")
 OF_ENCODERS = ("recall@10", "reindexed@10", "cosine", "knn", "cells")
 LABELLED = ("top-1", "knn")
 USUAL_K, ROOM = 10, 22  # neighbours of an unlabelled encoder's usual metric, and the images that it takes
+MOST_ALONE = 0.5  # share of images that are the only one of their class, up to which neighbours tell classes
 
 
 @dataclass(frozen=True)
@@ -125,20 +126,23 @@ class Metric:
         return f"{self.name} {'up' if self.scale.lower else 'down'} by at most {target.value:g}{self.scale.suffix}"
 
 
-def choose(name: str | None, *, encodes: bool, labelled: bool, images: int, where: str = "the images") -> Metric:
+def choose(
+    name: str | None, *, encodes: bool, labelled: bool, images: int, alone: float = 0.0, where: str = "the images"
+) -> Metric:
     """The metric of this name, or the usual one.
 
     Args:
         encodes: the model has no classifier.
         labelled: folders give the images classes.
         images: how many there are.
+        alone: the share of them that are the only one of their class, which no neighbour can tell.
         where: what to call them.
 
     Raises:
         UserError: no such metric, or one that does not fit; the message names those that do.
     """
     if name is None:
-        return _usual(encodes, labelled, images)
+        return _usual(encodes, labelled, images, alone)
     fit = [m for m in (OF_ENCODERS if encodes else OF_CLASSIFIERS) if labelled or m not in LABELLED]
     found, fitting = Metric(str(name).strip().lower()), f"{', '.join(fit[:-1])} or {fit[-1]}"
     numbered = found.kind.endswith("@k")
@@ -151,19 +155,22 @@ def choose(name: str | None, *, encodes: bool, labelled: bool, images: int, wher
         raise UserError(f"metric {found.name!r} is for {other}, and this model {has}: {fitting} fits{how}")
     if found.labelled and not labelled:
         raise UserError(f"metric {found.name!r} needs a folder for each class, and {where} has none: {fitting} fits")
+    if found.kind == "knn" and alone == 1.0:
+        raise UserError(f"metric 'knn' needs two images of a class, and every class in {where} has one: recall@10 fits")
     found.check_images(images, where)
     return found
 
 
-def _usual(encodes: bool, labelled: bool, images: int) -> Metric:
+def _usual(encodes: bool, labelled: bool, images: int, alone: float) -> Metric:
     if not encodes:
         return Metric("top-1", "the usual one where folders give classes") if labelled else Metric(
             "agreement", "the usual one of a classifier where no folder gives classes")  # fmt: skip
-    if labelled:
+    if labelled and alone <= MOST_ALONE:
         return Metric("knn", "the usual one of an encoder where folders give classes")
+    without = f"where {alone:.0%} of the images are the only one of their class" if labelled else "without classes"
     return Metric(
         f"recall@{USUAL_K if images >= ROOM else 1}",
-        "the usual one of an encoder without classes: what a search in an index shows"
+        f"the usual one of an encoder {without}: what a search in an index shows"
         + ("" if images >= ROOM else f" (of so few images the nearest; from {ROOM} on, {USUAL_K})"),
     )
 

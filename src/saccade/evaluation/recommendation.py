@@ -210,16 +210,18 @@ def _contradiction(chosen: Measured, serious: Sequence[Measured], search: Search
     lines, scale = [], search.evaluator.metric.scale
     for m in serious:
         assert m.score is not None
-        ahead = scale.merit(m.score.value.mean) > scale.merit(chosen.score.value.mean)
-        seen = m.speed.speedup >= chosen.speed.speedup and ahead
+        ahead = scale.merit(m.score.value.mean) - scale.merit(chosen.score.value.mean)
+        faster = m.speed.speedup - chosen.speed.speedup
+        seen = faster >= 0 and ahead >= 0 and (faster, ahead) != (0, 0)
         if m is chosen or not (seen or _beats(m, chosen)):
             continue
+        word = f"{'faster' if faster > 0 else 'as fast'} and {'better' if ahead > 0 else 'as good'}"
         if not m.meets(search.target, search.measured[0]):
             reason = f"is not within the target ({search.aim})"
         else:
             by = scale.amount((chosen.selection or 0.0) - (m.selection or 0.0))
             reason = f"was {by} behind on the images that chose; these decide, the others only report"
-        lines.append(f"`{m.option.name}` is as fast and better on the reported images, but {reason}.")
+        lines.append(f"`{m.option.name}` is {word} on the reported images, but {reason}.")
     return lines[:3]
 
 

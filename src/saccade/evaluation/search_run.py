@@ -13,7 +13,7 @@ from saccade.evaluation.allowance import Allowance, Costs, plan
 from saccade.evaluation.answers import Predictions
 from saccade.evaluation.candidates import RIVAL, Candidate, Priced, Target, candidates, price
 from saccade.evaluation.evaluator import Evaluator
-from saccade.evaluation.failures import described, is_systems
+from saccade.evaluation.failures import by_reason, described, is_systems
 from saccade.evaluation.latency_curve import LatencyCurve
 from saccade.evaluation.options import Measured, Option, Search
 from saccade.evaluation.prediction_cache import Cache
@@ -201,9 +201,8 @@ class SearchRun:
         return self._bases[key].at(rival.setting if rival else name).eval()
 
     def _leave_out(self, failed: dict[str, str]) -> None:
-        for name, reason in failed.items():
-            if name not in self.failed:
-                self.progress.say(f"left out: {name}: {reason}")
+        for line in by_reason({name: why for name, why in failed.items() if name not in self.failed}):
+            self.progress.say(f"left out: {line}")
         self.failed |= failed
 
     def _costs(self, places: Sequence[int]) -> Costs:
