@@ -294,6 +294,13 @@ def test_foreign_configs_are_refused(folder, kind):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("config", [{"model_type": "vit"}, {"architecture": "vit_tiny_patch16_224"}])
+def test_a_folder_of_timm_or_transformers_is_told_how_to_open(folder, config):
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"not saved by Saccade.*'local-dir:{folder}' with --pretrained"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "\x00", "[" * 100_000, "\u00e9"], ids=["empty", "cut", "zero", "deep", "accent"]
 )

@@ -87,6 +87,16 @@ def test_it_runs_without_saccade(exported, photo, model):
     assert found[0] == photo and found[1] == f"{expected.label} {expected.probability:.3f}"
 
 
+def test_the_script_says_how_it_is_called_and_names_photos_that_it_cannot_read(exported, photo, tmp_path, capsys):
+    main = runpy.run_path(str(exported / "predict.py"))["main"]
+    assert main([]) == main(["--help"]) == 2 and "python predict.py PHOTO" in capsys.readouterr().err
+    (tmp_path / "text.jpg").write_text("no photo")
+    assert main([str(tmp_path / "nothing.jpg"), str(tmp_path / "text.jpg"), photo]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith(photo) and printed.out.count("\n") == 1
+    assert [Path(line.split(": ")[0]).name for line in printed.err.splitlines()] == ["nothing.jpg", "text.jpg"]
+
+
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(64, 64), (48, 64)])
 def test_the_script_prepares_photos_as_saccade_does(exported, photo, tmp_path, mode, size):

@@ -36,7 +36,10 @@ def complete_setting(given: str) -> list[str]:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A timm name, hf-hub:owner/name, or a folder that Saccade saved.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A timm name, hf-hub:owner/name, local-dir:FOLDER, or a folder that Saccade saved."
+    ),
 ]
 Data = Annotated[
     str, typer.Argument(metavar="DATA", help="A folder or zip of images: class/name, split/class/name, or unlabelled.")

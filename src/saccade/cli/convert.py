@@ -13,7 +13,10 @@ from saccade.cli.common import Json, NumClasses, Pretrained, Weights, open_model
 @app.command("convert")
 def command(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A timm name, hf-hub:owner/name, or a folder that Saccade saved.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A timm name, hf-hub:owner/name, local-dir:FOLDER, or a folder that Saccade saved."
+        ),
     ],
     patch: Annotated[str, typer.Option(help="New patch size in pixels: 16; 14:16 also checks that the source has 14.")],
     out: Annotated[str, typer.Option(help="Folder for the model.")],

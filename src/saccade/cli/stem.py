@@ -13,7 +13,10 @@ from saccade.cli.common import Json, NumClasses, Pretrained, Weights, open_model
 @app.command("stem")
 def command(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A timm name, hf-hub:owner/name, or a folder that Saccade saved.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A timm name, hf-hub:owner/name, local-dir:FOLDER, or a folder that Saccade saved."
+        ),
     ],
     data: Annotated[str, typer.Argument(metavar="[DATA]", help="Folder or zip of images to fit on.")] = "scenes",
     out: Annotated[str, typer.Option(help="Folder for the model.")] = "runs/stem",

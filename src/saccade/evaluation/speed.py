@@ -20,7 +20,7 @@ from saccade.model import AdaptiveViT
 from saccade.runners.engine import engine_for
 from saccade.runners.runner import FP32, Runner
 from saccade.terminal.progress import Progress
-from saccade.terminal.results import Result
+from saccade.terminal.results import Result, counted
 from saccade.terminal.text_table import Table
 
 __all__ = ["ALWAYS", "LEAST_RUNS", "Speed", "Speeds", "Timing", "bench", "time_all", "time_together"]
@@ -67,7 +67,7 @@ class Speed:
         """What speaks against it; "" where nothing does."""
         if not self.finite:
             return "NaN or infinity"
-        return "" if self.worth_it else "not worth it"
+        return "" if self.worth_it else "saves no time"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Speeds(Result, list[Speed]):
         return [*self]
 
     def table(self) -> Table:
-        """Columns by importance; what saves MACs and no time is said to be not worth it."""
+        """Columns by importance; what saves MACs and no time has that for a verdict."""
         several = len({s.runner for s in self}) > 1
         cells = [
             [
@@ -111,9 +111,12 @@ class Speeds(Result, list[Speed]):
 
     def _caption(self) -> str:
         runs, runners = min((s.runs for s in self), default=0), list(dict.fromkeys(s.runner for s in self))
-        said = [f"{', '.join(runners)}, {torch.get_num_threads()} threads; medians of {runs} or more interleaved runs."]
+        threads = counted(torch.get_num_threads(), "thread")
+        said = [f"{', '.join(runners)}, {threads}; medians of {runs} or more interleaved runs."]
         if len(runners) > 1:
             said.append(f"Speed-up: over dense in {runners[0]}; conversion: over dense in the same runner ÷ MAC ratio.")
+        else:
+            said.append("Speed-up: over dense; conversion: speed-up ÷ MAC ratio.")
         if any(s.ideal for s in self):
             said.append("Kept: time of the same token counts by slicing ÷ time; the rest is what deciding costs.")
         said += dict.fromkeys(f"{s.no_ideal}." for s in self if s.no_ideal)

@@ -48,9 +48,23 @@ def answer(photo: str) -> list:
     return [f"{{names[i]}} {{odds[i]:.3f}}" for i in np.argsort(-odds)[:5]]
 
 
+def main(photos: list) -> int:
+    """A line for each photo; those that cannot be read are named on standard error, and the exit code is then 1."""
+    if not photos or photos[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    unread = 0
+    for photo in photos:
+        try:
+            print(photo, *answer(photo), sep="\\t")
+        except OSError as error:
+            unread = 1
+            print(f"{{photo}}: {{error}}", file=sys.stderr)
+    return unread
+
+
 if __name__ == "__main__":
-    for photo in sys.argv[1:]:
-        print(photo, *answer(photo), sep="\\t")
+    sys.exit(main(sys.argv[1:]))
 '''
 HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}  # OpenVINO's words
 _ENGINES = {

@@ -159,7 +159,12 @@ def parse(data: bytes, path: Path) -> FolderConfig:
     try:
         return FolderConfig.model_validate_json(data)
     except ValidationError as error:
-        wrong = error.errors(include_url=False, include_context=False)[0]
+        wrong, *others = error.errors(include_url=False, include_context=False)
+        if any(e["type"] == "missing" and e["loc"] == ("saccade",) for e in (wrong, *others)):
+            raise UserError(
+                f"{shortened(path.parent)} was not saved by Saccade: a folder of timm or transformers is opened as "
+                f"{shortened(f'local-dir:{path.parent}')} with --pretrained (in Python: pretrained=True)"
+            ) from None
         place = ".".join(str(part) for part in wrong["loc"])[:100]
         value = wrong.get("input")
         if place == "saccade.format":
