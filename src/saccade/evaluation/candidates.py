@@ -83,7 +83,11 @@ def candidates(
     for setting in failed:
         del families[setting]
     cost = {"dense": dense} | _priced(
-        model, list(families), progress, failed, lambda s: enough() and families[s] != "dense" and not _static(model.at(s))
+        model,
+        list(families),
+        progress,
+        failed,
+        lambda s: enough() and families[s] != "dense" and not _static(model.at(s)),
     )
     late = len([s for s in families if s not in cost and s not in failed])
     alone = [Candidate("dense", "dense", dense, False)]
