@@ -49,14 +49,16 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--tries", type=int, default=400)
     parser.add_argument("--moves", type=int, default=100, help="of learning diffrate's lists")
+    parser.add_argument("--runs", nargs="+", help="train only these, and report on what is trained")
     given = parser.parse_args()
     torch.set_num_threads(1)
     dense = saccade.load(given.dense, "dense").eval()
-    settings = {"dense": "dense", **chosen(dense, given)}
+    settings = {**chosen(dense, given), "dense": "dense"}
     common = [*TRAINED, "data.cache_gb=0", "optim.lr=1e-4", "optim.head=1", "run.save_every=60"]
     common += [f"data.path={given.data}", f"model.name={given.dense}", f"run.epochs={given.epochs}"]
     runs = {n: ["finetune", *common, f"sampling.settings={json.dumps([s])}"] for n, s in settings.items()}
-    train_all(runs, given.out, 1)
+    train_all({n: run for n, run in runs.items() if given.runs is None or n in given.runs}, given.out, 1)
+    settings = {n: s for n, s in settings.items() if (given.out / n / "model").is_dir()}
     images, memory = open_images(given.data, "test"), Memory(given.out / "hits.safetensors")
 
     def seen(folder: Path, run: str, setting: str) -> torch.Tensor:
@@ -69,7 +71,7 @@ def main() -> None:
         gap = bootstrap(after["schedule"] - after[name])
         row = {"run": name, "setting": f"`{setting}`", "GMACs": f"{price(dense, setting) / 1e9:.3f}"}
         row |= {"training-free": level(before[name]), "fine-tuned": level(after[name])}
-        row["against dense"] = "" if name == "dense" else points(bootstrap(after[name] - after["dense"]))
+        row["against DENSE"] = points(bootstrap(after[name] - seen(Path(given.dense), "untrained", "dense")))
         rival = name not in ("dense", "schedule")
         rows.append(row | {"schedule − this": points(gap) if rival else "", "better": verdict(gap) if rival else ""})
     write_json(given.out / "tuned.json", rows)
