@@ -218,12 +218,12 @@ def verdict(found: Interval, slack: float = 0.0) -> str:
 
 def points(found: Interval) -> str:
     """A difference, as ``−1.2 [−2.5, +0.1]`` points."""
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in found.three())).replace("-", "−")
+    return found.points().replace("-", "−")
 
 
 def level(hits: Tensor) -> str:
     """An accuracy, as ``81.2% [80.1%, 82.3%]``."""
-    return "{:.1%} [{:.1%}, {:.1%}]".format(*proportion(hits.bool()).three())
+    return proportion(hits.bool()).percent()
 
 
 def between(marks: Sequence[tuple[float, Value]], goal: float) -> list[tuple[float, Value]]:

@@ -346,7 +346,7 @@ def test_create_model_from_a_weights_file(tmp_path):
     ("name", "kwargs", "says"),
     [
         ("vit_tinny_patch16_224", {}, "did you mean"),
-        ("", {}, "has no model ''"),
+        ("", {}, r"has no model ''; timm.list_models\('vit_\*'\) lists those that it has$"),
         ("vit_tiny_patch16_224", {"zzz": 1}, "cannot create"),
         ("vit_tiny_patch16_224", {"embed_dim": 10, "num_heads": 3}, "cannot create"),
         ("swin_tiny_patch4_window7_224", {}, "SwinTransformer is not supported"),

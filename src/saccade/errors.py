@@ -24,5 +24,10 @@ def one_line(text: str) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """``" (did you mean 'grid'?)"`` for a near miss of a known name, else a list of what is known."""
     known = sorted(known)
+    return near_miss(name, known) or f" (known: {', '.join(known)})"
+
+
+def near_miss(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'grid'?)"`` for a near miss of a known name, else nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -216,6 +216,7 @@ def test_an_evaluator_counts_the_images_that_are_alone(tmp_path):
         ("knn", True, False, "needs a folder for each class"),
         ("recall", True, False, "'recall' is not one of .*recall@k"),
         ("recall@0", True, False, "is not one of"),
+        ("recall@k", True, False, "k: a number"),
         ("map", True, True, "not one of.*knn or cells fits"),
         ("recall@29", True, False, "29 of the 29 neighbours.*or recall@14"),
     ],

@@ -16,7 +16,7 @@ from saccade.backbones.saving import LEARNED, folder_state
 from saccade.backbones.vit import backbone_of, set_class_names, set_resize
 from saccade.core.registry import registry
 from saccade.core.timm_types import ViT
-from saccade.errors import UserError, nearest
+from saccade.errors import UserError, near_miss
 from saccade.setting import Setting
 from saccade.storage.architecture import build
 from saccade.storage.files import shortened
@@ -123,4 +123,6 @@ def fill_all(model: AdaptiveViT, file: Path, own: str, untrained: bool) -> None:
 
 
 def _close(name: str) -> str:
-    return nearest(name, timm.list_models("*vit*") + timm.list_models("deit*"))[:200]
+    """What name is meant, or where to find those that there are."""
+    known = timm.list_models(["vit_*", "deit*", "eva*"])
+    return near_miss(name, known) or "; timm.list_models('vit_*') lists those that it has"

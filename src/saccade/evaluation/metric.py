@@ -52,8 +52,9 @@ class Metric:
 
     @property
     def k(self) -> int:
-        """Neighbours, where it has any: 10 of "recall@10"."""
-        return int(self.name.partition("@")[2] or 0)
+        """Neighbours, where it has any: 10 of "recall@10"; else 0."""
+        found = re.search(r"@(\d+)$", self.name)
+        return int(found[1]) if found else 0
 
     @property
     def labelled(self) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from saccade.core.operator_counter import counted_macs
-from saccade.errors import UserError, nearest
+from saccade.errors import UserError, near_miss
 from saccade.storage.folder_config import check_open
 from saccade.storage.skeletons import without_values
 
@@ -256,7 +256,7 @@ def _count(name: str, stride: int | None, blocks: int | None, height: int, width
 
 
 def _close(name: str) -> str:
-    return nearest(name, timm.list_models())[:200]
+    return near_miss(name, timm.list_models()) or "; timm.list_models() lists those that it has"
 
 
 def _line(error: BaseException) -> str:
