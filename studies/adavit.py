@@ -38,7 +38,7 @@ from saccade.data import Loader, Preprocess, open_images
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.calibrate import bisect, by_count, fixed_levels, logit, sigmoid, with_threshold
-from saccade.evaluation.stats import bootstrap
+from saccade.evaluation.stats import bootstrap, rank_correlation
 from saccade.runners.allocator import steady_allocator
 from saccade.storage.files import write_json, write_text
 
@@ -411,23 +411,15 @@ def _where(seconds: dict[float, float], wanted: float) -> float:
     return min(1.0, max(0.05, round(a + (wanted - seconds[a]) / slope, 3)))
 
 
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks [n], the same for equal values, with mean 0 and length 1."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
-    ranks = ranks - ranks.mean()
-    return ranks / ranks.norm().clamp(min=1e-12)
-
-
 def _rank_correlation(a: Tensor, b: Tensor, draws: int = 1000) -> tuple[float, float, float]:
     """Spearman's ρ and its 95 % bootstrap interval over images."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(draws):
         chosen = torch.randint(len(a), (len(a),), generator=generator)
-        found.append(float(_ranks(a[chosen]) @ _ranks(b[chosen])))
+        found.append(rank_correlation(a[chosen], b[chosen]))
     low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return float(_ranks(a) @ _ranks(b)), low, high
+    return rank_correlation(a, b), low, high
 
 
 def main() -> None:

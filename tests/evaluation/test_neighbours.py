@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,10 +13,13 @@ from torch.nn import functional as F
 import saccade
 from data_helpers import encode, picture, write_folder
 from oracles import make_vit
+from saccade.data import open_images
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import evaluate
+from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.neighbours import TEMPERATURE, Neighbours
 from saccade.model import AdaptiveViT
+from small_runs import tiny
 
 CLASSES = ("a", "b", "c")
 
@@ -46,7 +51,7 @@ def test_neighbours_as_written_out():
                     assert row[i] < min(expected) and row.argmax() != i  # an image is not its own neighbour
                 elif value is not None:
                     assert row[i].item() == pytest.approx(value, abs=1e-9)
-    with pytest.raises(UserError, match="2 images have no neighbours"):
+    with pytest.raises(UserError, match="2 images: neighbours are told from 3 or more"):
         Neighbours(gallery[:2], places[:2], None)
 
 
@@ -73,6 +78,19 @@ def test_labels_and_no_labels(encoder, photos, tmp_path):
     rows, _ = evaluate(encoder, str(flat), ["tome(r=2)", "random(0.3)"])
     assert rows[0].metric == "recall@10" and rows[0].value.mean == 1.0
     assert 0 < rows[2].value.mean < 1.0 and rows[0].value.mean >= rows[1].value.mean
+
+
+def test_the_index_of_another_model_lives_as_long_as_what_is_kept_of_it(encoder, photos):
+    """One that was gone could have its address taken by a third, which would then be told by a wrong index."""
+    evaluator, others = Evaluator(encoder, open_images(photos)), []
+    for seed in range(2):
+        other = tiny(seed, num_classes=0)
+        evaluator.predict(other, range(4))
+        others.append(weakref.ref(other.vit))
+        del other
+        gc.collect()
+    first, second = (found() for found in others)
+    assert first is not None and second is not None and first is not second
 
 
 def test_a_batch_and_a_limit_change_no_answer(encoder, photos):

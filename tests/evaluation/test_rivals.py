@@ -75,7 +75,7 @@ def test_a_rival_that_cannot_be_compared_is_refused(photos, smaller):
 @pytest.mark.parametrize("metric", ["knn", "reindexed@4"])
 def test_an_encoder_is_compared_with_a_rival_of_another_width(photos, metric):
     encoder, rival = tiny(num_classes=0), tiny(seed=1, depth=1, embed_dim=24)  # its classifier is taken off
-    found = saccade.eval(encoder, photos, ["tome(r=2)"], metric=metric, rivals=[rival])
+    found = saccade.eval(encoder, photos, ["tome(r=2)"], metric=metric, rivals=rival)  # or a list of them
     own = saccade.eval(encoder, photos, metric=metric).rows[0]
     assert found.rows[0].value == own.value and 0 < found.rows[-1].value.mean < 1.0
     assert rival.vit.num_classes == 3

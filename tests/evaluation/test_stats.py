@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saccade.evaluation.stats import bootstrap, mcnemar, proportion
+from saccade.evaluation.stats import bootstrap, mcnemar, proportion, rank_correlation
 
 
 def hits(good: int, n: int) -> torch.Tensor:
@@ -130,3 +130,10 @@ def test_mcnemar_does_not_overflow_on_many_images():
     a = torch.arange(40_000) % 2 == 0
     assert mcnemar(a, ~a) == 1.0
     assert 0 <= mcnemar(torch.ones(5000).bool(), torch.zeros(5000).bool()) < 1e-300
+
+
+def test_rank_correlation_by_hand():
+    """Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: a covariance of 4.5 over the root of 4.5 · 5."""
+    a, b = torch.tensor([0.1, 7.0, 7.0, 8.0]), torch.tensor([-2, 5, 3, 100])
+    assert rank_correlation(a, b) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert rank_correlation(a, -a) == pytest.approx(-1.0) and rank_correlation(a, torch.ones(4)) == 0.0

@@ -319,6 +319,12 @@ def test_a_plan_fits_or_says_that_it_does_not(seconds, image):
     assert whole.images == 2000 and whole.candidates == CANDIDATES and whole.timing >= 30.0
 
 
+@pytest.mark.parametrize("schedules", [-1, 1.5, True])
+def test_what_is_no_number_of_schedules_is_refused(model, photos, tmp_path, schedules):
+    with pytest.raises(UserError, match=f"schedules={schedules} is not a whole number"):
+        tune(model, photos, "1x", out=tmp_path / "out", schedules=schedules)
+
+
 @pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf"), "2", True])
 def test_what_is_no_time_is_refused(model, photos, tmp_path, minutes):
     with pytest.raises(UserError, match="minutes="):

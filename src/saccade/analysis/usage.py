@@ -18,6 +18,7 @@ from saccade.data import ImageSet, Loader, Preprocess, head_labels, open_images
 from saccade.evaluation.accuracy import spread
 from saccade.evaluation.defined import require_finite
 from saccade.evaluation.evaluator import check_head
+from saccade.evaluation.stats import rank_correlation
 from saccade.model import AdaptiveViT
 from saccade.storage.files import check_picture, write_picture
 from saccade.terminal.progress import Progress
@@ -50,7 +51,7 @@ class Usage(Result):
 
     def correlation(self) -> float:
         """Spearman's ρ of cost and ``loss``; 0 where all cost alike."""
-        return float(_ranks(self.gmacs) @ _ranks(self.loss))
+        return rank_correlation(self.gmacs, self.loss)
 
 
 def usage(
@@ -157,11 +158,3 @@ def _heat(axes: Any, share: Tensor, units: list[str], title: str) -> Any:
     axes.set_xticks(range(len(units)), units, rotation=60, ha="right", fontsize=7)
     axes.set_ylabel("block", fontsize=8)
     return axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks [n], equal for equal values, with mean 0 and length 1."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
-    ranks = ranks - ranks.mean()
-    return ranks / ranks.norm().clamp(min=1e-12)

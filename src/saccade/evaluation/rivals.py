@@ -49,18 +49,24 @@ class Rival:
             )
 
 
-def open_rivals(given: Sequence[Source], dense: AdaptiveViT) -> list[Rival]:
+def listed(given: Source | Sequence[Source]) -> list[Source]:
+    """One or several sources of models, as a list."""
+    return [given] if isinstance(given, (str, os.PathLike, nn.Module)) else list(given)
+
+
+def open_rivals(given: Source | Sequence[Source], dense: AdaptiveViT) -> list[Rival]:
     """The models that these name, on the dense model's device; of a classifier beside an encoder the encoder.
 
     Args:
-        given: a timm name or address (with its pretrained weights), ``"NAME=weights.safetensors"``, a folder, a module.
+        given: one or several: a timm name or address (with its pretrained weights), ``"NAME=weights.safetensors"``, a
+            folder, a module.
 
     Raises:
         UserError: as ``saccade.checkpoint.open_model``, a model of another task, or two of one name.
     """
     found: dict[str, Rival] = {}
     device = next(dense.parameters()).device
-    for source in given:
+    for source in listed(given):
         name, model = _opened(source, device)
         if name in found:
             raise UserError(f"two rivals are called {name.removeprefix(PREFIX)!r}: give each once")

@@ -97,6 +97,19 @@ def mcnemar(a: Tensor, b: Tensor) -> float:
     return min(1.0, 2 * math.fsum(math.exp(log_ways - n * math.log(2)) for log_ways in ways))
 
 
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's ρ of two values [n] of the same images, equal values of one rank; 0 where all of one are equal."""
+    return float(_ranks(a) @ _ranks(b))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks [n], equal for equal values, with mean 0 and length 1."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[place].double()
+    ranks = ranks - ranks.mean()
+    return ranks / ranks.norm().clamp(min=1e-12)
+
+
 def _multinomial(counts: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """DRAWS resamples of n images by kind, [DRAWS, kinds]: binomials, one kind after another."""
     left = torch.full((DRAWS,), float(n), dtype=torch.float64)

@@ -52,7 +52,7 @@ def evaluate(
     corrupt: str | None = None,
     dtype: str | None = None,
     metric: str | None = None,
-    rivals: Sequence[Source] = (),
+    rivals: Source | Sequence[Source] = (),
     command: str = "",
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -75,7 +75,8 @@ def evaluate(
         dtype: number type of all that is run, "fp32", "bf16" or "fp16"; None: the model's own (``model.deployed``).
         metric: what is compared (``saccade.evaluation.metric``): "top-1", "agreement", "kl" or "cells"; of an encoder
             "recall@10", "reindexed@10", "cosine", "knn" or "cells". None: the usual one, which is said.
-        rivals: other models, each a row: a timm name (pretrained), "NAME=weights.safetensors", a folder, a module.
+        rivals: one or several other models, each a row: a timm name (pretrained), "NAME=weights.safetensors", a folder,
+            a module.
         progress: where to show it; None: nowhere.
 
     Raises:

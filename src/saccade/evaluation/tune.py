@@ -22,6 +22,7 @@ from saccade.evaluation.options import Search
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.rivals import open_rivals
 from saccade.evaluation.search_run import SearchRun
+from saccade.methods.common.arguments import whole
 from saccade.model import AdaptiveViT
 from saccade.runners.engine import check_dtype, engine_of, installed
 from saccade.runners.runner import COMPILE, FP32, Runner
@@ -29,6 +30,7 @@ from saccade.terminal.progress import Progress
 
 COMPILE_MINUTES = 6.0  # of time without which nothing is compiled: that takes a minute each; twice beside an engine
 EXPORT_MINUTES = 3.0  # without which nothing is exported
+MOST_SCHEDULES = 10**6
 AUTO = "auto"
 
 
@@ -47,7 +49,7 @@ def search(
     schedules: int | None = None,
     seed: int = 0,
     metric: str | None = None,
-    rivals: Sequence[Source] = (),
+    rivals: Source | Sequence[Source] = (),
     allowance: Allowance | None = None,
     progress: Progress | None = None,
 ) -> Search:
@@ -69,8 +71,11 @@ def search(
         allowance: the time that all of this may take; None: what it needs.
 
     Raises:
-        UserError: bad data or target, a model whose answers cannot be compared, fewer than 20 images.
+        UserError: bad data, target or number of schedules, a model whose answers cannot be compared, fewer than 20
+            images, or than the metric needs in each half.
     """
+    if schedules is not None:
+        whole("tune", "schedules", schedules, 0, MOST_SCHEDULES)
     progress, allowance = progress or Progress(), allowance or Allowance()
     if data is None:
         if metric is not None or rivals:

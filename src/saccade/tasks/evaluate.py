@@ -10,6 +10,7 @@ from typing import Any
 
 from saccade.checkpoint import Source, open_model, task_of
 from saccade.errors import UserError
+from saccade.evaluation.rivals import listed
 from saccade.evaluation.sweep_result import Evaluation
 from saccade.setting import Setting
 from saccade.storage.run_folder import check_apart
@@ -42,7 +43,7 @@ def evaluate(
     corrupt: str | None = None,
     dtype: str | None = None,
     metric: str | None = None,
-    rivals: Sequence[Source] = (),
+    rivals: Source | Sequence[Source] = (),
     command: str = "",
     progress: Progress | None = None,
 ) -> Evaluation | Scores:
@@ -73,7 +74,7 @@ def evaluate(
     measure = evaluation_of(task := task_of(opened))
     able = inspect.signature(measure).parameters
     given: dict[str, Any] = {"split": split, "limit": limit, "batch": batch, "seconds": seconds}
-    given |= {"out": out, "corrupt": corrupt, "dtype": dtype, "metric": metric, "rivals": list(rivals) or None}
+    given |= {"out": out, "corrupt": corrupt, "dtype": dtype, "metric": metric, "rivals": listed(rivals) or None}
     given = {name: value for name, value in given.items() if value is not None}
     if more := [name for name in given if name not in able]:
         flags = ", ".join(f"--{'rival' if name == 'rivals' else name}" for name in more)
