@@ -31,3 +31,16 @@ def test_a_measured_claim_stands_on_a_page_of_results(claim):
 def test_the_others_are_said_not_to_be_measured_or_have_no_interval():
     others = [claim for claim in CLAIMS if "[" not in claim[2]]
     assert len(CLAIMS) >= 60 and all(claim[1] == "not measured" or claim[3] for claim in others)
+
+
+def test_the_summary_counts_the_rows_below():
+    text = (DOCS / "claims.md").read_text()
+    summary = {row.split(" | ")[0].strip("| "): row for row in text.splitlines() if re.match(r"\| \w+ \| \d+ \|", row)}
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    assert len(summary) == len(sections)
+    for section in sections:
+        paper = section.split(" (")[0]
+        rows = [[c.strip() for c in row.split("|")[1:-1]] for row in section.splitlines() if row.count("|") == 6]
+        said = ["not measured" if row[1] == "not measured" else row[3] for row in rows]
+        counts = [said.count(word) for word in ("holds", "does not hold", "not decided", "not measured")]
+        assert [int(n) for n in re.findall(r"\d+", summary[paper])] == counts, paper
