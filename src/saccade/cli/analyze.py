@@ -34,7 +34,10 @@ def command(
     data: Data,
     setting: Settings = [],  # noqa: B006  (typer reads it)
     what: Annotated[
-        str, typer.Option(help="Like 'cka | relevance(photos=6)'; default: all analyses that fit the images.")
+        str,
+        typer.Option(
+            help="bias, cka, correspondence, ensemble, merging or relevance; several: 'cka | bias'. Default: all."
+        ),
     ] = "",
     out: Annotated[str, typer.Option(help="Folder for analysis.json and report.html.")] = "runs/analyze",
     weights: Weights = None,
@@ -47,7 +50,7 @@ def command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Compare settings inside: which layers and places see alike, what is looked at, whether averaging pays.
+    """Compare settings inside the model: similar layers (CKA), matching patches, relevance maps, ensembles, merging.
 
     A setting may hold ranges. Interrupted, the same command goes on where it stopped.
 

@@ -35,7 +35,7 @@ def command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """Measure where fused attention, and where skipping, is the faster way here; a model runs by rules otherwise.
+    """Measure where fused attention, and skipping, are faster on this machine; models follow fixed rules otherwise.
 
     A model uses the table where it is told to: model.execution = Execution.from_cache(), or bench --autotuned.
 

@@ -52,7 +52,7 @@ def command(
     threads: Threads = None,
     json: Json = False,
 ) -> None:
-    """The thresholds at which the mean cost of an image meets a budget; each image then costs what it needs.
+    """Find the thresholds at which the mean GMACs of images meet a budget; single images then cost less or more.
 
     Of a method without a threshold, the counts for a budget, learned from these images; labels are not needed.
 
