@@ -17,6 +17,7 @@ from saccade.setting import presets
 ROOT = Path(__file__).parents[1]
 PAPER = re.compile(r"(?<!/)\barXiv[: ](\d{4}\.\d{4,5})")
 CODE = re.compile(r"`[^`]*`")
+FLAG = re.compile(r"(?<=[ >])(--[a-z][a-z-]*)")
 FENCE = "```"
 
 
@@ -49,6 +50,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         row = not fenced and line.startswith("|")
         lines.append(CODE.sub(lambda code: code[0].replace("\\|", "|"), line) if row else line)
     return "".join(lines)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """mkdocs' event: options of commands are kept in one line, ``--quick`` without a break behind its dashes."""
+    return FLAG.sub(r'<span class="flag">\1</span>', html)
 
 
 def page(entry: Entry) -> str:
@@ -99,9 +105,9 @@ def example(notebook: Path) -> str:
 
 def index() -> str:
     """All names, and the published systems by name."""
-    groups: dict[str, list[str]] = {"Tokenizers": [], "Methods that reduce": [], "Controls": []}
+    groups: dict[str, list[str]] = {"Tokenizers": [], "Methods that reduce": [], "Baselines": []}
     for name, entry in registry().items():
-        group = "Tokenizers" if entry.kind == "tokenizer" else "Controls" if entry.baseline else "Methods that reduce"
+        group = "Tokenizers" if entry.kind == "tokenizer" else "Baselines" if entry.baseline else "Methods that reduce"
         row = f"| [{name}]({name}.md) | {cell(entry.summary)} | {summary(name) or 'has to be trained'} |"
         groups[group].append(row)
     head = ["| name | what it does | points, at how many times fewer MACs |", "|---|---|---|"]

@@ -235,7 +235,7 @@ def _one(
             what = f"cosine {row.cosine:.4f}" if row.agreement is None else f"agreement {row.agreement:.2%}"
             raise UserError(
                 f"{view.setting} by {runner}: {what} with the original on {row.images} images is under "
-                f"{least:.1%}: nothing was written; `saccade export` with a lower --least (here: least=) accepts it"
+                f"{least:.1%}: nothing was written; a lower --least takes it"
             )
     return row
 

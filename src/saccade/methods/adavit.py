@@ -205,9 +205,8 @@ def adavit(
 ) -> Method:
     """Decide for each image which patches, heads and branches of a block run (arXiv 2111.15668); it has to be trained.
 
-    Skipping is exact on every axis. Where each image of a batch has its own heads, they are skipped only if enough of
-    them are off for that to be faster (``heads.should_skip_heads``): ``Trace.macs`` counts what ran, ``wanted`` what
-    was wanted.
+    Skipping is exact on every axis. Where each image of a batch has its own heads, they are skipped only if so many
+    are off that this is faster (``heads.should_skip_heads``); ``Trace.macs`` counts what ran.
 
     Args:
         usage: share of each axis that training aims at, one for all or one for each of ``axes``; None: 0.7, and 0.5 in

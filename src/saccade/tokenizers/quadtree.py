@@ -201,7 +201,7 @@ def quadtree(
     size_embedding: bool = False,
     detail: bool = False,
 ) -> Quadtree:
-    """Patches of several sizes, small where there is much to see (Quadformer, arXiv 2304.00287; APT, 2510.18091).
+    """Patches of several sizes, small where there is much to see (Quadformer, arXiv 2304.00287; APT, arXiv 2510.18091).
 
     Each split adds three tokens, so a number of tokens must be one that can be had. Of the first three knobs one is
     given; with none, half of the tokens that the finest patches would be.
