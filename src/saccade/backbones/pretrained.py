@@ -38,7 +38,10 @@ def open_vit(name: str, pretrained: bool, **kwargs: Any) -> tuple[ViT, Call | No
     except Exception as error:
         if not pretrained:
             raise UserError(f"timm cannot create {name!r}: {line(error)}") from None
-        raise UserError(f"cannot fetch timm's weights of {name!r} ({line(error)}); give a file by weights=") from None
+        raise UserError(
+            f"cannot fetch timm's weights of {name!r} ({line(error)}): without a network give a file, --weights FILE "
+            "(in Python: weights=)"
+        ) from None
 
 
 def open_pretrained(name: str, **kwargs: Any) -> tuple[ViT, Call | None]:

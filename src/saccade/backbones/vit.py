@@ -31,7 +31,7 @@ def backbone_of(vit: ViT) -> Backbone:
     if hasattr(vit, "_orig_mod"):
         raise UserError("this model is compiled already: give the one before, and take model.deploy('fp32 compiled')")
     if kind_of(vit) not in KINDS:
-        raise UserError(f"{name} is not supported: give a timm {', '.join(kind.__name__ for kind in KINDS)}")
+        raise UserError(f"{name} is not supported: give a timm {' or '.join(kind.__name__ for kind in KINDS)}")
     for i, block in enumerate(vit.blocks):
         if hasattr(block, "_orig_mod"):
             raise UserError(
