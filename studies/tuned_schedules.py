@@ -97,7 +97,7 @@ def chosen(dense: saccade.AdaptiveViT, given: argparse.Namespace) -> dict[str, s
     settings |= {name: f"{name}(speed={given.speed})" for name in SINGLE}
     learned = calibrate(dense, given.data, "diffrate()", budget / 1e9, split="train", limit=LOOK, cache=folder,
                         search=KnobSearch(0, moves=given.moves))  # fmt: skip
-    smaller = {t: space.macs(space.empty(t)) for t in space.tokenizers if t}
+    smaller = {t: space.macs(space.empty(t)) for t in space.tokenizers if t.startswith("grid")}
     settings["diffrate"] = learned.setting
     settings["smaller input"] = max((t for t in smaller if smaller[t] <= budget), key=lambda t: smaller[t])
     write_json(file, settings)
