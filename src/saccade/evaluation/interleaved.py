@@ -82,7 +82,8 @@ def interleaved(
         strict: the error of any is raised; else that of the first alone.
     """
     steady_allocator()
-    advance = (progress or Progress()).start(f"timing, batch {batch}", len(entries) * (least + 1))
+    progress = progress or Progress()
+    warming = progress.start(f"warming up, batch {batch}", len(entries))
     ready: dict[str, tuple[Way, Tensor]] = {}
     facts: dict[str, Facts] = {}
     broken: set[str] = set()
@@ -92,7 +93,7 @@ def interleaved(
         if len(ready) >= ALWAYS and clock() - start > WARMING * most:
             failed[name] = "not timed, to keep within the time"
             continue
-        advance(0, what=f"warming up {name}, batch {batch}")
+        warming(0, what=f"warming up {name}, batch {batch}")
         size = (batch, model.backbone.channels, *model.input_size())
         images = torch.randn(size, device=next(model.parameters()).device)
         try:
@@ -108,11 +109,12 @@ def interleaved(
             failed[name] = described(error)
             continue
         ready[name] = way, images
-        advance(1)
-    begun = clock()
+        warming(1)
+    warming.finish()
+    advance, begun = progress.start(f"timing, batch {batch}", len(ready) * least), clock()
 
     def more(runs: int) -> bool:
-        advance(len(ready) if 0 < runs <= least else 0, what=f"timing, batch {batch}")
+        advance(len(ready) if 0 < runs <= least else 0)
         late = runs >= FEW_RUNS and clock() - start > most
         return not late and (runs < least or (clock() - begun < seconds and runs < MOST_RUNS))
 

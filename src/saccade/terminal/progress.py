@@ -69,12 +69,11 @@ class Progress:
 
     def line(self) -> str:
         """What is being done, how far it is, and how long it has taken and will take: for a log."""
-        elapsed = time.monotonic() - self._started
-        parts = [] if self._current is None else [self._current.line()]
-        parts.append(f"{_minutes(elapsed)} so far")
-        if self._done_at is not None and (left := self._done_at - time.monotonic()) > 0:
-            parts.append(f"about {_minutes(left)} to go")
-        return ", ".join(parts)
+        now = time.monotonic()
+        left = 0.0 if self._done_at is None else max(0.0, self._done_at - now)
+        parts = [] if self._current is None else [self._current.line(estimated=not left)]  # one estimate, not two
+        parts.append(f"{_minutes(now - self._started)} so far")
+        return ", ".join([*parts, f"about {_minutes(left)} to go"] if left else parts)
 
     def _report(self) -> None:
         with suppress(OSError, ValueError):  # nothing reads what is printed any more
@@ -100,10 +99,10 @@ class Bar:
         """Take the bar away."""
         self._bars.update(self._task, visible=False)
 
-    def line(self) -> str:
-        """``racing tome(r=8) 120/400 (about 0:40 left)``."""
-        text = f"{self._what} {self._done}/{self._total}"
-        if not 0 < self._done < self._total:
+    def line(self, estimated: bool = True) -> str:
+        """``racing tome(r=8) 120/400 (about 0:40 left)``; what takes more than was foreseen has no total."""
+        text = f"{self._what} {self._done}" + (f"/{self._total}" if self._done <= self._total else "")
+        if not (estimated and 0 < self._done < self._total):
             return text
         left = (time.monotonic() - self._started) * (self._total - self._done) / self._done
         return f"{text} (about {_minutes(left)} left)"
