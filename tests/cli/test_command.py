@@ -18,6 +18,7 @@ from saccade.cli import main, spread_values
 from saccade.cli.application import app
 from saccade.cli.common import complete_setting
 from saccade.core.registry import registry
+from saccade.training.config import shipped
 
 
 def outside(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -58,6 +59,20 @@ def test_help_of_every_verb_fits_eighty_columns(verbs, monkeypatch, capsys):
         assert not end.value.code and all(len(line) <= 80 for line in text.splitlines())
         if name not in ("list",):
             assert "Machine and output" in text
+
+
+def test_training_names_every_config_that_is_shipped(verbs):
+    said = re.split(r"[^a-z_]+", (verbs["train"].help or "").partition("Example")[0])
+    assert sorted(shipped()) == sorted({*said} & {*shipped()})
+
+
+@pytest.mark.parametrize(
+    "given, verb", [(["train"], "train"), (["eval", "m"], "eval"), (["eval", "m", "d", "--x"], "eval")]
+)
+def test_misuse_leads_to_the_help_of_the_verb(given, verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(given)
+    assert end.value.code == 2 and capsys.readouterr().err.rstrip().endswith(f"(see saccade {verb} --help)")
 
 
 def test_a_mistyped_verb_names_the_right_one(capsys):

@@ -87,7 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"saccade: {error}", file=sys.stderr)
         sys.exit(2)
     except Misuse as error:
-        print(f"saccade: {error.format_message()} (see saccade --help)", file=sys.stderr)
+        verb = "saccade" if error.ctx is None else error.ctx.command_path
+        print(f"saccade: {error.format_message()} (see {verb} --help)", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # who read has read enough, as in `saccade list | head`
         _give_up_output()

@@ -13,7 +13,7 @@ from saccade.cli.common import Json, kept_in, print_failures, print_json, print_
 
 @app.command("train")
 def command(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A shipped config (see below) or a TOML file.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A shipped config (named above) or a TOML file.")],
     changes: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Like data.path=photos.zip optim.lr=1e-3.")
     ] = None,
@@ -28,6 +28,11 @@ def command(
     json: Json = False,
 ) -> None:
     """Fine-tune any setting, or train one model for many; Ctrl-C stops after a checkpoint, --resume goes on.
+
+    Shipped configs: finetune (one setting), elastic (one model for many), scenes (elastic, on built-in images);
+    adavit, dynamicvit, dynamicvit_paper, imagepiece, quadformer (one method each); flexivit, flexivit_coarse,
+    flexivit_curriculum, flexivit_distill (all patch sizes); segment, detect, flexilit, flexiclip (other tasks). --show
+    prints one with its paper, what it costs and what to expect.
 
     Example: saccade train finetune model.weights=w.safetensors data.path=photos.zip "sampling.settings=['evit(0.5)']"
     """
