@@ -36,13 +36,13 @@ __all__ = ["AdaptiveViT", "Output", "build", "share"]
 
 
 class AdaptiveViT(OldNames, TimmNames, Embeds, Deployable, HubNames):
-    """A timm ``VisionTransformer`` run under a setting, up to its own classifier or to a head for another task.
+    """A timm Vision Transformer run under a setting, up to its own classifier or to a head for another task.
 
     ``vit`` is the timm module itself: its state dict is timm's. All that a setting learns lives beside it.
     timm's names are answered too: ``num_classes``, ``forward_features``, ``reset_classifier``, … (``TimmNames``).
 
     Args:
-        vit: a timm ``VisionTransformer`` or ``VisionTransformerDistilled``; others are refused by name.
+        vit: a timm ``VisionTransformer``, ``VisionTransformerDistilled`` or ``Eva``; others are refused by name.
         setting: ``"tome(r=13)"``, ``"grid(32) | evit(0.7)"``, …; empty: the unreduced model.
         trained: settings that the weights were trained for, where that is known; ``tune`` tries them too.
         learned: what methods learn, by ``<method>.<block>.<name>``; all views of a model share one such dict, so that
