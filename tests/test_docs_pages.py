@@ -33,6 +33,16 @@ def shown(text: str) -> str:
     return markdown(docs_pages.on_page_markdown(text), extensions=["tables", "fenced_code"])
 
 
+def test_options_of_commands_stay_in_one_line():
+    html = '<p>Take <code>--quick</code> or <code>tune --max-drop 1%</code>.</p><!--off--><a href="#--x">x--y</a>'
+    found = docs_pages.on_page_content(html)
+    assert found.count('<span class="flag">') == 2
+    assert (
+        '<code><span class="flag">--quick</span></code>' in found and '<span class="flag">--max-drop</span> 1%' in found
+    )
+    assert found.endswith('<!--off--><a href="#--x">x--y</a>')
+
+
 def test_a_setting_in_a_table_shows_its_bar_alone():
     html = shown(TABLE)
     assert "<code>imagepiece() | evit(0.8)</code>" in html and "either | or" in html and "\\" not in html

@@ -14,7 +14,7 @@ from saccade.model import AdaptiveViT
 from saccade.reports.frontier_picture import Point, frontier_picture
 from saccade.reports.rows import Row
 from saccade.reports.scale import Scale
-from saccade.terminal.results import Result
+from saccade.terminal.results import Result, counted
 from saccade.terminal.text_table import Table
 
 
@@ -66,7 +66,11 @@ class TuneResult(Result):
             "conversion",
         )
         hidden = len(self.rows) - len(rows)
-        more = [f"{hidden} more rows, random baselines among them: report.html, frontier.csv."] if hidden else []
+        more = (
+            [f"{counted(hidden, 'more row')}, random baselines among them: report.html, frontier.csv."]
+            if hidden
+            else []
+        )
         said = "\n".join([*more, "", *self.recommendation]).replace("`", "")
         return Table("Best of each kind, the frontier (95 % intervals), and the choice (→)", names, cells, said)
 

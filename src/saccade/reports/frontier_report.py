@@ -23,6 +23,7 @@ from saccade.reports.plots import conversion_figure, frontier_figures, marker
 from saccade.reports.rows import Row, Sample
 from saccade.reports.scale import Scale
 from saccade.reports.svg import tag
+from saccade.terminal.results import counted
 
 FAMILIES = {
     "dense": "dense, smaller or coarser",
@@ -141,7 +142,7 @@ def _table(report: Report) -> str:
     out = tag("p", hint, kind="hint") + _box(report, set(range(len(report.rows))) - blind, "All settings")
     if not blind:
         return out
-    name = f"{len(blind)} random baselines: what dropping tokens blindly gives"
+    name = f"{counted(len(blind), 'random baseline')}: what dropping tokens blindly gives"
     return out + tag("details", tag("summary", name) + _box(report, blind, "Random baselines"))
 
 
