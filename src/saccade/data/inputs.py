@@ -22,7 +22,7 @@ from saccade.data.source import passed_over_note
 from saccade.data.store import Folder
 from saccade.errors import UserError
 
-KINDS = "a path, a PIL image, an array [h, w, 3], a tensor [3, h, w], batches or an iterable of these"
+KINDS = "a path, bytes, a PIL image, an array [h, w, 3], a tensor [3, h, w], batches or an iterable of these"
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class Predictor:
             images: one or an iterable (of iterables, …) of
 
                 * a path of an image, a folder (with all below it), a zip, or a pattern like ``"photos/*.jpg"``;
-                * a PIL image;
+                * a PIL image, or the bytes of an image file;
                 * an array [h, w, 3], [h, w] or [h, w, 4] (alpha is dropped), or a batch of them [n, h, w, c]: uint8, or
                   float from 0 to 1;
                 * a tensor [3, h, w] or [1, h, w], or a batch of them [n, c, h, w]: uint8, or float from 0 to 1, not
