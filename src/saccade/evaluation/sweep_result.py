@@ -47,7 +47,7 @@ class Evaluation(Evaluated):
             "KL": [f"{r.kl.mean:.3f}" for r in rows],
         }
         shown = {name: cells for name, cells in columns.items() if name not in few}
-        caption = "Intervals are at 95 %."
+        caption = "Intervals are at 95 %; agree and KL are with the dense model's answers."
         if speed := rows[0].speed:
             caption += f" Speed: medians of {speed.runs} interleaved runs at batch {speed.batch}, {speed.runner}."
         cells = [[r.setting, *found] for r, *found in zip(rows, *shown.values(), strict=True)]
