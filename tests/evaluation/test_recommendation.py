@@ -109,6 +109,21 @@ def test_a_tie_within_noise_goes_to_the_faster_and_says_so():
     assert clear.chosen.option.name == "tome(r=4)"
 
 
+def test_a_slower_reduction_has_to_be_surely_better_than_what_reduces_nothing():
+    """Four images of 200 more than dense in another engine, at two thirds of its speed: chosen once, and a surprise."""
+    plain = measured("dense", [1] * 194 + [0] * 5 + [1], 3.1, "dense", dtype="bf16")
+    ahead = measured("evit(0.9)", [1] * 199 + [0], 2.1, dtype="bf16")  # five gained, one lost
+    found = verdict(Target("speedup", 1.5), plain, ahead)
+    assert found.chosen is plain and found.lines[0].startswith("No token reduction is needed: use `dense · bf16`")
+    assert any(
+        "`evit(0.9) · bf16`" in x and "two standard errors): so the faster one, which reduces" in x for x in found.lines
+    )
+    slower = measured("dense", plain.found.value.int().tolist(), 1.9, "dense", dtype="bf16")
+    assert verdict(Target("speedup", 1.5), slower, ahead).chosen is ahead, "of the slower one nothing is expected"
+    surely = measured("dense", [1] * 184 + [0] * 15 + [1], 3.1, "dense", dtype="bf16")
+    assert verdict(Target("speedup", 1.5), surely, ahead).chosen is ahead, "fifteen gained, one lost"
+
+
 halves = st.lists(st.booleans(), min_size=20, max_size=20)
 
 

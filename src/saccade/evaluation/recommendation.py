@@ -14,6 +14,7 @@ from saccade.evaluation.stats import Interval
 from saccade.runners.runner import FP32
 from saccade.terminal.results import counted
 
+SURE = 1.96  # standard errors that a reduction has to be ahead of what reduces nothing and is faster
 SAID = {  # what a setting costs where the dense model is all that it can be compared with
     "agreement": "the dense model's class on {} of the images",
     "kl": "KL from the dense model {}",
@@ -100,22 +101,28 @@ def choose(fit: Sequence[Measured], search: Search) -> tuple[Measured, str]:
     """The option to use, of those within the target, and why it is not the most accurate; by the selection half alone.
 
     Where a loss is allowed: the fastest. Else the most accurate; of those that are less than one standard error of the
-    paired difference behind it, the fastest (the rule of one standard error of Breiman et al., 1984). Whatever another
-    beats in both speed and accuracy is left for that one.
+    paired difference behind it, the fastest (the rule of one standard error of Breiman et al., 1984). A reduction is
+    left for what reduces nothing, is faster and less than two standard errors behind; whatever another beats in both
+    speed and accuracy for that one.
     """
     if search.target.kind == "drop":
         return max(fit, key=_by_speed), ""
     assert search.evaluator is not None
     best = max(fit, key=lambda m: (m.rank, m.option.plain, m.speed.speedup))
     chosen = max((m for m in fit if _is_tie(m, best, search.evaluator)), key=_by_speed)
+    if not chosen.option.plain:
+        plain = (m for m in fit if m.option.plain and _is_tie(m, chosen, search.evaluator, SURE))
+        chosen = max([chosen, *plain], key=_by_speed)
     while better := [m for m in fit if _beats(m, chosen)]:
         chosen = max(better, key=lambda m: (m.selection or 0.0, m.speed.speedup))
     if chosen is best or best.selection == chosen.selection:
         return chosen, ""
+    near = _is_tie(chosen, best, search.evaluator)
     gap = search.evaluator.metric.scale.amount((best.selection or 0.0) - (chosen.selection or 0.0))
     return chosen, (
         f"On the {search.selection_images} images that chose, `{best.option.name}` ({best.speed.speedup:.2f}×) was "
-        f"{gap} better, which is within noise (one standard error): so the faster one."
+        f"{gap} better, which is within noise ({'one standard error' if near else 'two standard errors'}): so the "
+        f"faster one{'' if near else ', which reduces no tokens'}."
     )
 
 
@@ -123,8 +130,8 @@ def _by_speed(m: Measured) -> tuple:
     return m.speed.speedup, m.rank, m.option.plain  # of equals the one that reduces nothing
 
 
-def _is_tie(m: Measured, best: Measured, evaluator: Evaluator) -> bool:
-    """Whether an option is within one standard error of the best, on the selection half, image by image."""
+def _is_tie(m: Measured, best: Measured, evaluator: Evaluator, errors: float = 1.0) -> bool:
+    """Whether an option is within so many standard errors of the best, on the selection half, image by image."""
     if m is best:
         return True
     if m.chosen_by is None or best.chosen_by is None:
@@ -132,7 +139,7 @@ def _is_tie(m: Measured, best: Measured, evaluator: Evaluator) -> bool:
     x, y = paired(best.chosen_by, m.chosen_by)
     gain = evaluator.merits(x) - evaluator.merits(y)
     more = float(evaluator.metric.scale.share)  # half an image more of each kind: few are noise
-    return gain.sum().item() <= math.sqrt(gain.square().sum().item() + more)
+    return gain.sum().item() <= errors * math.sqrt(gain.square().sum().item() + more)
 
 
 def _beats(a: Measured, b: Measured) -> bool:
