@@ -10,6 +10,7 @@ import torch
 import saccade
 from data_helpers import write_folder
 from saccade.backbones.saving import save
+from saccade.cli import main
 from saccade.data import open_images
 from saccade.errors import UserError
 from saccade.evaluation.evaluator import Evaluator
@@ -93,3 +94,13 @@ def test_weights_of_a_rival_are_named_with_it(tmp_path):
     (found,) = open_rivals([f"vit_tiny_patch16_224={tmp_path / 'w.safetensors'}"], tiny())
     assert found.name == "rival vit_tiny_patch16_224"
     assert torch.equal(found.model.vit.head.weight, vit.head.weight)
+
+
+@pytest.mark.parametrize("verb", ["eval", "tune"])
+def test_the_weights_of_a_rival_are_not_written_over(verb, photos, tmp_path, capsys):
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    weights = tmp_path / "out" / "model" / "w.safetensors"
+    weights.write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        main([verb, "vit_tiny_patch16_224", str(photos), "--rival", f"x={weights}", "--out", str(tmp_path / "out")])
+    assert "would write over" in capsys.readouterr().err and weights.read_bytes() == b"mine"

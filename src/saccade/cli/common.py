@@ -124,6 +124,11 @@ def open_model(
     return opening.open_model(name, weights, pretrained, device, num_classes=num_classes, trained=trained)
 
 
+def rival_weights(rivals: list[str]) -> list[str]:
+    """The files of those rivals that are named with one: ``NAME=weights.safetensors``."""
+    return [weights for _, _, weights in (rival.partition("=") for rival in rivals) if weights]
+
+
 def use_threads(threads: int | None) -> None:
     """Compute in so many CPU threads; None: in all cores."""
     if threads:

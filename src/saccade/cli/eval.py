@@ -27,6 +27,7 @@ from saccade.cli.common import (
     kept_in,
     open_model,
     print_failures,
+    rival_weights,
 )
 
 
@@ -83,7 +84,7 @@ def command(
     from saccade.terminal.progress import Progress
 
     if out is not None:
-        check_apart(out, [model, data, weights, *rival])
+        check_apart(out, [model, data, weights, *rival, *rival_weights(rival)])
     vit = open_model(model, weights, pretrained, device, threads, num_classes=num_classes)
     with Progress(shown=True) as progress, kept_in(out):
         found = evaluate(

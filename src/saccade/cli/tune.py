@@ -26,6 +26,7 @@ from saccade.cli.common import (
     open_model,
     print_json,
     print_result,
+    rival_weights,
 )
 from saccade.errors import UserError
 
@@ -87,7 +88,7 @@ def command(
 
     if quick and minutes is not None:
         raise UserError("give one of --quick and --minutes")
-    check_apart(out, [model, data, weights, *rival])
+    check_apart(out, [model, data, weights, *rival, *rival_weights(rival)])
     start = time.perf_counter()
     vit = open_model(model, weights, pretrained, device, threads, num_classes=num_classes)
     minutes = QUICK if quick else minutes
