@@ -184,7 +184,7 @@ def test_nothing_meets_the_target():
         Target("speedup", 9.0), measured("evit(0.5)", FAIR, 1.6), measured("random(0.4)", POOR, 2.0, "random")
     )
     assert not found.met
-    assert found.lines[0].startswith("No: nothing here is 9× faster. The fastest is `evit(0.5)`")
+    assert found.lines[0].startswith("No: nothing here is within the target (9× faster). The fastest is `evit(0.5)`")
     assert found.chosen.option.name == "evit(0.5)"  # a baseline is nothing to deploy
 
 

@@ -43,7 +43,9 @@ def conclude(search: Search) -> Recommendation:
     fit = [m for m in serious if m.meets(search.target, dense)]
     if not fit:
         fastest = max(serious, key=lambda m: m.speed.speedup)
-        lines = [f"No: nothing here is {search.aim}. The fastest is {described(fastest, search.evaluator)}."]
+        lines = [
+            f"No: nothing here is within the target ({search.aim}). The fastest is {described(fastest, search.evaluator)}."
+        ]
         return Recommendation(fastest, lines + beside(fastest, search) + _alone(fastest, dense, search), met=False)
     chosen, reason = choose(fit, search)
     lines = [_answer(chosen, fit, dense, search)]
@@ -160,7 +162,7 @@ def difference(a: Measured, b: Measured, evaluator: Evaluator) -> Interval:
 def _answer(chosen: Measured, fit: Sequence[Measured], dense: Measured, search: Search) -> str:
     """What to use, how much faster it is, and what it costs; ``fit`` are the options within the target."""
     if chosen is dense:
-        return f"No: use the model as it is. Nothing faster here is {search.aim}."
+        return f"No: use the model as it is. Nothing faster here is within the target ({search.aim})."
     needed = "gets there" if all(m.option.plain for m in fit) else "is needed"
     no = f"No token reduction {needed}: " if chosen.option.plain else ""
     use = "use" if no else "Use"
