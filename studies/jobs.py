@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import saccade
-from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, class_indices
+from saccade.data import CACHE_BYTES, ImageSet, Loader, Preprocess, head_labels
 from saccade.data.corrupt import corrupted, corruption
 from saccade.evaluation.candidates import price
 from saccade.evaluation.speed import bench
@@ -115,7 +115,7 @@ def hits(model: saccade.AdaptiveViT, setting: str, images: ImageSet, batch: int 
 
 def labels(model: saccade.AdaptiveViT, images: ImageSet, places: Sequence[int] | None = None) -> Tensor:
     """The model's class of each image at these places, [n] int64."""
-    found = torch.tensor(class_indices(images, model.vit.num_classes))
+    found = torch.tensor(head_labels(images, model.vit).indices)
     return found if places is None else found[list(places)]
 
 

@@ -35,7 +35,7 @@ from jobs import TRAINED, Claim, Memory, labels, loader_of, logits, parser_of, r
 from torch import Tensor
 
 import saccade
-from saccade.data import ImageSet, Preprocess, class_indices, open_images
+from saccade.data import ImageSet, Preprocess, head_labels, open_images
 from saccade.evaluation.stats import bootstrap
 from saccade.storage.files import write_text
 from saccade.tokenizers.scorers import given, register_scorer
@@ -165,7 +165,7 @@ class Tests:
         if self.maps is None:
             vit = saccade.load(self.start).eval().vit
             net, found = Network("start", None, "", None, vit), list[Tensor]()
-            classes = torch.tensor(class_indices(self.images, vit.num_classes))
+            classes = torch.tensor(head_labels(self.images, vit).indices)
             std, mean = (torch.tensor(v)[:, None, None] for v in (net.std, net.mean))
             for seen in loader_of(self.images, Preprocess.of(vit)).batches(BATCH, range(len(self.images))):
                 at = seen.images.shape[0] * len(found)

@@ -23,8 +23,10 @@ import dense
 import jobs
 
 import saccade
-from data_helpers import encode, picture
+from data_helpers import encode, picture, write_folder
 from oracles import make_vit
+from saccade.backbones.vit import set_class_names
+from saccade.data import open_images
 from saccade.evaluation.candidates import price
 from saccade.evaluation.stats import bootstrap
 from saccade.model import AdaptiveViT
@@ -230,6 +232,16 @@ def test_what_models_said_is_computed_once_and_kept(tmp_path):
         found = memory.all({"hits": "a", "macs": "a|macs"}, make)
         assert found["hits"].tolist() == [1, 1, 1] and memory("a|macs", lambda: torch.ones(1)).tolist() == [0, 0, 0]
     assert asked == [1]
+
+
+def test_labels_are_by_the_names_that_a_trained_head_has(tmp_path):
+    """Capitals come first in torchvision's order of classes, and not in timm's: no place tells which is meant."""
+    names = ["Faces", "accordion", "zebra"]
+    photos = write_folder(tmp_path, {f"test/{name}/{i}.png": encode(picture(16, 16)) for name in names for i in (1, 2)})
+    vit = make_vit(num_classes=3)
+    set_class_names(vit, ["zebra", "Faces", "accordion"])
+    found = jobs.labels(AdaptiveViT(vit), open_images(photos, "test"), [0, 2, 5])
+    assert found.tolist() == [1, 2, 0]
 
 
 def test_a_claim_is_decided_by_its_interval_and_needs_its_runs():
