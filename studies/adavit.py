@@ -194,6 +194,8 @@ class Study:
         found = self.out / "thresholds.json"
         known = json.loads(found.read_text()) if found.exists() else {}
         if (key := f"{run}|{text}" + "|each" * each) not in known:
+            # before the search: an error here is not the threshold's
+            self.look(run, text, "train", spread(len(self.images["train"]), TUNE))
             try:
                 known[key] = self.calibrated(run, text, each)
             except UserError:  # a threshold cannot make it so cheap

@@ -102,7 +102,7 @@ class Metric:
         return f"{mean}{unit} (95 %: {low} … {high})"
 
     def check_images(self, images: int, where: str) -> None:
-        """Raises UserError where k neighbours of an image would be all others of so many images, or more than there are.
+        """Raises UserError where an image has k neighbours or fewer among so many images.
 
         Args:
             where: what to call the images.

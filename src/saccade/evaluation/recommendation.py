@@ -44,7 +44,8 @@ def conclude(search: Search) -> Recommendation:
     if not fit:
         fastest = max(serious, key=lambda m: m.speed.speedup)
         lines = [
-            f"No: nothing here is within the target ({search.aim}). The fastest is {described(fastest, search.evaluator)}."
+            f"No: nothing here is within the target ({search.aim}). "
+            f"The fastest is {described(fastest, search.evaluator)}."
         ]
         return Recommendation(fastest, lines + beside(fastest, search) + _alone(fastest, dense, search), met=False)
     chosen, reason = choose(fit, search)
