@@ -17,6 +17,7 @@ from saccade.core.registry import registry
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.runners import engine as engines
+from saccade.runners.exported import Exported
 from saccade.runners.runner import ENGINES, Runner
 
 TOGETHER = "grid(24) | imagepiece(p=0.6, merge=0.2) | evit(0.7, fuse=True, at=2) | tome(r=1)"
@@ -94,6 +95,33 @@ def test_batches_beyond_those_that_a_program_is_compiled_for():
             images = make_images(model.vit, count, seed=count)
             assert relative(session(images), model(images).logits) <= 1e-5
     assert openvino.FIXED == 2
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(None, "[?,3,64,64]"), (3, "[3,3,64,64]")])
+def test_a_file_says_the_sizes_that_are_not_free(batch, expected, tmp_path):
+    """OpenVINO's reader takes every size of an exported program for free, and runs such a program slower."""
+    installed("openvino")
+    from saccade.runners.engines import openvino
+
+    openvino.write(Exported.of(model_of("tome(r=2)"), Runner("fp32", "openvino"), batch), tmp_path, "fp32")
+    assert str(openvino.core().read_model(tmp_path / "model.xml").input(0).partial_shape) == expected
+
+
+def test_a_batch_runs_in_equal_parts_side_by_side():
+    """By threads of their own, in a program for any batch and in one for that batch; each image has its own answer."""
+    installed("openvino")
+    model = model_of("tome(r=2)")
+    images = make_images(model.vit, 4)
+    with torch.no_grad():
+        expected = model(images).logits
+        for threads, parts in ((2, 2), (3, 1), (8, 4)):
+            for batch in (None, 4):
+                session = model.runner("openvino", batch=batch, threads=threads, provenance=True)
+                found = session.all(images)
+                assert relative(found["logits"], expected) <= 1e-5 and found["owner"].shape[0] == 4
+            assert engines.engine_of("openvino").parts(4, threads) == parts
+        with pytest.raises(UserError, match="3 images: this program takes a batch of 4 equal parts"):
+            session(images[:3])
 
 
 def test_whole_numbers_that_an_engine_has_not_are_refused():

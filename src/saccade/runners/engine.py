@@ -31,6 +31,9 @@ class Engine(Protocol):
     def dtypes(self) -> tuple[str, ...]:
         """Number types that this machine computes in, by this engine."""
 
+    def parts(self, batch: int, threads: int) -> int:
+        """Of how many parts, computed side by side, a batch is run the fastest; equal ones."""
+
     def write(self, exported: Exported, folder: Path, dtype: str) -> None:
         """Write the program's files. Raises UserError for what this engine has no operator for."""
 

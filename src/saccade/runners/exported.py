@@ -54,13 +54,14 @@ class Exported:
     """A setting of a model as a program for engines.
 
     ``program`` takes images like ``example``: [B, C, h, w] in fp32, or uint8 [B, H, W, 3] with H and W free; B is free
-    where ``batch`` is None.
+    where ``batch`` is None. A caller's batch is ``parts`` of these, which an engine computes side by side.
     """
 
     program: ExportedProgram
     outputs: tuple[str, ...]
     batch: int | None
     example: Tensor
+    parts: int = 1
 
     @classmethod
     def of(
@@ -96,6 +97,12 @@ class Exported:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"{model.setting}: torch.export refuses it ({type(error).__name__}: {reason})") from error
         return cls(program, answer.outputs, batch, example)
+
+    def sizes(self) -> tuple[int | torch.SymInt, ...]:
+        """Of the program's input; a symbol where it is free."""
+        (name,) = self.program.graph_signature.user_inputs
+        (given,) = (node for node in self.program.graph.nodes if node.op == "placeholder" and node.name == name)
+        return tuple(given.meta["val"].shape)
 
 
 def has_fixed_counts(model: AdaptiveViT) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,11 +41,15 @@ def start(
     """
     if not runner.exported:
         return _in_torch(model, runner, provenance)
-    engine = engine_for(runner)
-    exported = Exported.of(model, runner, runner.batch if fixed else None, provenance)
+    engine, threads = engine_for(runner), threads or torch.get_num_threads()
+    batch, parts = runner.batch if fixed else None, 1
+    if batch:
+        parts = engine.parts(batch, threads)
+        batch //= parts
+    exported = replace(Exported.of(model, runner, batch, provenance), parts=parts)
     with TemporaryDirectory(prefix="saccade-", ignore_cleanup_errors=True) as folder:
         engine.write(exported, Path(folder), runner.dtype)
-        return engine.open(Path(folder), runner.dtype, threads or torch.get_num_threads())
+        return engine.open(Path(folder), runner.dtype, threads)
 
 
 class Compiled:

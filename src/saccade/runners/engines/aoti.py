@@ -22,6 +22,11 @@ def dtypes() -> tuple[str, ...]:
     return "fp32", "bf16"
 
 
+def parts(batch: int, threads: int) -> int:
+    """One: all threads work on the whole batch."""
+    return 1
+
+
 def write(exported: Exported, folder: Path, dtype: str) -> None:
     """Write ``model.pt2``. Raises UserError where there is no C++ compiler, or what it is given does not compile."""
     import torch._inductor as inductor

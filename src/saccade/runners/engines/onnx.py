@@ -31,6 +31,11 @@ def dtypes() -> tuple[str, ...]:
     return "fp32", "int8"
 
 
+def parts(batch: int, threads: int) -> int:
+    """One: all threads work on the whole batch."""
+    return 1
+
+
 def write(exported: Exported, folder: Path, dtype: str) -> None:
     """Write ``model.onnx``. Raises UserError for an operator without translation."""
     import onnx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
 import threading
 from functools import cache
@@ -17,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saccade.errors import UserError
 from saccade.runners.engine import Session
+from saccade.runners.engines.openvino_operators import quicken
 from saccade.runners.exported import EMBEDDING, IMAGES, LOGITS, OWNER, TOKENS, Exported, quiet, reason, silent
 from saccade.runners.lowering import RULES, lower, numbers
 from saccade.runners.predict_script import HINTS
@@ -29,6 +31,7 @@ FILES = ("model.xml", "model.bin")
 PACKAGES = ("openvino",)
 EXTRA = "openvino"
 KNOWN = {LOGITS, EMBEDDING, OWNER, TOKENS}
+PARTS = ["saccade", "parts"]  # where a program's file says of how many parts its batch is
 FIXED = 2  # sizes of batch that a program is compiled for, each with memory of its own, beside one for any size
 NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
@@ -58,11 +61,17 @@ def dtypes() -> tuple[str, ...]:
     return "fp32", *half, *(["int8"] if importlib.util.find_spec("nncf") else [])
 
 
+def parts(batch: int, threads: int) -> int:
+    """As many as threads, as far as that divides a batch: threads that share one operator wait for each other."""
+    return math.gcd(batch, threads)
+
+
 def write(exported: Exported, folder: Path, dtype: str) -> None:
     """Write ``model.xml`` and ``model.bin``. Raises UserError for an operator without translation."""
     openvino = library()
     if any(isinstance(value, int) and LARGEST < abs(value) < 2**63 - 1 for value in numbers(exported.program)):
         raise UserError("OpenVINO computes whole numbers in 32 bits, and this setting draws by larger ones: use onnx")
+    quicken(exported.program)
     lower(exported.program, tuple(RULES))
     try:
         # One kind of attention for all that is traced in a process: torch remembers strides, from one to another.
@@ -70,9 +79,11 @@ def write(exported: Exported, folder: Path, dtype: str) -> None:
             model = read(exported.program)
     except Exception as error:
         raise UserError(f"OpenVINO has no form for this program ({reason(error)})") from error
+    model.reshape([size if isinstance(size, int) else -1 for size in exported.sizes()])  # the reader frees them all
     model.inputs[0].set_names({IMAGES})
     for output, name in zip(model.outputs, exported.outputs, strict=True):
         output.set_names({name})
+    model.set_rt_info(str(exported.parts), PARTS)
     for operator in model.get_ops():
         if operator.get_type_name() == "TopK":
             operator.set_attribute("sort", "value")  # not "none", of which nothing can be stable
@@ -101,20 +112,25 @@ def read(program: ExportedProgram) -> openvino.Model:
 
 def open(folder: Path, dtype: str, threads: int) -> Session:
     """The files in OpenVINO's processor plugin; each thread that calls has requests of its own."""
-    config = {
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": HINTS[dtype],
-    }
-    compiled = Compiled(core().read_model(str(folder / FILES[0])), config)
-    first, local = compiled.of(1), threading.local()
+    compiled = Compiled(core().read_model(str(folder / FILES[0])), HINTS[dtype], threads)
+    first, local = compiled.of(1)[0], threading.local()
     names = tuple(min(output.get_names() & KNOWN, default=output.get_any_name()) for output in first.outputs)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
-        program, requests = compiled.of(len(images)), vars(local).setdefault("requests", {})
-        request = requests.get(id(program)) or requests.setdefault(id(program), program.create_infer_request())
-        found = request.infer({IMAGES: images.detach().cpu().contiguous().numpy()}, share_inputs=True)
-        return tuple(torch.from_numpy(found[i].copy()) for i in range(len(names)))
+        program, count = compiled.of(len(images))
+        if len(images) % count:
+            raise UserError(f"{len(images)} images: this program takes a batch of {count} equal parts")
+        requests = vars(local).setdefault("requests", {})
+        asked = requests.get(id(program)) or [program.create_infer_request() for _ in range(count)]
+        requests[id(program)] = asked
+        given = images.detach().cpu().contiguous().numpy()
+        size = len(given) // count
+        for i, request in enumerate(asked):
+            request.start_async({IMAGES: given[i * size : (i + 1) * size]}, share_inputs=True)
+        for request in asked:
+            request.wait()
+        found = [[torch.from_numpy(request.get_output_tensor(i).data) for request in asked] for i in range(len(names))]
+        return tuple(torch.cat(part) for part in found)  # a copy: the engine writes there again
 
     precision = NAMES.get(first.get_property("INFERENCE_PRECISION_HINT").to_string(), "fp32")
     return Session(run, names, "openvino", dtype, precision, "cpu", threads)
@@ -124,26 +140,39 @@ class Compiled:
     """A program compiled for the batches that come: one image and the first other size each by itself, then any size.
 
     Where a program is for any size, OpenVINO finds the shapes of all its operators anew in each run. At batch 1 of a
-    small model that is a quarter of the time of a setting that merges, whose operators are many and small.
+    small model that is a quarter of the time of a setting that merges, whose operators are many and small. Batches are
+    run in ``parts``; a program that was exported for one size says of how many its batch is.
     """
 
-    def __init__(self, program: openvino.Model, config: dict) -> None:
-        self._program, self._config = program, config
+    def __init__(self, program: openvino.Model, precision: str, threads: int) -> None:
+        self._program, self._threads = program, threads
+        self._config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": precision}
         batch, *image = program.input(0).partial_shape
+        self._fixed = batch.get_length() if batch.is_static else None
+        self._parts = int(program.get_rt_info(PARTS).astype(str)) if program.has_rt_info(PARTS) else 1
         self._sized = batch.is_dynamic and all(side.is_static for side in image)
-        self._made: dict[int | None, openvino.CompiledModel] = {}
+        self._made: dict[tuple[int | None, int], openvino.CompiledModel] = {}
         self._lock = threading.Lock()
 
-    def of(self, batch: int) -> openvino.CompiledModel:
-        """What runs batches of that size; compiled by the first call, which takes a second or more."""
+    def of(self, batch: int) -> tuple[openvino.CompiledModel, int]:
+        """What runs batches of that size, and in how many parts; compiled by the first call, a second or more."""
         with self._lock:
-            key = batch if self._sized and (batch in self._made or len(self._made) < FIXED) else None
+            key = self._key(batch)
             if key not in self._made:
-                self._made[key] = self._compile(key)
-            return self._made[key]
+                self._made[key] = self._compile(*key)
+            return self._made[key], key[1]
 
-    def _compile(self, batch: int | None) -> openvino.CompiledModel:
+    def _key(self, batch: int) -> tuple[int | None, int]:
+        """Images of one part, None for any number, and parts."""
+        if self._fixed:
+            return None, self._parts
+        count = parts(batch, self._threads) if batch else 1
+        sized = batch > 0 and self._sized and ((batch // count, count) in self._made or len(self._made) < FIXED)
+        return (batch // count, count) if sized else (None, 1)
+
+    def _compile(self, size: int | None, count: int) -> openvino.CompiledModel:
         program = self._program.clone()
-        if batch is not None:
-            program.reshape([batch, *(side.get_length() for side in list(program.input(0).partial_shape)[1:])])
-        return core().compile_model(program, "CPU", self._config)
+        if size is not None:
+            program.reshape([size, *(side.get_length() for side in list(program.input(0).partial_shape)[1:])])
+        how = {"PERFORMANCE_HINT": "LATENCY"} if count == 1 else {"NUM_STREAMS": count}
+        return core().compile_model(program, "CPU", {**self._config, **how})

@@ -21,6 +21,11 @@ def dtypes() -> tuple[str, ...]:
     return "fp32", "bf16"
 
 
+def parts(batch: int, threads: int) -> int:
+    """One: all threads work on the whole batch."""
+    return 1
+
+
 def write(exported: Exported, folder: Path, dtype: str) -> None:
     """Write ``model.pt2``."""
     with quiet():
