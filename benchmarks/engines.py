@@ -8,7 +8,8 @@ random weights, on noise. A cell is for batches of 1 and 8 images of a program t
 for one exported for a batch of 8. In fp32 it is the largest difference of any logit from PyTorch's, over the largest
 one. In bf16, where near ties are decided otherwise, it is the length of the logits' difference from PyTorch's in fp32
 over their length, and in brackets the same of PyTorch's own bf16: an engine that rounds no worse is as far away. "–"
-and a number lead to the reason why there is none.
+and a number lead to the reason why there is none, of which openvinotoolkit/openvino#24072 says more; ONNX Runtime has
+no matrix product in bf16 on a processor (microsoft/onnxruntime#20630). An empty cell was not measured yet.
 
 The page is its own record: what it holds is kept, so that a run that is interrupted, or of other engines, adds to it.
 With photos and weights instead: ``saccade export`` of six settings of the whole ViT-Tiny, and its parity report.
