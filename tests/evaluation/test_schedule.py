@@ -19,10 +19,10 @@ from saccade.evaluation.defined import NonFinite
 from saccade.evaluation.distance import Distance
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.schedule import Rule, Schedule, Space, by_macs
-from saccade.evaluation.schedule_candidates import schedules
+from saccade.evaluation.schedule_candidates import _ranked, schedules
 from saccade.evaluation.schedule_price import macs
-from saccade.evaluation.schedule_search import ScheduleSearch
-from saccade.evaluation.schedule_starts import Starts
+from saccade.evaluation.schedule_search import FoundSchedules, ScheduleSearch, never
+from saccade.evaluation.schedule_starts import Starts, Tried
 from saccade.evaluation.tune import search
 from saccade.model import AdaptiveViT
 from saccade.setting import Setting
@@ -172,6 +172,7 @@ def test_the_search_comes_nearer_within_its_budget_and_goes_on_where_it_stopped(
     start, distance, limit = found_by(evaluator, space, 0)
     found, *_ = found_by(evaluator, space, start.tried + 40)
     assert found.nearest[0].distance < start.nearest[0].distance
+    assert found.starts == start.nearest == start.starts
     assert [t.distance for t in found.nearest] == sorted(t.distance for t in found.nearest)
     for tried in found.nearest:
         assert space.macs(tried.schedule) <= limit
@@ -250,6 +251,15 @@ def test_tune_races_schedules_and_says_from_how_many(evaluator, space, monkeypat
         "schedules were tried on 10 of the images that choose" in note and "of MACs" in note for note in found.notes
     )
     assert all(c.tried >= 40 and evaluator.dense.at(c.setting) for c in searched)
+
+
+def test_what_is_found_on_few_images_is_ranked_by_more_beside_what_it_started_from(evaluator, space):
+    """A move that suits the few does not pass a plain shape that is nearer on the many."""
+    far, near = Tried(some_schedules(space, 1)[0], (0.0,)), Tried(space.empty(""), (9.0,))
+    found = FoundSchedules([far], [near, far], 40, 2)
+    assert _ranked(evaluator, range(IMAGES), space, found, never) == ([near, far], IMAGES)
+    assert _ranked(evaluator, range(IMAGES), space, found, lambda: True) == ([far], 2), "no time is left"
+    assert _ranked(evaluator, range(2), space, found, never) == ([far], 2), "there are no more"
 
 
 def _seen(photos, real):

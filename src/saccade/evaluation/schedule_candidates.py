@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from saccade.evaluation.allowance import Allowance
 from saccade.evaluation.candidates import RED, Candidate
+from saccade.evaluation.defined import NonFinite
 from saccade.evaluation.distance import Distance
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.latency_curve import LatencyCurve
 from saccade.evaluation.schedule import Space
 from saccade.evaluation.schedule_price import Price
-from saccade.evaluation.schedule_search import TRIES, ScheduleSearch
+from saccade.evaluation.schedule_search import TRIES, FoundSchedules, ScheduleSearch
+from saccade.evaluation.schedule_starts import Tried
 from saccade.terminal.progress import Progress
 
 RACED = 3  # of the schedules found for a budget
+RANKED = 384  # images that those are chosen by: of few, moves suit what the few have in particular
 SHARE, LEAST_MINUTES = 0.15, 4.0  # of a limited time; and how much of it there must be
 
 
@@ -77,9 +81,26 @@ def schedules(
     if not found.nearest:
         why = "time did not suffice for a schedule" if allowance.spent() > until else "no schedule is within the budget"
         return Schedules([], why, budget.curve)
-    best = {str(space.setting(t.schedule)): space.macs(t.schedule) for t in found.nearest[:RACED]}
+    ranked, images = _ranked(evaluator, places, space, found, lambda: allowance.spent() > until)
+    best = {str(space.setting(t.schedule)): space.macs(t.schedule) for t in ranked[:RACED]}
+    nearest = f"the nearest {len(best)} to the dense model" + (f" on {images}" if images > found.images else "")
     note = (
         f"{found.tried} schedules were tried on {found.images} of the images that choose, without their labels, within "
-        f"a budget of {budget.words}; the nearest {len(best)} to the dense model went into the race"
+        f"a budget of {budget.words}; {nearest} went into the race"
     )
     return Schedules([Candidate(s, RED, macs, True, found.tried) for s, macs in best.items()], note, budget.curve)
+
+
+def _ranked(
+    evaluator: Evaluator, places: Sequence[int], space: Space, found: FoundSchedules, enough: Callable[[], bool]
+) -> tuple[list[Tried], int]:
+    """What was found, and what the search started from, the nearest first by more images; and by how many."""
+    if len(places) <= found.images or enough():
+        return found.nearest, found.images
+    distance, ranked = Distance(evaluator, places, RANKED), list[tuple[float, Tried]]()
+    for tried in [*found.nearest, *(start for start in found.starts if start not in found.nearest)]:
+        if enough():
+            return found.nearest, found.images
+        with suppress(NonFinite):
+            ranked.append((sum(distance.of(str(space.setting(tried.schedule)))), tried))
+    return [tried for _, tried in sorted(ranked, key=lambda pair: pair[0])], distance.images

@@ -29,6 +29,7 @@ class FoundSchedules:
     """What a search gives."""
 
     nearest: list[Tried]  # nearest first
+    starts: list[Tried]  #  the nearest that it started from, of plain shapes
     tried: int  #           schedules that were run, on some of the images at least
     images: int  #          that they were judged by
 
@@ -67,18 +68,19 @@ class ScheduleSearch:
     key: str = ""
     tried: int = field(default=0, init=False)
     drawn: int = field(default=0, init=False)  # those tried, and draws that gave no new schedule
+    starts: list[Tried] = field(default_factory=list, init=False)
 
     def run(self) -> FoundSchedules:
         """The nearest schedules within the budget; none where none is."""
         population = self._taken_up()
         if population is None:
             starts = Starts(self.space, self.cost, self.limit, self.judge, self.enough)
-            population = starts.population(POPULATION)
+            population = self.starts = starts.population(POPULATION)
             self._keep(population)
         while population and self.drawn < self.tries and not self.enough():
             population = self._after_move(population)
             self._keep(population)
-        return FoundSchedules(population, self.tried, self.distance.images)
+        return FoundSchedules(population, self.starts, self.tried, self.distance.images)
 
     def judge(self, schedule: Schedule, least: Sequence[float], batches: int | None) -> Tried | None:
         """Its distances; None where it fails, or is given up."""
@@ -109,8 +111,9 @@ class ScheduleSearch:
 
     def _keep(self, population: list[Tried]) -> None:
         if self.file is not None and population:  # none where there was no time
-            rows = [[t.schedule.tokenizer, t.schedule.counts, t.distances] for t in population]
-            write_json(self.file, {"key": self.key, "tried": self.tried, "drawn": self.drawn, "population": rows})
+            counts = {"tried": self.tried, "drawn": self.drawn}
+            kept = {"population": _rows(population), "starts": _rows(self.starts)}
+            write_json(self.file, {"key": self.key, **counts, **kept})
 
     def _taken_up(self) -> list[Tried] | None:
         """The population that the file holds; None where it holds none of this search."""
@@ -119,6 +122,7 @@ class ScheduleSearch:
             if told is None or told["key"] != self.key:
                 return None
             found = [self._read(*row) for row in told["population"]]
+            self.starts = [self._read(*row) for row in told.get("starts", [])]
             self.tried, self.drawn = int(told["tried"]), int(told.get("drawn", told["tried"]))
         except (ValueError, TypeError, KeyError, AttributeError, OSError):
             return None
@@ -132,3 +136,8 @@ class ScheduleSearch:
         if tokenizer not in self.space.tokenizers or not fits or min(map(min, lists)) < 0:
             raise ValueError
         return Tried(Schedule(tokenizer, lists), tuple(map(float, distances)))
+
+
+def _rows(some: Sequence[Tried]) -> list[Any]:
+    """As a file holds them."""
+    return [[t.schedule.tokenizer, t.schedule.counts, t.distances] for t in some]
