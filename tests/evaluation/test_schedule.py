@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,7 +20,7 @@ from saccade.evaluation.defined import NonFinite
 from saccade.evaluation.distance import Distance
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.schedule import Rule, Schedule, Space, by_macs
-from saccade.evaluation.schedule_candidates import _ranked, schedules
+from saccade.evaluation.schedule_candidates import _apart, _ranked, schedules
 from saccade.evaluation.schedule_price import macs
 from saccade.evaluation.schedule_search import FoundSchedules, ScheduleSearch, never
 from saccade.evaluation.schedule_starts import Starts, Tried
@@ -260,6 +261,14 @@ def test_what_is_found_on_few_images_is_ranked_by_more_beside_what_it_started_fr
     assert _ranked(evaluator, range(IMAGES), space, found, never) == ([near, far], IMAGES)
     assert _ranked(evaluator, range(IMAGES), space, found, lambda: True) == ([far], 2), "no time is left"
     assert _ranked(evaluator, range(2), space, found, never) == ([far], 2), "there are no more"
+
+
+def test_the_race_has_the_nearest_of_each_tokenizer(space):
+    a, b, c, d = (Tried(schedule, (0.0,)) for schedule in some_schedules(space, 4))
+    a, b, c, d = (
+        replace(t, schedule=replace(t.schedule, tokenizer=n)) for t, n in zip((a, b, c, d), "xxyx", strict=True)
+    )
+    assert _apart([a, b, c, d]) == [a, c, b, d]
 
 
 def _seen(photos, real):
