@@ -259,8 +259,8 @@ def test_what_is_found_on_few_images_is_ranked_by_more_beside_what_it_started_fr
     far, near = Tried(some_schedules(space, 1)[0], (0.0,)), Tried(space.empty(""), (9.0,))
     found = FoundSchedules([far], [near, far], 40, 2)
     assert _ranked(evaluator, range(IMAGES), space, found, never) == ([near, far], IMAGES)
-    assert _ranked(evaluator, range(IMAGES), space, found, lambda: True) == ([far], 2), "no time is left"
-    assert _ranked(evaluator, range(2), space, found, never) == ([far], 2), "there are no more"
+    assert _ranked(evaluator, range(IMAGES), space, found, lambda: True) == ([far, near], 2), "no time is left"
+    assert _ranked(evaluator, range(2), space, found, never) == ([far, near], 2), "there are no more"
 
 
 def test_the_race_has_the_nearest_of_each_tokenizer(space):

@@ -24,6 +24,7 @@ from saccade.terminal.progress import Progress
 RACED = 3  # of the schedules found for a budget
 RANKED = 384  # images that those are chosen by: of few, moves suit what the few have in particular
 SHARE, LEAST_MINUTES = 0.15, 4.0  # of a limited time; and how much of it there must be
+RANK_SHARE = 0.05  # of it, for ranking after the search
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def schedules(
     if not found.nearest:
         why = "time did not suffice for a schedule" if allowance.spent() > until else "no schedule is within the budget"
         return Schedules([], why, budget.curve)
-    ranked, images = _ranked(evaluator, places, space, found, lambda: allowance.spent() > until)
+    later = allowance.spent() + RANK_SHARE * allowance.seconds
+    ranked, images = _ranked(evaluator, places, space, found, lambda: allowance.spent() > later)
     best = {str(space.setting(t.schedule)): space.macs(t.schedule) for t in _apart(ranked)[:RACED]}
     nearest = f"the nearest {len(best)} to the dense model" + (f" on {images}" if images > found.images else "")
     note = (
@@ -100,13 +102,16 @@ def _apart(ranked: Sequence[Tried]) -> list[Tried]:
 def _ranked(
     evaluator: Evaluator, places: Sequence[int], space: Space, found: FoundSchedules, enough: Callable[[], bool]
 ) -> tuple[list[Tried], int]:
-    """What was found, and what the search started from, the nearest first by more images; and by how many."""
-    if len(places) <= found.images or enough():
-        return found.nearest, found.images
+    """What was found, and what the search started from, the nearest first by more images, or by the search's where time
+    does not suffice; and by how many."""
+    both = [*found.nearest, *(start for start in found.starts if start not in found.nearest)]
+    known = sorted(both, key=lambda tried: tried.distance), found.images
+    if len(places) <= found.images:
+        return known
     distance, ranked = Distance(evaluator, places, RANKED), list[tuple[float, Tried]]()
-    for tried in [*found.nearest, *(start for start in found.starts if start not in found.nearest)]:
+    for tried in both:
         if enough():
-            return found.nearest, found.images
+            return known
         with suppress(NonFinite):
             ranked.append((sum(distance.of(str(space.setting(tried.schedule)))), tried))
     return [tried for _, tried in sorted(ranked, key=lambda pair: pair[0])], distance.images
