@@ -257,6 +257,19 @@ def test_json_of_an_encoder_holds_its_embeddings(place, tmp_path, capsys):
     assert np.allclose(found["embedding"], expected.details.embedding, atol=1e-5) and len(found["embedding"]) == 48
 
 
+def test_csv_of_an_encoder_holds_its_embeddings(place, tmp_path, capsys):
+    encoder = small("tome(r=2)", num_classes=0)
+    encoder.save(tmp_path / "model")
+    order = [place / "mixed" / f"{name}.png" for name in "bac"]  # what cannot be read comes first
+    code, out, _ = run(capsys, tmp_path / "model", *order, "--csv", "--out", tmp_path / "out")
+    heading, broken, *rows = csv.reader(io.StringIO(out))
+    assert code == 0 and heading[:4] == ["image", "gmacs", "error", "embedding_0"] and len(heading) == 3 + 48
+    assert broken[0].endswith("b.png") and broken[2] and not any(broken[3:])
+    expected = np.stack([p.embedding for p in saccade.predict(encoder, order[1:])])
+    assert np.allclose(np.array([row[3:] for row in rows], dtype=float), expected, atol=1e-5)
+    assert run(capsys, tmp_path / "model", *order, "--out", tmp_path / "out")[0] == 0  # known as ours, written again
+
+
 def test_on_a_terminal_a_line_is_an_image(place, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "80")

@@ -42,18 +42,41 @@ def printer(as_json: bool, as_csv: bool, top: int) -> Show:
 
 
 def csv_lines(file: IO[str], top: int) -> Show:
-    """What writes CSV, a heading first: the best class of each image, then label_2, probability_2 and so on."""
-    writer = csv.writer(file, lineterminator="\n")
-    more = [f"{name}_{i}" for i in range(2, top + 1) for name in ("label", "probability")]
-    writer.writerow([*COLUMNS, *more])
+    """What writes CSV: the best class, then label_2, probability_2 and so on; of an encoder the embedding.
+
+    The heading is written with the first image that could be read, and those before it wait for that.
+    """
+    writer, waiting = csv.writer(file, lineterminator="\n"), list[Prediction]()
+    heading: list[str] = []
 
     def write(found: Prediction) -> None:
-        rest = [value for pair in zip(found.labels, found.probabilities, strict=True) for value in pair][2:]
-        row: dict[str, Any] = found.row()
-        writer.writerow([*(row[name] for name in COLUMNS), *rest, *[""] * (len(more) - len(rest))])
+        waiting.append(found)
+        if not heading:
+            if found.error is not None:
+                return
+            heading.extend(columns(found, top))
+            writer.writerow(heading)
+        writer.writerows([cells(found, heading) for found in waiting])
+        waiting.clear()
         file.flush()
 
     return write
+
+
+def columns(found: Prediction, top: int) -> list[str]:
+    """The heading of a table that this prediction is a row of."""
+    if found.vector is not None:
+        return ["image", "gmacs", "error", *(f"embedding_{i}" for i in range(len(found.vector)))]
+    return [*COLUMNS, *(f"{name}_{i}" for i in range(2, top + 1) for name in ("label", "probability"))]
+
+
+def cells(found: Prediction, heading: list[str]) -> list[Any]:
+    """A row of the table, a cell for each of the heading's columns."""
+    numbers = {} if found.vector is None else {f"embedding_{i}": v for i, v in enumerate(found.vector.tolist())}
+    ranked = enumerate(zip(found.labels, found.probabilities, strict=True), start=1)
+    others = {f"{name}_{i}": v for i, pair in ranked for name, v in zip(("label", "probability"), pair, strict=True)}
+    row: dict[str, Any] = {**found.row(), **others, **numbers}
+    return [row.get(name) for name in heading]
 
 
 class EmbeddingFile:
