@@ -6,7 +6,9 @@ Method    A pretrained model, nothing trained, in the runner that one would depl
           MAC ratio the nearest schedule of a search in MACs (``studies/schedules.py``), whose time is measured; then
           the nearest of a search in milliseconds, within the time that the curve tells of the first. Both are timed in
           one interleaved run with the dense model; the other half of the photos reports KL, top-1 and paired
-          differences, 95 % intervals over images.
+          differences, 95 % intervals over images. With ``--wide`` the model is twice as wide (ViT-Ti as ViT-S) and
+          computes the same: every channel, head and hidden unit stands there twice, with half of the weight. So the
+          time is that of the larger model, and the answers those of weights that were trained.
 Command   python studies/milliseconds.py vit_tiny_patch16_224 vit_tiny_patch16_224.safetensors inval227_dev.zip
           --runner "openvino bf16" --batch 1 --out runs/milliseconds
 Cost      an estimate: 25 minutes of two cores, alone on the machine for the times; searches go on where they stopped
@@ -20,8 +22,11 @@ import json
 import sys
 from functools import partial
 
+import timm
 import torch
 from jobs import parser_of
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 import saccade
 from saccade.data import open_images
@@ -49,9 +54,12 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=150)
     parser.add_argument("--seconds", type=float, default=20.0, help="of timing")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--wide", help="a timm model of twice the width, to compute the same in")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model, runner = saccade.create_model(given.model, weights=given.weights).eval(), Runner.of(given.runner)
+    if given.wide:
+        model = saccade.AdaptiveViT(widened(model.vit, given.wide)).eval()
     evaluator = Evaluator(model, open_images(given.data, given.split))
     store = Cache.of(given.out / "cache", evaluator)
     select, report = shuffled_halves(len(evaluator.images), 0, evaluator.labels)
@@ -66,11 +74,32 @@ def main() -> None:
         limit = curve.predict(model.at(by_macs).eval())
         assert limit is not None  # and what schedules are made of
         print(f"{speed}×: {by_macs} takes {limit:.3f} of {dense_ms:.3f} ms by the curve", file=sys.stderr, flush=True)
-        price = partial(milliseconds, limit=1.02 * limit, dense_ms=dense_ms, runner=runner, batch=given.batch)
+        price = partial(milliseconds, limit=limit, dense_ms=dense_ms, runner=runner, batch=given.batch)
         by_time = search(partial(price, key=f"{speed}")).candidates[0].setting
         rows += compared(evaluator, store, report, runner, given.batch, given.seconds, speed, by_macs, by_time)
         write_json(given.out / "milliseconds.json", {"rows": rows})
     print(json.dumps(rows, indent=2, ensure_ascii=False))
+
+
+def widened(vit: VisionTransformer, name: str) -> VisionTransformer:
+    """The timm model of this name, of twice the width, with weights that make it compute what ``vit`` does."""
+    wide = timm.create_model(name)
+    assert isinstance(wide, VisionTransformer)
+    twice: dict[str, Tensor] = {}
+    for key, value in vit.state_dict().items():
+        if key.endswith(("qkv.weight", "qkv.bias")):
+            both = value.unflatten(0, (3, -1)).repeat(1, 2, *[1] * (value.ndim - 1)).flatten(0, 1)
+        elif key in ("cls_token", "pos_embed"):
+            both = value.repeat(1, 1, 2)
+        else:
+            both = value if key.startswith("head.") else value.repeat(2, *[1] * (value.ndim - 1))
+        twice[key] = both.repeat(1, 2) / 2 if both.ndim == 2 else both
+    wide.load_state_dict(twice)
+    wide.pretrained_cfg = vit.pretrained_cfg
+    images = torch.randn(2, 3, *vit.patch_embed.img_size)
+    with torch.inference_mode():
+        torch.testing.assert_close(wide.eval()(images), vit.eval()(images), atol=1e-3, rtol=1e-3)
+    return wide
 
 
 def compared(
