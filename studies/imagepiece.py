@@ -93,6 +93,9 @@ def main() -> None:
     parser = parser_of(__doc__, "runs/imagepiece", "data", "weights")
     parser.add_argument("--epochs", type=float, default=0.5, help="of every run but the source")
     parser.add_argument("--source-epochs", type=float, default=2)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of every run but the source; another goes to another folder"
+    )
     parser.add_argument("--limit", type=int, default=1000, help="test images of sweeps and masks")
     parser.add_argument("--whole", type=int, help="test images of the other tables; default: all")
     parser.add_argument("--runs", nargs="*", help="train only these, and stop")
@@ -122,6 +125,7 @@ def main() -> None:
     if not arguments.untrained:
         settings[LATE] = nearest(dense, TRIES["not in block 0"], price(dense, settings["patches-both"]))
     rule = [f"model.name={out / 'stemmed'}", "optim.lr=1e-4", f"run.epochs={arguments.epochs}", "data.cache_gb=0"]
+    rule += [f"run.seed={arguments.seed}"] if arguments.seed else []
     runs = {n: ["finetune", *common, *rule, f"sampling.settings={json.dumps([s])}"] for n, s in settings.items()}
     if not (arguments.untrained or arguments.report):
         train_all({n: runs[n] for n in (arguments.runs or runs)}, out, arguments.at_once)
