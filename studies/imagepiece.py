@@ -93,9 +93,7 @@ def main() -> None:
     parser = parser_of(__doc__, "runs/imagepiece", "data", "weights")
     parser.add_argument("--epochs", type=float, default=0.5, help="of every run but the source")
     parser.add_argument("--source-epochs", type=float, default=2)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of every run but the source; another goes to another folder"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of every run but the source; a folder for each")
     parser.add_argument("--limit", type=int, default=1000, help="test images of sweeps and masks")
     parser.add_argument("--whole", type=int, help="test images of the other tables; default: all")
     parser.add_argument("--runs", nargs="*", help="train only these, and stop")
