@@ -205,6 +205,8 @@ def test_an_engine_is_timed_beside_eager_and_what_it_runs_is_exported(model, pho
     found = tune(model, photos, "1x", out=tmp_path / "out", runner=["torch"], **QUICK)
     assert "dense · fp32 torch" in {row.setting for row in found.rows}
     assert not any("bf16" in row.setting for row in found.rows)
+    facts = json.loads((tmp_path / "out" / "frontier.json").read_text())["facts"]
+    assert "scored by PyTorch" in facts["rows of an engine"]
     images = open_images(photos)
     for runner, there in ((Runner("fp32", "torch"), True), (Runner("bf16"), False)):
         said = export_chosen(found.model, runner, tmp_path / "out", images, range(4))

@@ -26,7 +26,7 @@ from saccade.reports.frontier_report import Report, render_report
 from saccade.reports.render_tokens import token_map
 from saccade.reports.rows import Row, Sample
 from saccade.reports.scale import Scale
-from saccade.runners.runner import FP32
+from saccade.runners.runner import FP32, QUANTISED
 from saccade.storage.files import check_folder, json_text, staged
 from saccade.storage.run_folder import owned
 from saccade.storage.signs import TUNE
@@ -201,6 +201,10 @@ def _facts(model: AdaptiveViT, found: Search, options: dict[str, Any], assumed: 
         halves = f"{found.selection_images} to choose by, {len(found.report_places)} reported"
         facts["metric"] = evaluator.metric.described()
         facts["images"] = f"{Path(evaluator.images.path).name}: {halves}"
+        if any(m.option.runner.exported and m.option.runner.dtype != QUANTISED for m in found.measured):
+            facts["rows of an engine"] = (
+                "scored by PyTorch in the row's number type; the chosen one is compared in its engine, in its export"
+            )
         facts["seed"] = str(options.get("seed", 0))
         if evaluator.failures:
             named = ", ".join(f"{name} ({reason})" for name, reason in list(evaluator.failures.items())[:5])
