@@ -84,10 +84,8 @@ def write(exported: Exported, folder: Path, dtype: str) -> None:
     for output, name in zip(model.outputs, exported.outputs, strict=True):
         output.set_names({name})
     model.set_rt_info(str(exported.parts), PARTS)
-    for operator in model.get_ops():
-        if operator.get_type_name() == "TopK":
-            operator.set_attribute("sort", "value")  # not "none", of which nothing can be stable
-            operator.set_attribute("stable", True)  # as torch was asked; OpenVINO's reader leaves it out
+    for operator in model.get_ordered_ops():
+        as_asked(operator)
     if dtype == "int8":
         try:
             import nncf
@@ -98,6 +96,25 @@ def write(exported: Exported, folder: Path, dtype: str) -> None:
         with silent():
             model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     openvino.save_model(model, folder / FILES[0], compress_to_fp16=False)
+
+
+def as_asked(operator: Any) -> None:
+    """What OpenVINO's reader made of an operator: its largest values by a stable sort, and places as they are.
+
+    The reader leaves out that torch's sort was asked to be stable, and of places p of n, which may be negative in torch
+    and are none here, it takes (p + n) % n.
+    """
+    if operator.get_type_name() == "TopK":
+        how = operator.get_attributes()
+        given = [operator.input_value(i) for i in range(2)]
+        kinds = {name: how[name] for name in ("axis", "mode", "index_element_type")}
+        new = importlib.import_module("openvino.opset11").topk(*given, sort="value", stable=True, **kinds)
+        for old, found in zip(operator.outputs(), new.outputs(), strict=True):
+            old.replace(found)
+    elif operator.get_type_name() == "Mod":
+        total = operator.input_value(0).get_node()
+        if total.get_type_name() == "Add" and total.input_value(1) == operator.input_value(1):
+            operator.output(0).replace(total.input_value(0))
 
 
 def read(program: ExportedProgram) -> openvino.Model:
