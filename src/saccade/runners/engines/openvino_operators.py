@@ -44,8 +44,9 @@ class Forms(Orders):
         if step == 1 or not all(isinstance(n, int | None) for n in (length, start, end)):
             return None
         places = range(length)[start:end:step]
-        if x.target is aten.slice.Tensor and x.args[1] == dim and len(x.args) == 4 and x.args[2] >= 0:
-            places = range(places.start + x.args[2], places.stop + x.args[2], step)
+        if x.target is aten.slice.Tensor and x.args[1] == dim and len(x.args) == 4 and (x.args[2] or 0) >= 0:
+            first = x.args[2] or 0
+            places = range(places.start + first, places.stop + first, step)
             x = x.args[0]
         index = self._call(aten.arange.start_step, (places.start, places.stop, places.step))
         return self._call(aten.index_select.default, (x, dim, index))
