@@ -95,8 +95,9 @@ def rivals(model: saccade.AdaptiveViT, family: str, speed: float) -> list[str]:
     for name in SINGLE:
         for before in [""] if family == "single" else sizes:
             with suppress(UserError):  # out of its reach
-                found.append(strength(space, before, name, dense / speed) if before else f"{name}(speed={speed})")
-                model.at(found[-1])
+                setting = strength(space, before, name, dense / speed) if before else f"{name}(speed={speed})"
+                model.at(setting)
+                found.append(setting)
     return found
 
 
