@@ -70,9 +70,9 @@ def main() -> None:
     rows = []
     for speed in given.speeds:
         search = partial(schedules, evaluator, select, allowance=Allowance(), tries=given.tries, folder=store.folder)
-        by_macs = search(partial(macs, ratio=speed)).candidates[0].setting
-        limit = curve.predict(model.at(by_macs).eval())
-        assert limit is not None  # and what schedules are made of
+        found = search(partial(macs, ratio=speed)).candidates
+        told = {c.setting: curve.predict(model.at(c.setting).eval()) for c in found}
+        by_macs, limit = next((s, ms) for s, ms in told.items() if ms is not None)  # not every mosaic is in a curve
         print(f"{speed}×: {by_macs} takes {limit:.3f} of {dense_ms:.3f} ms by the curve", file=sys.stderr, flush=True)
         price = partial(milliseconds, limit=limit, dense_ms=dense_ms, runner=runner, batch=given.batch)
         by_time = search(partial(price, key=f"{speed}")).candidates[0].setting
