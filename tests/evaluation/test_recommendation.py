@@ -13,7 +13,7 @@ from saccade.evaluation.answers import Predictions
 from saccade.evaluation.candidates import Candidate, Target
 from saccade.evaluation.metric import Metric
 from saccade.evaluation.options import Measured, Option, Search
-from saccade.evaluation.recommendation import by_importance, choose, conclude, difference
+from saccade.evaluation.recommendation import SURE, _is_tie, by_importance, choose, conclude, difference
 from saccade.evaluation.speed import Speed
 from saccade.evaluation.stats import Interval, paired_difference, proportion
 from saccade.runners.runner import Runner
@@ -122,6 +122,17 @@ def test_a_slower_reduction_has_to_be_surely_better_than_what_reduces_nothing():
     assert verdict(Target("speedup", 1.5), slower, ahead).chosen is ahead, "of the slower one nothing is expected"
     surely = measured("dense", [1] * 184 + [0] * 15 + [1], 3.1, "dense", dtype="bf16")
     assert verdict(Target("speedup", 1.5), surely, ahead).chosen is ahead, "fifteen gained, one lost"
+
+
+def test_few_images_do_not_leave_a_good_reduction_for_a_far_smaller_input():
+    """Of 42 images six fewer are within two standard errors; a loss of 14 points is nothing to choose by speed."""
+    whole = measured("dense", [1] * 31 + [0] * 11, 2.2, "dense", dtype="bf16")
+    merged = measured("tome(r=15)", [1] * 30 + [0] * 12, 2.8, dtype="bf16")
+    swapped = [0] * 8 + [1] * 22 + [0] * 10 + [1] * 2  # eight lost, two gained
+    small = measured("grid(28)", swapped, 3.1, "dense")
+    mosaic = measured("quadtree(79, size=256)", swapped, 4.6, dtype="bf16")
+    assert _is_tie(small, merged, JUDGE, SURE) and not _is_tie(small, merged, JUDGE)
+    assert verdict(Target("speedup", 2.0), whole, merged, small, mosaic).chosen is merged
 
 
 halves = st.lists(st.booleans(), min_size=20, max_size=20)

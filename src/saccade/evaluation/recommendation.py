@@ -14,7 +14,7 @@ from saccade.evaluation.stats import Interval
 from saccade.runners.runner import FP32
 from saccade.terminal.results import counted
 
-SURE = 1.96  # standard errors that a reduction has to be ahead of what reduces nothing and is faster
+SURE = 1.96  # standard errors that a reduction has to be ahead of the dense model where that is faster
 SAID = {  # what a setting costs where the dense model is all that it can be compared with
     "agreement": "the dense model's class on {} of the images",
     "kl": "KL from the dense model {}",
@@ -105,8 +105,8 @@ def choose(fit: Sequence[Measured], search: Search) -> tuple[Measured, str]:
 
     Where a loss is allowed: the fastest. Else the most accurate; of those that are less than one standard error of the
     paired difference behind it, the fastest (the rule of one standard error of Breiman et al., 1984). A reduction is
-    left for what reduces nothing, is faster and less than two standard errors behind; whatever another beats in both
-    speed and accuracy for that one.
+    left for the dense model, run another way, where that is faster and less than two standard errors behind (not for a
+    smaller input, which loses as well); whatever another beats in both speed and accuracy for that one.
     """
     if search.target.kind == "drop":
         return max(fit, key=_by_speed), ""
@@ -114,8 +114,8 @@ def choose(fit: Sequence[Measured], search: Search) -> tuple[Measured, str]:
     best = max(fit, key=lambda m: (m.rank, m.option.plain, m.speed.speedup))
     chosen = max((m for m in fit if _is_tie(m, best, search.evaluator)), key=_by_speed)
     if not chosen.option.plain:
-        plain = (m for m in fit if m.option.plain and _is_tie(m, chosen, search.evaluator, SURE))
-        chosen = max([chosen, *plain], key=_by_speed)
+        whole = (m for m in fit if m.option.candidate.setting == "dense")
+        chosen = max([chosen, *(m for m in whole if _is_tie(m, chosen, search.evaluator, SURE))], key=_by_speed)
     while better := [m for m in fit if _beats(m, chosen)]:
         chosen = max(better, key=lambda m: (m.selection or 0.0, m.speed.speedup))
     if chosen is best or best.selection == chosen.selection:
@@ -125,7 +125,7 @@ def choose(fit: Sequence[Measured], search: Search) -> tuple[Measured, str]:
     return chosen, (
         f"On the {search.selection_images} images that chose, `{best.option.name}` ({best.speed.speedup:.2f}×) was "
         f"{gap} better, which is within noise ({'one standard error' if near else 'two standard errors'}): so the "
-        f"faster one{'' if near else ', which reduces no tokens'}."
+        f"faster one{', which reduces no tokens' if chosen.option.plain and not near else ''}."
     )
 
 
