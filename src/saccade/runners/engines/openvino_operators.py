@@ -26,7 +26,7 @@ class Forms(Orders):
         super().__init__(graph)
         self._best: dict[Node, Node] = {}  # of products [B, n, m]: the place [B, 1, n] of each row's largest
         self._sums: dict[Node, tuple[Any, Node, Any]] = {}  # what ``_added`` gave, and of what
-        self._split: dict[Node, list[Node]] = {}  # rows, as far as they were put together from columns
+        self._split: dict[tuple[Any, ...], list[Node]] = {}  # columns of rows, by the rows and the columns' widths
 
     def item(self, node: Node, of: Any, index: int) -> Node | None:
         """The values of each row in order, of a sort that gives them and the order; columns that were put together."""
@@ -126,12 +126,13 @@ class Forms(Orders):
 
     def _columns(self, x: Any, widths: list[int]) -> list[Node] | None:
         """The columns that rows x [..., C] were put together from, moved and added by themselves; None: of no such."""
-        if x not in self._split:
+        key = (x, *widths)
+        if key not in self._split:
             found = self._separated(x, widths)
             if found is None:
                 return None
-            self._split[x] = found
-        return self._split[x]
+            self._split[key] = found
+        return self._split[key]
 
     def _separated(self, x: Any, widths: list[int]) -> list[Node] | None:
         """``_columns``, one step back."""
