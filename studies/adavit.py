@@ -60,7 +60,7 @@ class Study:
         self.data, self.weights, self.out = arguments.data, arguments.weights, arguments.out
         self.epochs, self.at_once, self.limit = arguments.epochs, arguments.at_once, arguments.limit
         self.dense_epochs = arguments.dense_epochs
-        self.only = arguments.runs
+        self.only, self.seed = arguments.runs, arguments.seed
         self.seen = Memory(self.out / "seen.safetensors")
         self.images = {split: open_images(self.data, split) for split in ("train", "test")}
 
@@ -73,14 +73,15 @@ class Study:
     def train_dense(self) -> None:
         """The model that everything starts from."""
         start = [f"model.weights={self.weights}", "model.size=160", "model.crop_pct=1.0"]
-        train_all({"dense-0": ["finetune", *self.common(), *start, f"run.epochs={self.dense_epochs}"]}, self.out, 1)
+        told = [f"run.epochs={self.dense_epochs}", f"run.seed={self.seed}"]
+        train_all({"dense-0": ["finetune", *self.common(), *start, *told]}, self.out, 1)
 
     def train(self) -> None:
         """All that start from the dense model, in the order in which they matter."""
         self.train_dense()
         names = self.settings()
         start = [f"model.name={self.out / 'dense-0' / 'model'}", f"run.epochs={self.epochs}", "optim.lr=1e-4"]
-        plain = ["finetune", *self.common(), *start, "optim.head=1"]
+        plain = ["finetune", *self.common(), *start, "optim.head=1", f"run.seed={self.seed}"]
         taught = [f"distill.teacher={self.out / 'dense-0' / 'model'}", "distill.weight=0.5"]
         gates = ["optim.methods=50", f"optim.freeze={0.1 * self.epochs}"]  # gates learn faster, and first
         runs: dict[str, Sequence[str]] = {
@@ -96,13 +97,20 @@ class Study:
             "adavit-taught": [*plain, *gates, *self.annealed(), *taught],
             "head": [*plain, *gates, *self.used("axes='head'")],
             "evit-taught": [*plain, _one(names["evit"]), *taught],
+            "dense-long": [*plain, _one("dense")],
+            "quiet": [*plain, *gates, *self.annealed(last=0.0)],
+            "class": [*plain, *gates, *self.annealed("form='paper'")],
         }
         chosen = {name: run for name, run in runs.items() if self.only is None or name in self.only}
         train_all(chosen, self.out, self.at_once)
 
-    def annealed(self, *knobs: str) -> list[str]:
-        """A budget and a noise that shrink to their ends over the first half of the steps: the gentler schedule."""
-        return _through([(f"gmacs={self.budget() * step:.5f}", *knobs, LEARN, f"noise={n}") for step, n in STEPS])
+    def annealed(self, *knobs: str, last: float | None = None) -> list[str]:
+        """A budget and a noise that shrink to their ends over the first half of the steps: the gentler schedule.
+
+        last: another noise to end with.
+        """
+        steps = STEPS if last is None else (*STEPS[:-1], (STEPS[-1][0], last))
+        return _through([(f"gmacs={self.budget() * step:.5f}", *knobs, LEARN, f"noise={n}") for step, n in steps])
 
     def used(self, *knobs: str) -> list[str]:
         """The same for a usage of each axis."""
@@ -135,7 +143,9 @@ class Study:
         partial = f"adavit(gmacs={budget:.5f}, heads='partial', {LEARN})"
         axes = {axis: f"adavit(gmacs={budget:.5f}, axes={axis!r}, {LEARN})" for axis in AXES}
         usage = {"usage": f"adavit({USAGE}, {LEARN})", "head": f"adavit({USAGE}, axes='head', {LEARN})"}
-        return trained | {"adavit": own, "partial": partial, "adavit-taught": own, "noisy": own} | axes | usage
+        token = {"adavit": own, "partial": partial, "adavit-taught": own, "noisy": own, "quiet": own}
+        by_class = f"adavit(gmacs={budget:.5f}, form='paper', {LEARN})"
+        return trained | token | {"class": by_class, "dense-long": "dense"} | axes | usage
 
     def calibrated(self, run: str, text: str, each: bool) -> str:
         """The setting at the threshold where its mean cost on training images is half of the dense model's.
@@ -145,8 +155,9 @@ class Study:
         places, levels = spread(len(self.images["train"]), TUNE), []
         if each and (view := by_count(self.model(run), text)) is not None:
             batches = self._loader(view, "train").batches(TIMED, places)
+            device = next(view.parameters()).device
             with torch.inference_mode(), autocast():
-                levels = fixed_levels(view, lambda: [view(batch.images) for batch in batches])
+                levels = fixed_levels(view, lambda: [view(batch.images.to(device)) for batch in batches])
 
         def at(threshold: float) -> str:
             moved = tuple(sigmoid(level + logit(threshold)) for level in levels)
@@ -209,16 +220,17 @@ class Study:
         """Whether each image is classified rightly, -log p of its class, and the MACs that ran, [n] float64 each."""
 
         def make() -> dict[str, Tensor]:
-            view, images = self.model(run).at(setting).eval(), self.images[split]
-            chosen = spread(len(images), self.limit) if places is None else places
-            logits, macs, use = [], [], []
+            view = self.model(run).at(setting).eval()
+            chosen = spread(len(self.images[split]), self.limit) if places is None else places
+            logits, macs, use, device = [], [], [], next(view.parameters()).device
             for batch in self._loader(view, split).batches(TIMED, chosen):
                 with torch.inference_mode(), autocast():
-                    out = view(batch.images)
-                    use.append(_usage(view, batch.images) if "usage" in run or run == "head" else torch.zeros(1, 3))
-                logits.append(out.logits.double())
-                macs.append(out.trace.macs())
-            logp, truth = torch.cat(logits).log_softmax(-1), labels(view, images, chosen)
+                    out = view(images := batch.images.to(device))
+                    asked = "usage" in run or run == "head"
+                    use.append(_usage(view, images).cpu() if asked else torch.zeros(1, 3))
+                logits.append(out.logits.double().cpu())
+                macs.append(out.trace.macs().cpu())
+            logp, truth = torch.cat(logits).log_softmax(-1), labels(view, self.images[split], chosen)
             found = {"hit": (logp.argmax(-1) == truth).double(), "macs": torch.cat(macs), "use": torch.cat(use)}
             return found | {"nll": -logp.gather(1, truth.unsqueeze(1)).squeeze(1)}
 
@@ -332,6 +344,8 @@ def harder(run: str) -> Claim:
 
 CLAIMS = (
     better("dense", "adavit"),
+    better("dense-long", "adavit"),
+    better("adavit", "evit", 0.02),
     better("adavit", "random_plus"),
     better("random_plus", "random"),
     better("adavit", "patch"),
@@ -350,6 +364,10 @@ CLAIMS = (
     better("evit-taught", "adavit-taught"),
     harder("adavit"),
     harder("adavit-taught"),
+    harder("quiet"),
+    harder("class"),
+    harder("noisy"),
+    harder("block"),
     harder("patch"),
     harder("dynamicvit, per image"),
     harder("ats, untrained"),
@@ -384,7 +402,7 @@ def _through(knobs: Sequence[Sequence[str]]) -> list[str]:
 def _gmacs(model: saccade.AdaptiveViT, setting: str) -> float:
     """10^9 MACs that one image runs, where that does not depend on the image."""
     with torch.inference_mode():
-        images = torch.zeros(1, 3, *model.input_size())
+        images = torch.zeros(1, 3, *model.input_size(), device=next(model.parameters()).device)
         return model.at(setting).eval()(images).trace.macs().item() / 1e9
 
 
@@ -431,6 +449,7 @@ def main() -> None:
     parser.add_argument("--dense-epochs", type=float, default=2.0, help="of the dense model")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--runs", nargs="+", help="train only these")
+    parser.add_argument("--seed", type=int, default=0, help="of every run; a folder for each")
     parser.add_argument("--limit", type=int, help="test only so many images")
     parser.add_argument("--seconds", type=float, default=100.0, help="of timing")
     parser.add_argument("--stage", choices=("train", "test", "time", "report"), help="one of them alone")

@@ -1,8 +1,9 @@
 """What the studies share: arguments, training runs, what models answer, and tables and verdicts.
 
 Several training runs, some at a time, each in a process of its own; finished ones are not run again. They train and
-test in bf16, or in what the environment variable STUDY_PRECISION says: fp32 is three times as fast on a processor
-without bf16 instructions.
+test on a GPU where there is one, in bf16, or in what the environment variable STUDY_PRECISION says: fp32 is three times
+as fast on a processor without bf16 instructions. STUDY_BATCH is the batch that is trained with, and STUDY_WORKERS how
+many processes read for each run, where a GPU would wait for images.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from saccade.evaluation.stats import Interval, bootstrap, proportion
 PRECISION = os.environ.get("STUDY_PRECISION", "bf16")
 TRAINED = [  # what training runs share; all training images are trained on: the test images are the last word
     "data.holdout=0",
-    "data.workers=0",
-    "run.batch=32",
+    f"data.workers={os.environ.get('STUDY_WORKERS', '0')}",
+    f"run.batch={os.environ.get('STUDY_BATCH', '32')}",
     "run.threads=1",
     f"run.precision={PRECISION}",
 ]
@@ -56,7 +57,8 @@ def parser_of(doc: str, out: str | Path, *positional: str) -> argparse.ArgumentP
 
 def autocast() -> torch.autocast:
     """The precision that is trained in."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bf16")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(device, torch.bfloat16, enabled=PRECISION == "bf16")
 
 
 def train_all(runs: Mapping[str, Sequence[str]], out: Path, at_once: int) -> None:
@@ -144,12 +146,12 @@ def answers(
     Without ``preprocess`` they have the size that the view's setting names.
     """
     loader = loader_of(images, preprocess or Preprocess.of(view.vit, view.input_size()), spoil)
-    found, macs = [], []
+    found, macs, device = [], [], next(view.parameters()).device
     for seen in loader.batches(batch, places):
         with torch.inference_mode(), autocast():
-            out = view(seen.images)
-        found.append(out.logits.float())
-        macs.append(out.trace.macs().double())
+            out = view(seen.images.to(device))
+        found.append(out.logits.float().cpu())
+        macs.append(out.trace.macs().double().cpu())
     together = torch.cat(found)
     assert len(together) == len(places)
     return together, torch.cat(macs)

@@ -30,8 +30,8 @@ def command(
     runner: Annotated[
         list[str],
         typer.Option(
-            help="Engine and number type: eager, compile, aoti, onnx, openvino, 'openvino bf16'; repeatable, then all "
-            "run interleaved and speed-ups are over dense in the first."
+            help="Engine and number type: eager, compile, cudagraph, aoti, onnx, openvino, 'openvino bf16'; "
+            "repeatable, then all run interleaved and speed-ups are over dense in the first."
         ),
     ] = [],  # noqa: B006
     ideal: Annotated[

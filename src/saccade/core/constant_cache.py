@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import wraps
 from hashlib import sha256
 from operator import index
@@ -19,6 +20,8 @@ LIMIT = 256 * 2**20  # bytes of all constants together; those of ten patch sizes
 
 _KEPT: dict[tuple, Tensor] = {}  # the one that was not used for longest stands first
 _NAMED = ModuleType("saccade_constants")  # what a compiler calls: a function for each constant, under its own name
+
+_HELD: ContextVar[list[Tensor] | None] = ContextVar("constants that a block of code was given", default=None)
 
 Build = Callable[..., Tensor | np.ndarray]
 
@@ -56,9 +59,23 @@ def constant(build: Build) -> Callable[..., Tensor]:
     def shared(*key: object) -> Tensor:
         if torch.compiler.is_dynamo_compiling():
             return getattr(_NAMED, named(*map(_plain, key)))()
-        return _kept(family, plain, key)
+        found = _kept(family, plain, key)
+        if (given := _HELD.get()) is not None:
+            given.append(found)
+        return found
 
     return shared
+
+
+@contextmanager
+def held() -> Iterator[list[Tensor]]:
+    """The constants that this thread is given in the block: who records their addresses has to keep them too."""
+    given: list[Tensor] = []
+    before = _HELD.set(given)
+    try:
+        yield given
+    finally:
+        _HELD.reset(before)
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from saccade.errors import UserError
 from saccade.execution.policy import Execution, cache_file
 from saccade.runners.allocator import steady_allocator
 from saccade.runners.engine import Engine, missing
-from saccade.runners.runner import COMPILE, DTYPES, ENGINES, NOUNS
+from saccade.runners.runner import COMPILE, CUDAGRAPH, DTYPES, ENGINES, IN_TORCH, NOUNS
 from saccade.terminal.results import Result
 from saccade.terminal.text_table import Column, Table
 
@@ -81,7 +81,9 @@ def _versions() -> Fact:
 
 def _engines() -> list[Fact]:
     found = [Fact(name, ", ".join(DTYPES)) for name in ("PyTorch, eager", NOUNS[COMPILE])]
-    for name in ENGINES[2:]:
+    if torch.cuda.is_available():
+        found.append(Fact(NOUNS[CUDAGRAPH], ", ".join(DTYPES)))
+    for name in ENGINES[len(IN_TORCH) :]:
         engine: Engine = import_module(f"saccade.runners.engines.{name}")  # type: ignore[assignment]
         if command := missing(engine):
             found.append(Fact(NOUNS[name], "not installed", command))

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from saccade.checkpoint import Source
 from saccade.data import ImageSet, open_images
 from saccade.errors import UserError
@@ -25,7 +27,7 @@ from saccade.evaluation.search_run import SearchRun
 from saccade.methods.common.arguments import whole
 from saccade.model import AdaptiveViT
 from saccade.runners.engine import check_dtype, engine_of, installed
-from saccade.runners.runner import COMPILE, FP32, Runner
+from saccade.runners.runner import COMPILE, CUDAGRAPH, FP32, Runner
 from saccade.terminal.progress import Progress
 
 COMPILE_MINUTES = 6.0  # of time without which nothing is compiled: that takes a minute each; twice beside an engine
@@ -94,7 +96,7 @@ def search(
             f"{len(places)} images in {images.path}: tune needs {LEAST_IMAGES} or more to choose and report"
         )
     evaluator.check_count(len(places) // 2)
-    runners = _runners(runner, compiled, allowance)
+    runners = _runners(runner, compiled, allowance, next(model.parameters()).device)
     for line in evaluator.notes:
         progress.say(line)
     store = Cache.of(cache, evaluator) if cache else None
@@ -103,7 +105,9 @@ def search(
     )
 
 
-def _runners(named: str | Sequence[str | Runner], compiled: bool, allowance: Allowance) -> list[Runner]:
+def _runners(
+    named: str | Sequence[str | Runner], compiled: bool, allowance: Allowance, device: torch.device
+) -> list[Runner]:
     """Ways to run beside fp32 eager. Raises UserError for one that is not there."""
     if named != AUTO:
         chosen = [Runner.of(name) for name in ([named] if isinstance(named, str) else named)]
@@ -112,7 +116,9 @@ def _runners(named: str | Sequence[str | Runner], compiled: bool, allowance: All
                 check_dtype(engine_of(runner.engine), runner.engine, runner.dtype)
         return [runner for runner in dict.fromkeys(chosen) if runner != FP32]
     found, minutes = [Runner("bf16")], allowance.seconds / 60 if allowance.limited else math.inf
-    engines = installed() if compiled and minutes >= EXPORT_MINUTES else []
+    if device.type == "cuda":
+        found += [Runner("fp32", CUDAGRAPH), Runner("bf16", CUDAGRAPH)]
+    engines = installed() if compiled and minutes >= EXPORT_MINUTES and device.type == "cpu" else []
     if compiled and minutes >= COMPILE_MINUTES * (2 if engines else 1):
         found += [Runner("fp32", COMPILE), Runner("bf16", COMPILE)]
     return found + engines

@@ -61,7 +61,8 @@ class Deployable(nn.Module):
         gives every output by its name. It keeps the weights of now.
 
         Args:
-            engine: "eager", "compile" (torch.compile), "aoti" (AOTInductor), "onnx" (ONNX Runtime), "openvino".
+            engine: "eager", "compile" (torch.compile), "cudagraph" (on a GPU), "aoti" (AOTInductor), "onnx" (ONNX
+                Runtime), "openvino".
             dtype: "fp32", "bf16", "fp16", and "int8" weights where the engine has them.
             batch: images of every call; None: any number.
             threads: of one call; None: as many as torch has.

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTISED = "int8"  # weights, by an engine
-EAGER, COMPILE = "eager", "compile"
-ENGINES = (EAGER, COMPILE, "torch", "aoti", "onnx", "openvino")
+EAGER, COMPILE, CUDAGRAPH = "eager", "compile", "cudagraph"
+IN_TORCH = (EAGER, COMPILE, CUDAGRAPH)
+ENGINES = (*IN_TORCH, "torch", "aoti", "onnx", "openvino")
 NOUNS = {
     COMPILE: "torch.compile",
+    CUDAGRAPH: "CUDA graphs",
     "torch": "torch.export",
     "aoti": "AOTInductor",
     "onnx": "ONNX Runtime",
@@ -77,7 +79,7 @@ class Runner:
 
     def to_dict(self) -> dict[str, Any]:
         """As a folder's config holds it; what PyTorch runs is written so that earlier versions read it too."""
-        engine = {"engine": self.engine} if self.exported else {"compiled": self.compiled}
+        engine = {"compiled": self.compiled} if self.engine in (EAGER, COMPILE) else {"engine": self.engine}
         return {"dtype": self.dtype, **engine, "batch": self.batch}
 
     @property
@@ -88,7 +90,7 @@ class Runner:
     @property
     def exported(self) -> bool:
         """By an engine that takes an exported program."""
-        return self.engine not in (EAGER, COMPILE)
+        return self.engine not in IN_TORCH
 
     @property
     def engine_noun(self) -> str:
@@ -104,7 +106,7 @@ class Runner:
         """As a printed model says it."""
         size = f" in batches of {self.batch}" if self.batch else ""
         made = f", compiled{size} at the first call" if self.compiled else ""
-        made = f" by {self.engine_noun}" if self.exported else made
+        made = made if self.engine in (EAGER, COMPILE) else f" by {self.engine_noun}"
         return f"runs in {self.dtype}{made} (fp32 in and out; plain: model.deploy(None))"
 
     @property

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saccade.runners.engine import Session, engine_for
+from saccade.runners.captured import Captured
+from saccade.runners.engine import Run, Session, engine_for
 from saccade.runners.exported import Answer, Exported, has_fixed_counts
-from saccade.runners.runner import Runner
+from saccade.runners.runner import COMPILE, CUDAGRAPH, Runner
 
 if TYPE_CHECKING:
     from saccade.model import AdaptiveViT
@@ -87,7 +88,8 @@ class Compiled:
 def _in_torch(model: AdaptiveViT, runner: Runner, provenance: bool) -> Session:
     answer = Answer(runner.model(model), provenance)
     device = next(answer.parameters()).device
-    way = Compiled(answer) if runner.compiled else answer
+    made: dict[str, Callable[[Answer], Run]] = {COMPILE: Compiled, CUDAGRAPH: Captured}
+    way = made[runner.engine](answer) if runner.engine in made else answer
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         return way(images.to(device))
