@@ -30,7 +30,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jobs import TRAINED, Memory, autocast, labels, loader_of, parser_of, points, train_all
+from jobs import BATCH, RATE, TRAINED, Memory, autocast, labels, loader_of, parser_of, points, train_all
 from torch import Tensor
 
 import saccade
@@ -72,7 +72,7 @@ class Study:
 
     def train_dense(self) -> None:
         """The model that everything starts from."""
-        start = [f"model.weights={self.weights}", "model.size=160", "model.crop_pct=1.0"]
+        start = [f"model.weights={self.weights}", "model.size=160", "model.crop_pct=1.0", f"optim.lr={2e-4 * RATE:g}"]
         told = [f"run.epochs={self.dense_epochs}", f"run.seed={self.seed}"]
         train_all({"dense-0": ["finetune", *self.common(), *start, *told]}, self.out, 1)
 
@@ -80,7 +80,11 @@ class Study:
         """All that start from the dense model, in the order in which they matter."""
         self.train_dense()
         names = self.settings()
-        start = [f"model.name={self.out / 'dense-0' / 'model'}", f"run.epochs={self.epochs}", "optim.lr=1e-4"]
+        start = [
+            f"model.name={self.out / 'dense-0' / 'model'}",
+            f"run.epochs={self.epochs}",
+            f"optim.lr={1e-4 * RATE:g}",
+        ]
         plain = ["finetune", *self.common(), *start, "optim.head=1", f"run.seed={self.seed}"]
         taught = [f"distill.teacher={self.out / 'dense-0' / 'model'}", "distill.weight=0.5"]
         gates = ["optim.methods=50", f"optim.freeze={0.1 * self.epochs}"]  # gates learn faster, and first
@@ -154,7 +158,7 @@ class Study:
         """
         places, levels = spread(len(self.images["train"]), TUNE), []
         if each and (view := by_count(self.model(run), text)) is not None:
-            batches = self._loader(view, "train").batches(TIMED, places)
+            batches = self._loader(view, "train").batches(BATCH, places)
             device = next(view.parameters()).device
             with torch.inference_mode(), autocast():
                 levels = fixed_levels(view, lambda: [view(batch.images.to(device)) for batch in batches])
@@ -223,7 +227,7 @@ class Study:
             view = self.model(run).at(setting).eval()
             chosen = spread(len(self.images[split]), self.limit) if places is None else places
             logits, macs, use, device = [], [], [], next(view.parameters()).device
-            for batch in self._loader(view, split).batches(TIMED, chosen):
+            for batch in self._loader(view, split).batches(BATCH, chosen):
                 with torch.inference_mode(), autocast():
                     out = view(images := batch.images.to(device))
                     asked = "usage" in run or run == "head"

@@ -32,10 +32,12 @@ from saccade.evaluation.speed import bench
 from saccade.evaluation.stats import Interval, bootstrap, proportion
 
 PRECISION = os.environ.get("STUDY_PRECISION", "bf16")
+BATCH = int(os.environ.get("STUDY_BATCH", "32"))
+RATE = (BATCH / 32) ** 0.5  # of learning, for Adam: by the square root of the batch
 TRAINED = [  # what training runs share; all training images are trained on: the test images are the last word
     "data.holdout=0",
     f"data.workers={os.environ.get('STUDY_WORKERS', '0')}",
-    f"run.batch={os.environ.get('STUDY_BATCH', '32')}",
+    f"run.batch={BATCH}",
     "run.threads=1",
     f"run.precision={PRECISION}",
 ]

@@ -24,7 +24,7 @@ from oracles import (
     relative,
     with_fields,
 )
-from saccade.core.reduction import Fuse, Merge, Reduction, SoftReduction, reduce
+from saccade.core.reduction import Fuse, Merge, Reduction, SoftReduction, few_means, means, reduce
 from saccade.core.tokens import DROPPED, Tokens
 from saccade.execution import attention
 from saccade.execution.attention import attend
@@ -413,3 +413,26 @@ def test_an_image_does_not_depend_on_its_batch(seed, patches, fields):
         for name in names:
             whole = only(field_of(found, name), b)
             assert whole is None or torch.equal(whole, field_of(alone, name)), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("images", [1, 3])
+def test_means_of_few_are_the_means_of_all(images: int, prefix: int, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(images + prefix)
+    n, merged = 20, 7
+    x = torch.randn(images, prefix + n, 6, generator=draw).to(dtype)
+    order = torch.rand(images, n, generator=draw).argsort(1)
+    src, keep = order[:, :merged], order[:, merged:].sort(1).values
+    dst = torch.randint(0, 4, (images, merged), generator=draw)  # some are merged into by several
+    for size in (None, torch.randint(1, 5, (images, n), generator=draw).float()):
+        expected, sizes = means(x[:, prefix:], size, keep, Merge(src, dst))
+        found, total = few_means(x, size, keep, Merge(src, dst), prefix)
+        assert torch.equal(found[:, :prefix], x[:, :prefix]) and torch.equal(total, sizes)
+        close = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+        assert (found[:, prefix:] - expected).abs().max() <= close * expected.abs().max()
+        alone = sizes == (1.0 if size is None else size.gather(1, keep))
+        assert torch.equal(
+            found[:, prefix:][alone], x[:, prefix:].gather(1, keep.unsqueeze(2).expand(-1, -1, 6))[alone]
+        )

@@ -172,14 +172,24 @@ def _kept_and_merged(tokens: Tokens, r: Reduction) -> tuple[Tensor, Tensor | Non
     if r.merge is None:
         kept = None if key is None else rows(key, r.keep)
         return rows(tokens.x, _behind(prefix, r.keep)), kept, None if size is None else size.gather(1, r.keep)
+    plain = r.merge.weight is None and r.merge.gate is None and r.merge.size_share is None
+    if plain and r.merge.values is None and _copies_cost_more(tokens.x):
+        x, total = few_means(tokens.x, size, r.keep, r.merge, prefix)
+        return x, None if key is None else few_means(key, size, r.keep, r.merge, 0)[0], total
     first, patches = tokens.x.split_with_sizes([prefix, tokens.num_patches], dim=1)
-    if r.merge.weight is not None or r.merge.gate is not None or r.merge.size_share is not None:
+    if not plain:
         x, key, size = _pulled(tokens, patches, r.keep, r.merge)
     else:
         x, total = means(patches, size, r.keep, r.merge)
         key, size = None if key is None else means(key, size, r.keep, r.merge)[0], total
     x = x if r.merge.values is None else r.merge.values.to(x.dtype)
     return torch.cat([first, x], dim=1) if prefix else x, key, size
+
+
+def _copies_cost_more(x: Tensor) -> bool:
+    """Whether ``few_means`` is the faster way: on a GPU, and where numbers would be widened first. A graph fuses."""
+    narrow = x.dtype not in (torch.float32, torch.float64)
+    return (narrow or x.device.type != "cpu") and not (x.requires_grad or torch.compiler.is_compiling())
 
 
 def _behind(prefix: int, keep: Tensor) -> Tensor:
@@ -206,6 +216,30 @@ def means(x: Tensor, size: Tensor | None, keep: Tensor, merge: Merge) -> tuple[T
     features, total = sums.split_with_sizes([x.shape[2], 1], dim=2)
     mean = features / total
     return mean if wide is x else mean.to(x.dtype), total.squeeze(2)
+
+
+def few_means(x: Tensor, size: Tensor | None, keep: Tensor, merge: Merge, prefix: int) -> tuple[Tensor, Tensor]:
+    """As ``means``, without a gradient, of tokens behind so many others that stay: x [B, P+N, C] -> [B, P+M, C].
+
+    Rows are copied once, and only those that others merge into are computed: each is pulled towards its sources. Rows
+    of several sources are written several times, with the same numbers, so the order does not matter.
+    """
+    new = rows(x, _behind(prefix, keep))
+    if size is None:
+        size = x.new_ones(x.shape[0], x.shape[1] - prefix, dtype=torch.float32)
+    given = size.gather(1, merge.src)
+    total = size.gather(1, keep).scatter_add(1, merge.dst, given)
+    share = given / total.gather(1, merge.dst)
+    together = merge.dst.unsqueeze(2) == merge.dst.unsqueeze(1)  # [B, R, R]
+    images, length, width = new.shape
+    flat, into = new.view(-1, width), merge.dst + prefix if prefix else merge.dst
+    into = into if images == 1 else into + length * _counting(images, 1, into.device)
+    there, source = torch.embedding(flat, into), rows(x, merge.src + prefix if prefix else merge.src)
+    if x.dtype not in (torch.float32, torch.float64):
+        there, source = there.float(), source.float()
+    pulled = torch.baddbmm(there, (share.unsqueeze(1) * together).to(there.dtype), source - there)
+    flat.index_copy_(0, into.flatten(), pulled.flatten(0, 1).to(x.dtype))
+    return new, total
 
 
 def _pulled(tokens: Tokens, patches: Tensor, keep: Tensor, merge: Merge) -> tuple[Tensor, Tensor | None, Tensor]:
