@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from saccade.core import operator_counter as counter
 from saccade.core.gates import Gates
+from saccade.core.merging import Merge
 from saccade.core.plan import Gater, Method, Plan
-from saccade.core.reduction import Fuse, Merge, Reduction, SoftReduction
+from saccade.core.reduction import Fuse, Reduction, SoftReduction
 from saccade.core.tokens import AttentionStats, Tokens
 from saccade.model import AdaptiveViT
 from saccade.storage.skeletons import without_values

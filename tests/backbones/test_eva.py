@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import saccade
 from oracles import counted_macs, make_images, randomise, relative
 from saccade.core.lazy import changed
+from saccade.core.merging import Merge
 from saccade.core.packing import padded
-from saccade.core.reduction import Fuse, Merge, Reduction, SoftReduction, reduce
+from saccade.core.reduction import Fuse, Reduction, SoftReduction, reduce
 from saccade.core.registry import registry
 from saccade.core.rotation import FORMS, ROPE, Rotations
 from saccade.core.tokens import Tokens

@@ -18,7 +18,8 @@ from torch.nn.utils import prune
 
 from oracles import FAMILIES, counted_macs, make_images, make_vit, randomise, relative
 from saccade.backbones.vit import backbone_of
-from saccade.core.reduction import Merge, Reduction, reduce
+from saccade.core.merging import Merge
+from saccade.core.reduction import Reduction, reduce
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 

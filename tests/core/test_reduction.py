@@ -24,7 +24,8 @@ from oracles import (
     relative,
     with_fields,
 )
-from saccade.core.reduction import Fuse, Merge, Reduction, SoftReduction, few_means, means, reduce
+from saccade.core.merging import Merge, few_means, means
+from saccade.core.reduction import Fuse, Reduction, SoftReduction, reduce
 from saccade.core.tokens import DROPPED, Tokens
 from saccade.execution import attention
 from saccade.execution.attention import attend

@@ -8,7 +8,8 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from saccade.core.reduction import Merge, means, reduce
+from saccade.core.merging import Merge, means
+from saccade.core.reduction import reduce
 from saccade.core.tokens import Tokens
 from saccade.methods.common.matching import BipartiteMerge, units
 from saccade.runners.engines import openvino as engine

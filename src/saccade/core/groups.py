@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from saccade.core.gates import Gates
 from saccade.core.lazy import changed
+from saccade.core.merging import rows
 from saccade.core.packing import padded
-from saccade.core.reduction import rows
 from saccade.core.tokens import NO_STATS, AttentionStats, Hidden, Tokens
 
 FILLS = {"size": 1.0, "keep_mask": 1.0, "update_mask": 1.0, "gate_mask": 1.0}  # of what is padded; 0 else

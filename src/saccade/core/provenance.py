@@ -15,7 +15,7 @@ from saccade.core.lazy import Recipe
 
 
 class Merges(Protocol):
-    """What a reduction says of merging; see ``saccade.core.reduction.Merge``."""
+    """What a reduction says of merging; see ``saccade.core.merging.Merge``."""
 
     @property
     def src(self) -> Tensor:

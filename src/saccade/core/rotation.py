@@ -23,8 +23,8 @@ from torch import Tensor
 
 from saccade.core.constant_cache import constant
 from saccade.core.lazy import unread
+from saccade.core.merging import rows
 from saccade.core.provenance import Cells, Moved, Moves, is_map
-from saccade.core.reduction import rows
 from saccade.core.slicing import Owned
 from saccade.core.tokens import Tokens
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saccade.core.merging import Merge, rows
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Merge, Reduction, rows
+from saccade.core.reduction import Reduction
 from saccade.core.registry import KnobLearner, also, register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.core.merging import Merge, rows
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Merge, Reduction, rows
+from saccade.core.reduction import Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, fraction, one_of, switch

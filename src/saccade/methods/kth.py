@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import torch
 
+from saccade.core.merging import Merge
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Merge, Reduction
+from saccade.core.reduction import Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, switch, whole

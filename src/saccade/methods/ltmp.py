@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core.gates import straight_through
+from saccade.core.merging import rows
 from saccade.core.plan import Backbone, Method, Reducer
 from saccade.core.record import Trace
 from saccade.core.reduction import Merge as Merged
-from saccade.core.reduction import Reduction, rows
+from saccade.core.reduction import Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError

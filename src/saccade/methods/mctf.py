@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from saccade.core.merging import Merge, rows
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Merge, Reduction, rows
+from saccade.core.reduction import Reduction
 from saccade.core.registry import also, register
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saccade.core.merging import Merge, rows
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Merge, Reduction, rows
+from saccade.core.reduction import Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import fraction, one_of, switch

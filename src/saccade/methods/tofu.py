@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from saccade.core.merging import means
 from saccade.core.plan import Backbone, Method
-from saccade.core.reduction import Reduction, means
+from saccade.core.reduction import Reduction
 from saccade.core.registry import also, register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import exact_schedule, schedule, whole

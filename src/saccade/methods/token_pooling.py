@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from saccade.core.merging import rows
 from saccade.core.plan import Backbone, Method, Reducer
-from saccade.core.reduction import Reduction, rows
+from saccade.core.reduction import Reduction
 from saccade.core.registry import register
 from saccade.core.tokens import Tokens
 from saccade.methods.common.arguments import blocks, fraction, one_of, switch, whole

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saccade.core.reduction import Merge, Reduction
+from saccade.core.merging import Merge
+from saccade.core.reduction import Reduction
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from saccade.core.constant_cache import constant
+from saccade.core.merging import Merge, rows
 from saccade.core.plan import Backbone, Reducer
-from saccade.core.reduction import Fuse, Merge, Reduction, rows
+from saccade.core.reduction import Fuse, Reduction
 from saccade.core.softmax import masked_softmax
 from saccade.core.tokens import Tokens
 from saccade.errors import UserError

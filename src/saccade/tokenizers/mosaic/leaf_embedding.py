@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saccade.core.init import init_module
-from saccade.core.reduction import rows
+from saccade.core.merging import rows
 from saccade.core.timm_types import ViT
 from saccade.tokenizers.mosaic.geometry import Geometry, Mosaic, table
 from saccade.tokenizers.mosaic.pyramid import pyramid
