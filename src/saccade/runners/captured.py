@@ -14,7 +14,6 @@ from torch import Tensor
 
 from saccade.core.constant_cache import held
 from saccade.errors import UserError
-from saccade.runners.engine import Run
 from saccade.runners.exported import Answer, has_fixed_counts
 
 GRAPHS = 8  # of one model
@@ -37,17 +36,12 @@ class Captured:
     Sizes of batch beyond the first few run operator by operator, and a RuntimeWarning says so; so does, unsaid, what
     asks for a gradient of its images.
 
-    Args:
-        answer: the model.
-        way: what is recorded, where it is not the model itself but, say, that compiled.
-
     Raises:
         UserError: a model that is not on a GPU, or whose counts of tokens are known only when it runs.
     """
 
-    def __init__(self, answer: Answer, way: Run | None = None) -> None:
+    def __init__(self, answer: Answer) -> None:
         self.answer, self.device = answer, next(answer.parameters()).device
-        self._way = answer if way is None else way
         if self.device.type != "cuda":
             raise UserError(
                 f"a CUDA graph needs a GPU, and the model is on {self.device}: device='cuda', or another runner"
@@ -90,8 +84,8 @@ class Captured:
             with held() as constants:
                 with torch.cuda.stream(beside):
                     for _ in range(WARMING):
-                        self._way(own)
+                        self.answer(own)
                 torch.cuda.current_stream().wait_stream(beside)
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    outputs = self._way(own)
+                    outputs = self.answer(own)
         return Recording(graph, own, outputs, tuple(constants))

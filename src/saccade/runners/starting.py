@@ -88,12 +88,8 @@ class Compiled:
 def _in_torch(model: AdaptiveViT, runner: Runner, provenance: bool) -> Session:
     answer = Answer(runner.model(model), provenance)
     device = next(answer.parameters()).device
-    way: Run = answer
-    if runner.engine == COMPILE:
-        compiled = Compiled(answer)  # on a GPU its kernels are launched as one graph
-        way = Captured(answer, compiled) if device.type == "cuda" and compiled.whole else compiled
-    elif runner.engine == CUDAGRAPH:
-        way = Captured(answer)
+    made: dict[str, Callable[[Answer], Run]] = {COMPILE: Compiled, CUDAGRAPH: Captured}
+    way = made[runner.engine](answer) if runner.engine in made else answer
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         return way(images.to(device))
