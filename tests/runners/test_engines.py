@@ -219,7 +219,7 @@ def test_every_engine_is_a_module_with_the_names_of_the_protocol():
     for name in EXPORTED:
         module = engines.import_module(f"saccade.runners.engines.{name}")
         assert {"FILES", "PACKAGES", "EXTRA", "dtypes", "write", "open"} <= vars(module).keys()
-    assert set(EXPORTED) | {"eager", "compile"} == set(ENGINES)
+    assert set(EXPORTED) | {"eager", "compile", "cudagraph"} == set(ENGINES)
 
 
 def test_openvino_s_makers_are_told_nothing():

@@ -350,3 +350,13 @@ def test_a_folder_from_before_without_a_runner_is_plain(model, images, tmp_path:
     loaded = saccade.load(tmp_path / "m")
     assert loaded.deployed is None and torch.equal(logits(loaded, images), logits(model, images))
     assert "runs in" not in repr(loaded).split("(vit)")[0]
+
+
+def test_an_engine_of_the_processor_takes_a_model_that_is_elsewhere_there():
+    assert Runner("fp32", "onnx").model(model := tiny()).vit is model.vit  # it is on the processor already
+    away = tiny().to("meta")
+    for engine in ("eager", "compile", "aoti"):
+        assert next(Runner("bf16", engine).model(away).parameters()).device.type == "meta"
+    for engine in ("onnx", "openvino"):  # what is on a meta device cannot be moved, which says that it was to be
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            Runner("bf16", engine).model(away)

@@ -59,9 +59,9 @@ def parity(
     view: AdaptiveViT, artefact: Artefact, preprocess: Preprocess, samples: Samples, least: float
 ) -> dict[str, Any]:
     """The facts of ``saccade.runners.artefact.Parity``. Raises UserError where no image can be read."""
-    before, after, places = [], [], list[int]()
+    before, after, places, device = [], [], list[int](), next(view.parameters()).device
     for images, given, indices in samples.batches(preprocess, artefact.config.pixels):
-        before.append(view(images).logits)
+        before.append(view(images.to(device)).logits.cpu())
         after.append(artefact.logits(given))
         places += indices
     if not places:

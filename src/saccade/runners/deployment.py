@@ -55,14 +55,15 @@ class Deployment:
     def run(self, model: AdaptiveViT, images: Tensor) -> Output:
         """images [B, C, h, w], fp32 -> what the model gives, logits in fp32."""
         view, way = self.view(model)
-        cast = images.to(next(view.parameters()).dtype)
+        weight = next(view.parameters())
+        cast = images.to(weight.device, weight.dtype)  # an engine of the processor takes what lies on a GPU too
         n = self.runner.batch or len(cast)
         eager = self.runner.engine == EAGER or self.failure is not None or torch.compiler.is_compiling()
         enough = len(cast) >= n or self.runner.exported  # what is compiled is for n images, and no others
         if not eager and enough and len(cast) > 0 and tuple(cast.shape[-2:]) == view.input_size():
             logits = self._by_engine(way, view, cast, n)
             if logits is not None:
-                return LazyOutput(logits.float(), lambda: view(cast))
+                return LazyOutput(logits.to(images.device, torch.float32), lambda: view(cast))
         out = view(cast)
         return out.with_logits(out.logits.float())
 

@@ -19,6 +19,7 @@ QUANTISED = "int8"  # weights, by an engine
 EAGER, COMPILE, CUDAGRAPH = "eager", "compile", "cudagraph"
 IN_TORCH = (EAGER, COMPILE, CUDAGRAPH)
 ENGINES = (*IN_TORCH, "torch", "aoti", "onnx", "openvino")
+ON_PROCESSOR = ("onnx", "openvino")  # as this library runs them
 NOUNS = {
     COMPILE: "torch.compile",
     CUDAGRAPH: "CUDA graphs",
@@ -112,14 +113,17 @@ class Runner:
     @property
     def weights_dtype(self) -> torch.dtype:
         """The number type of PyTorch's weights; some engines take fp32, and make of it what they compute in."""
-        return torch.float32 if self.engine in ("onnx", "openvino") else DTYPES[self.dtype]
+        return torch.float32 if self.engine in ON_PROCESSOR else DTYPES[self.dtype]
 
     def model(self, model: AdaptiveViT) -> AdaptiveViT:
-        """The model itself in this number type, run operator by operator (a copy, unless it is its own)."""
+        """The model itself in this number type, run operator by operator (a copy, unless it is its own), on the
+        processor where the engine runs there alone."""
         plain = model.deploy(None)
-        if next(plain.parameters()).dtype == self.weights_dtype:
+        weight = next(plain.parameters())
+        device = torch.device("cpu") if self.engine in ON_PROCESSOR else weight.device
+        if (weight.dtype, weight.device) == (self.weights_dtype, device):
             return plain
-        return copied(plain).to(self.weights_dtype)
+        return copied(plain).to(device, self.weights_dtype)
 
 
 def compiled(fields: Mapping[str, Any]) -> bool:
