@@ -6,7 +6,7 @@ Method    DENSE: ViT-Tiny (AugReg), fine-tuned to Caltech-101 at 160 px (studies
           photos the nearest schedule to it is searched for, and diffrate's lists are learned on others; rivals are
           written for the same executed MACs: single methods, a smaller input, random. From DENSE five epochs under
           each setting, and dense: the same images, steps and rates. Top-1 on the 2,893 test images before and after,
-          95 % intervals, differences paired over images; one seed.
+          95 % intervals, differences paired over images; one seed. With ``--epochs 0`` nothing is trained.
 Command   python studies/tuned_schedules.py caltech160.zip DENSE --out runs/tuned-schedules
 Cost      an estimate: an hour of one core; interrupted runs go on
 Expected  schedule ≥ each rival
@@ -46,7 +46,7 @@ def main() -> None:
     parser = parser_of(__doc__, "runs/tuned-schedules", "data")
     parser.add_argument("dense", help="folder of the dense model")
     parser.add_argument("--speed", type=float, default=2.0, help="times fewer MACs")
-    parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--epochs", type=float, default=5, help="0: nothing is trained, all are as they are on DENSE")
     parser.add_argument("--tries", type=int, default=400)
     parser.add_argument("--moves", type=int, default=100, help="of learning diffrate's lists")
     parser.add_argument("--runs", nargs="+", help="train only these, and report on what is trained")
@@ -57,20 +57,21 @@ def main() -> None:
     common = [*TRAINED, "data.cache_gb=0", "optim.lr=1e-4", "optim.head=1", "run.save_every=60"]
     common += [f"data.path={given.data}", f"model.name={given.dense}", f"run.epochs={given.epochs}"]
     runs = {n: ["finetune", *common, f"sampling.settings={json.dumps([s])}"] for n, s in settings.items()}
-    train_all({n: run for n, run in runs.items() if given.runs is None or n in given.runs}, given.out, 1)
-    settings = {n: s for n, s in settings.items() if (given.out / n / "model").is_dir()}
+    if given.epochs:
+        train_all({n: run for n, run in runs.items() if given.runs is None or n in given.runs}, given.out, 1)
+        settings = {n: s for n, s in settings.items() if (given.out / n / "model").is_dir()}
     images, memory = open_images(given.data, "test"), Memory(given.out / "hits.safetensors")
 
     def seen(folder: Path, run: str, setting: str) -> torch.Tensor:
         return memory(f"{run}|{setting}", lambda: hits(saccade.load(folder, "dense"), setting, images))
 
     before = {n: seen(Path(given.dense), "untrained", s) for n, s in settings.items()}
-    after = {n: seen(given.out / n / "model", n, s) for n, s in settings.items()}
+    after = {n: seen(given.out / n / "model", n, s) for n, s in settings.items()} if given.epochs else before
     rows = []
     for name, setting in settings.items():
         gap = bootstrap(after["schedule"] - after[name])
         row = {"run": name, "setting": f"`{setting}`", "GMACs": f"{price(dense, setting) / 1e9:.3f}"}
-        row |= {"training-free": level(before[name]), "fine-tuned": level(after[name])}
+        row |= {"training-free": level(before[name])} | ({"fine-tuned": level(after[name])} if given.epochs else {})
         row["against DENSE"] = points(bootstrap(after[name] - seen(Path(given.dense), "untrained", "dense")))
         rival = name not in ("dense", "schedule")
         rows.append(row | {"schedule − this": points(gap) if rival else "", "better": verdict(gap) if rival else ""})
