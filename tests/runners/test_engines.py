@@ -215,6 +215,22 @@ def test_a_number_type_that_an_engine_does_not_have():
         model_of("").runner("tensorrt")
 
 
+def test_threads_of_onnx_runtime_leave_the_cores_to_others_between_calls(monkeypatch):
+    installed("onnx")
+    import onnxruntime
+
+    told = []
+    plain = onnxruntime.InferenceSession
+
+    def opened(file, options, **more):
+        told.append(options.get_session_config_entry("session.intra_op.allow_spinning"))
+        return plain(file, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    model_of("").runner("onnx")
+    assert told == ["0"]
+
+
 def test_every_engine_is_a_module_with_the_names_of_the_protocol():
     for name in EXPORTED:
         module = engines.import_module(f"saccade.runners.engines.{name}")

@@ -22,6 +22,7 @@ FILES = ("model.onnx",)
 PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 EXTRA = "onnx"
 OPSET = 18
+SPINNING = "session.intra_op.allow_spinning"
 APART = "output "  # before the names of outputs, until no value inside is called alike
 LACKING = (torch.ops.aten.searchsorted.Tensor,)
 
@@ -93,12 +94,17 @@ def _named(model: onnx.ModelProto, outputs: Sequence[str]) -> onnx.ModelProto:
 
 
 def open(folder: Path, dtype: str, threads: int) -> Session:
-    """The file in ONNX Runtime, on the processor."""
+    """The file in ONNX Runtime, on the processor.
+
+    Its threads sleep between calls. They would wait for the next one at full load, on the cores that another setting of
+    the model, PyTorch or a server needs meanwhile: two sessions in turn then take 2 to 3 times as long at batch 1.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    options.add_session_config_entry(SPINNING, "0")
     session = onnxruntime.InferenceSession(str(folder / FILES[0]), options, providers=["CPUExecutionProvider"])
     names = tuple(output.name for output in session.get_outputs())
 
