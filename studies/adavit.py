@@ -34,6 +34,7 @@ from jobs import BATCH, RATE, TRAINED, Memory, autocast, labels, loader_of, pars
 from torch import Tensor
 
 import saccade
+from saccade.core.gates import Gates
 from saccade.data import Loader, Preprocess, open_images
 from saccade.errors import UserError
 from saccade.evaluation.accuracy import spread
@@ -50,6 +51,7 @@ TUNE = 160  # training images that thresholds are found on
 TIMED = 32  # images of a batch
 KEEPS = (0.3, 0.5, 0.7)  # at which rivals are timed, to find AdaViT's time between them
 RIVALS = ("evit", "topk", "dynamicvit")
+GATED = ("patches", "heads", "attention", "MLP")
 AXES = {"patch": "patches alone", "block": "branches alone"}
 
 
@@ -243,6 +245,23 @@ class Study:
     def _loader(self, view: saccade.AdaptiveViT, split: str) -> Loader:
         return loader_of(self.images[split], Preprocess.of(view.vit, view.input_size()))
 
+    def places(self) -> str:
+        """By axis and block of AdaViT, what of it runs, and whether that goes with the dense model's loss (ρ)."""
+        run, setting = json.loads((self.out / "tested.json").read_text())["adavit"]
+        view, loss, used = self.model(run).at(setting).eval(), self.look("dense-0", "dense")["nll"], list[Tensor]()
+        chosen = spread(len(self.images["test"]), self.limit)
+        for batch in self._loader(view, "test").batches(BATCH, chosen):
+            images = batch.images.to(next(view.parameters()).device)
+            with torch.inference_mode(), autocast():
+                used.append(torch.stack([_shares(g, len(images)) for g in _gates(view, images)]).cpu())
+        shares = torch.cat(used, dim=1).double()  # [blocks, images, axes]
+        lines = ["| block | " + " | ".join(f"{axis}, share | ρ" for axis in GATED) + " |", "|" + "---|" * 9]
+        for i, block in enumerate([*shares, shares.mean(0)]):
+            cells = [f"{s.mean():.2f} | {rank_correlation(s, loss):+.2f}" for s in block.T]
+            name = "all" if i == len(shares) else str(i + 1)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
     # --- time -------------------------------------------------------------------------------------------------------
 
     def time(self, seconds: float) -> None:
@@ -412,14 +431,21 @@ def _gmacs(model: saccade.AdaptiveViT, setting: str) -> float:
 
 def _usage(view: saccade.AdaptiveViT, images: Tensor) -> Tensor:
     """Shares of patches, heads and branches that each image uses in the blocks that decide, [B, 3]."""
-    blocks = [b.gates for b in view.forward_tokens(images, sparse=False)[1].blocks if b.gates is not None]
+    patches, heads, attn, mlp = torch.stack([_shares(g, len(images)) for g in _gates(view, images)]).mean(0).unbind(1)
+    return torch.stack([patches, heads, (attn + mlp) / 2], dim=1)
 
-    def mean(gates: list[Tensor | None]) -> Tensor:
-        given = [g.float().view(len(images), -1).mean(1) for g in gates if g is not None]
-        return torch.stack(given).mean(0) if given else torch.ones(len(images))
 
-    branches = [gate for b in blocks for gate in (b.attn, b.mlp)]
-    return torch.stack([mean([b.patch for b in blocks]), mean([b.head for b in blocks]), mean(branches)], dim=1)
+def _gates(view: saccade.AdaptiveViT, images: Tensor) -> list[Gates]:
+    """Of the blocks that decide."""
+    return [b.gates for b in view.forward_tokens(images, sparse=False)[1].blocks if b.gates is not None]
+
+
+def _shares(gates: Gates, images: int) -> Tensor:
+    """What runs of a block, [B, 4]: patches, heads, attention, MLP; 1 where nothing is decided."""
+    given = (gates.patch, gates.head, gates.attn, gates.mlp)
+    return torch.stack(
+        [torch.ones(images) if g is None else g.float().view(images, -1).mean(1).cpu() for g in given], 1
+    )
 
 
 def _quartiles(values: list[float]) -> list[float]:
@@ -456,7 +482,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of every run; a folder for each")
     parser.add_argument("--limit", type=int, help="test only so many images")
     parser.add_argument("--seconds", type=float, default=100.0, help="of timing")
-    parser.add_argument("--stage", choices=("train", "test", "time", "report"), help="one of them alone")
+    parser.add_argument("--stage", choices=("train", "test", "time", "report", "places"), help="one of them alone")
     arguments = parser.parse_args()
     study, stages = Study(arguments), [arguments.stage] if arguments.stage else ["train", "test", "time", "report"]
     todo: dict[str, Callable[[], Any]] = {
@@ -465,6 +491,8 @@ def main() -> None:
     for stage in stages:
         if stage in todo:
             todo[stage]()
+    if "places" in stages:
+        print(study.places())
     if "report" in stages:
         text = study.report()
         write_text(study.out / "adavit.md", text)
