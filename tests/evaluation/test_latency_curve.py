@@ -13,7 +13,7 @@ import torch
 from saccade.cli import main
 from saccade.core.registry import registry
 from saccade.evaluation import latency_curve
-from saccade.evaluation.device_curve import device_curve
+from saccade.evaluation.device_curve import device_curve, some_of_each
 from saccade.evaluation.latency_curve import LatencyCurve, measure
 from saccade.evaluation.schedule import Space
 from saccade.evaluation.work import static_work, work_of
@@ -93,6 +93,20 @@ def test_settings_that_were_not_timed_are_priced(lawful):
         view = model.at(setting).eval()
         assert slower.predict(view) == pytest.approx(1.5 * law(view), rel=1e-6), setting
     assert LatencyCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
+
+
+def test_few_tokens_come_to_a_method_as_well_as_many(lawful):
+    """Its strongest setting is timed on a smaller input, which tells what it takes there."""
+    model = tiny().eval()
+    some = some_of_each(model)
+    tome = [s for s in some if s.rpartition(" | ")[2].startswith("tome")]
+    came = [work_of(model.at(s).eval()).deciding["tome"] for s in tome]
+    assert len(tome) == 2 and tome[1].startswith("grid(") and tome[1].partition(" | ")[0] in some
+    assert came[1][1] / came[1][0] < 0.7 * came[0][1] / came[0][0]
+    curve = measure(model, some, batch=1)
+    for setting in ("tome(r=3)", "grid(16, size=32) | tome(r=1)"):
+        view = model.at(setting).eval()
+        assert curve.predict(view) == pytest.approx(law(view), rel=1e-6), setting
 
 
 def test_a_model_of_few_patches_has_a_curve(lawful):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from saccade.core.registry import registry
+from saccade.errors import UserError
 from saccade.evaluation.circumstances import circumstances
-from saccade.evaluation.latency_curve import LatencyCurve, measure
+from saccade.evaluation.latency_curve import LatencyCurve, decides_nothing, measure
+from saccade.evaluation.work import work_of
 from saccade.execution.policy import cache_file
 from saccade.model import AdaptiveViT
 from saccade.reports.figure import Figure
@@ -111,9 +114,21 @@ def known_curve(model: AdaptiveViT, some: Sequence[str], runner: Runner, batch: 
 
 
 def some_of_each(model: AdaptiveViT) -> list[str]:
-    """Settings by which methods and tokenizers are known: of a method the weakest and the strongest of its menu."""
+    """Settings by which methods and tokenizers are known: of a method the weakest of its menu, and the strongest on a
+    smaller input, where there is one, so that few tokens come to it as well as many."""
     menus = [(entry.kind, entry.menu(model.backbone)) for entry in registry().values()]
-    return [s for kind, menu in menus for s in (menu if kind == "tokenizer" else menu[:1] + menu[-1:])]
+    grids = [s for kind, menu in menus if kind == "tokenizer" for s in menu if decides_nothing(s)]
+    middle = sorted(grids, key=lambda s: work_of(model.at(s).eval()).attention[0])[len(grids) // 2 :][:1]
+
+    def smaller(setting: str) -> str:
+        for grid in middle:
+            with suppress(UserError):  # counts that a smaller input has not
+                view = model.at(f"{grid} | {setting}").eval()
+                return str(view.setting) if work_of(view).deciding else setting
+        return setting
+
+    ends = {s: [*menu[:1], *map(smaller, menu[-1:])] for s, (kind, menu) in enumerate(menus) if kind != "tokenizer"}
+    return [s for i, (_, menu) in enumerate(menus) for s in ends.get(i, menu)]
 
 
 def curve_file(model: AdaptiveViT, some: Sequence[str], runner: Runner, batch: int) -> Path:

@@ -166,7 +166,8 @@ def measure(
     """Time what a curve is made of.
 
     Args:
-        settings: those that methods and tokenizers are known from: of a method two of different strength.
+        settings: those that methods and tokenizers are known from: of a method two to which other numbers of tokens
+            come.
         seconds: of timed runs, all together; never fewer than 7 of each.
     """
     base, some = model.deploy(replace(runner, batch=batch)).eval(), [*settings]
@@ -208,15 +209,15 @@ def fitted(
     tokenizers = {first: left[name] for first, name in firsts.items()}
     grids = {works[name].attention[0]: left[name] for first, name in firsts.items() if decides_nothing(first)}
     grids[tokens[-1]] = rest
+    outer = replace(blocks, tokenizers={"": rest, **tokenizers}, grids=tuple(sorted(grids.items())))
+    outside = {name: outer.outside(first, works[name]) for name, (first, _) in alone.items()}
     names = {name: next(iter(works[name].deciding)) for name in some if len(works[name].deciding) == 1}
     methods = {}
     for method in dict.fromkeys(names.values()):
-        own = [name for name in names if names[name] == method and not alone[name][0]]
+        own = [(n, out) for n in names if names[n] == method and (out := outside[n]) is not None]
         if own:
-            methods[method] = _deciding([works[o].deciding[method] for o in own], [left[o] - rest for o in own])
-    return LatencyCurve(
-        str(runner), batch, cost, tokens, block, {"": rest, **tokenizers}, methods, tuple(sorted(grids.items()))
-    )
+            methods[method] = _deciding([works[n].deciding[method] for n, _ in own], [left[n] - out for n, out in own])
+    return replace(outer, methods=methods)
 
 
 def _blocks(

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from saccade.evaluation.allowance import Allowance
 from saccade.evaluation.candidates import Target
 from saccade.evaluation.device_curve import curve_of, known_curve, some_of_each
-from saccade.evaluation.latency_curve import LatencyCurve
+from saccade.evaluation.latency_curve import LatencyCurve, split
 from saccade.evaluation.latency_curve import points as curve_points
 from saccade.evaluation.schedule import Cost, Space, by_macs
 from saccade.evaluation.ways import Ways
 from saccade.runners.runner import FP32, Runner
+from saccade.setting import Setting
 from saccade.terminal.progress import Progress
 
 ASSUMED = 1.5  # the ratio, where none is aimed at
@@ -87,8 +88,10 @@ def milliseconds(
 
 def points(space: Space) -> list[str]:
     """Settings that tell what schedules cost: of each method of theirs two strengths; of tokenizers the smallest, and
-    one between that and the model's own."""
+    one between that and the model's own, which the stronger are on where they can."""
     methods = {rule.method for rule in space.rules}
-    alone = [s for s in some_of_each(space.model) if s.partition("(")[0] in methods]
+    parts = {s: split(Setting.parse(s)) for s in some_of_each(space.model)}
+    alone = {s: first for s, (first, own) in parts.items() if own.calls and own.calls[0].name in methods}
     by_tokens = sorted((t for t in space.tokenizers if t), key=space.tokens)
-    return [*alone, *dict.fromkeys([*by_tokens[:1], *by_tokens[len(by_tokens) // 2 :][:1]])]
+    between = [first for first in alone.values() if first] or by_tokens[len(by_tokens) // 2 :][:1]
+    return [*alone, *dict.fromkeys([*by_tokens[:1], *between])]
