@@ -52,7 +52,7 @@ def main() -> None:
     print("| model | runner | batch | settings | not known | median error | worst |\n|---|---|---|---|---|---|---|")
     for name in asked.runner:
         base = model.deploy(Runner.of(name)).eval()
-        views = {s: base.at(s).eval() for s in points(model, [*menus, *COMPOSED])}
+        views = {s: base.at(s).eval() for s in points(model, [*some_of_each(model), *menus, *COMPOSED])}
         for batch in asked.batch:
             row(model, asked.model, views, Runner.of(name), batch, asked.seconds, asked.worst)
 
