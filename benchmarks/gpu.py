@@ -26,6 +26,7 @@ import torch
 
 import saccade
 from saccade.evaluation import interleaved
+from saccade.evaluation.interleaved import LEAST_RUNS, MOST_RUNS
 from saccade.evaluation.speed import Speed, bench
 from saccade.runners.runner import Runner
 
@@ -80,7 +81,7 @@ def work(model: str, batch: int, setting: str, seconds: float) -> None:
         print(READY, flush=True)
         input()
         start = clock()  # that of ``more`` ran while this waited
-        return in_turn(ways, lambda runs: runs < 7 or (clock() - start < seconds and runs < 500), clock)
+        return in_turn(ways, lambda runs: runs < LEAST_RUNS or (clock() - start < seconds and runs < MOST_RUNS), clock)
 
     interleaved.in_turn = waited
     rows = measured(model, batch, [setting], ["compile"], seconds)

@@ -14,6 +14,7 @@ Method    ViT-Tiny (AugReg) to Caltech-101 at 160 px, two epochs dense; from the
 Command   python studies/adavit.py caltech160.zip vit_tiny_patch16_224.safetensors --out runs/adavit
 Cost      an hour and a half of one core, most of it masked training, which skips nothing; interrupted runs go on.
           The stages train, test, time and report can be run by themselves (--stage); time wants a quiet machine.
+          --stage places: by block and axis, what runs, and whether that goes with the dense model's loss.
 Expected  1, 2 and 5 hold; EViT is not worse than AdaViT (published for DeiT-S at 2.3 GMACs: 78.5 against 77.3).
 Measured  docs/results-adavit.md
 """

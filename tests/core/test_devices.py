@@ -55,6 +55,5 @@ def test_everything_is_where_the_model_is(name: str, training: bool, pretended: 
                 try:
                     out = model(torch.empty(2, 3, 128, 128, device="cuda"))
                     assert out.logits.device.type == "cuda"
-                    assert out.trace.macs().device.type in ("cpu", "cuda")
                 except GuardOnDataDependentSymNode:
                     continue  # numbers decide how it goes on: as far as here, all was where the model is

@@ -30,14 +30,14 @@ def images(count: int, seed: int = 0) -> torch.Tensor:
 def test_no_gpu_is_said() -> None:
     with pytest.raises(UserError, match="a CUDA graph needs a GPU, and the model is on cpu"):
         model("dense").runner("cudagraph")
-    with pytest.raises(UserError, match="CUDA graphs need a GPU, and the model is on cpu"):
+    with pytest.raises(UserError, match="a CUDA graph needs a GPU, and the model is on cpu"):
         bench(model("dense"), [], batch=[1], runner="cudagraph", seconds=0)
 
 
 def test_a_model_that_is_deployed_so_runs_elsewhere_and_says_it() -> None:
     plain = model("tome(r=2)")
     seen = torch.randn(2, 3, 64, 64)
-    with pytest.warns(RuntimeWarning, match="CUDA graphs does not work here, so it runs fp32 eager"):
+    with pytest.warns(RuntimeWarning, match="CUDA graph does not work here, so it runs fp32 eager"):
         found = plain.deploy("cudagraph")(seen).logits
     assert torch.equal(found, plain(seen).logits)
 

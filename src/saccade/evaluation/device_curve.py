@@ -127,8 +127,8 @@ def some_of_each(model: AdaptiveViT) -> list[str]:
                 return str(view.setting) if work_of(view).deciding else setting
         return setting
 
-    ends = {s: [*menu[:1], *map(smaller, menu[-1:])] for s, (kind, menu) in enumerate(menus) if kind != "tokenizer"}
-    return [s for i, (_, menu) in enumerate(menus) for s in ends.get(i, menu)]
+    some = (menu if kind == "tokenizer" else [*menu[:1], *map(smaller, menu[-1:])] for kind, menu in menus)
+    return [setting for found in some for setting in found]
 
 
 def curve_file(model: AdaptiveViT, some: Sequence[str], runner: Runner, batch: int) -> Path:

@@ -18,7 +18,7 @@ from saccade.evaluation.ideal import decides, ideal_of
 from saccade.evaluation.interleaved import ALWAYS, LEAST_RUNS, Clock, Timed, interleaved
 from saccade.model import AdaptiveViT
 from saccade.runners.engine import engine_for
-from saccade.runners.runner import CUDAGRAPH, FP32, Runner
+from saccade.runners.runner import FP32, Runner
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result, counted
 from saccade.terminal.text_table import Table
@@ -194,8 +194,6 @@ def _runners(given: Runner | str | Sequence[Runner | str]) -> list[Runner]:
 
 def _require(runner: Runner, device: torch.device) -> None:
     """Raises UserError where a runner's engine is not installed, or does not compute in its number type there."""
-    if runner.engine == CUDAGRAPH and device.type != "cuda":
-        raise UserError(f"{runner.engine_noun} need a GPU, and the model is on {device}: device='cuda'")
     if not runner.exported:
         return
     engine_for(runner)

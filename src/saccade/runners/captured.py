@@ -16,8 +16,14 @@ from saccade.core.constant_cache import held
 from saccade.errors import UserError
 from saccade.runners.exported import Answer, has_fixed_counts
 
-GRAPHS = 8  # of one model
+GRAPHS = 8  # of one model, recorded or compiled
 WARMING = 3  # forwards before a recording, in which kernels are chosen and constants built
+
+
+def warn_of_size(made: str, answer: Answer, images: Tensor) -> None:
+    """A RuntimeWarning to who called a model with one size of batch too many."""
+    how = f"so batches of {len(images)} run operator by operator, and slower: give batch="
+    warnings.warn(f"{made} of {answer.model.setting}, {how}", RuntimeWarning, stacklevel=4)
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class Recording:
 class Captured:
     """A model as CUDA graphs. Any number of threads may call it: they take turns.
 
-    Sizes of batch beyond the first few run operator by operator, and a RuntimeWarning says so; so does, unsaid, what
-    asks for a gradient of its images.
+    Sizes of batch beyond the first few run operator by operator, and a RuntimeWarning says so. Images that ask for a
+    gradient run operator by operator too.
 
     Raises:
         UserError: a model that is not on a GPU, or whose counts of tokens are known only when it runs.
@@ -71,9 +77,7 @@ class Captured:
                 outputs = tuple(output.clone() for output in found.outputs)
                 self._read.record()
                 return outputs
-        made = f"there are {GRAPHS} CUDA graphs of {self.answer.model.setting}"
-        how = f"so batches of {len(images)} run operator by operator, and slower: give batch="
-        warnings.warn(f"{made}, {how}", RuntimeWarning, stacklevel=3)
+        warn_of_size(f"there are {GRAPHS} CUDA graphs", self.answer, images)
         return self.answer(images)
 
     def _record(self, images: Tensor) -> Recording:

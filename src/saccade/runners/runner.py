@@ -22,7 +22,7 @@ ENGINES = (*IN_TORCH, "torch", "aoti", "onnx", "openvino")
 ON_PROCESSOR = ("onnx", "openvino")  # as this library runs them
 NOUNS = {
     COMPILE: "torch.compile",
-    CUDAGRAPH: "CUDA graphs",
+    CUDAGRAPH: "CUDA graph",
     "torch": "torch.export",
     "aoti": "AOTInductor",
     "onnx": "ONNX Runtime",

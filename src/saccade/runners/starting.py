@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saccade.runners.captured import Captured
+from saccade.runners.captured import GRAPHS, Captured, warn_of_size
 from saccade.runners.engine import Run, Session, engine_for
 from saccade.runners.exported import Answer, Exported, has_fixed_counts
 from saccade.runners.runner import COMPILE, CUDAGRAPH, Runner
@@ -22,7 +21,6 @@ from saccade.runners.runner import COMPILE, CUDAGRAPH, Runner
 if TYPE_CHECKING:
     from saccade.model import AdaptiveViT
 
-GRAPHS = 8  # that ``torch.compile`` makes of one model
 _NUMBERS = count()  # of functions that are compiled
 
 
@@ -72,9 +70,7 @@ class Compiled:
             if images.shape not in self._graphs:
                 self._graphs[images.shape] = self._compiled() if known < GRAPHS else self.answer
         if known >= GRAPHS and self._graphs[images.shape] is self.answer:
-            made = f"torch.compile has made {GRAPHS} graphs of {self.answer.model.setting}"
-            how = f"so batches of {len(images)} run operator by operator, and slower: give batch="
-            warnings.warn(f"{made}, {how}", RuntimeWarning, stacklevel=3)
+            warn_of_size(f"torch.compile has made {GRAPHS} graphs", self.answer, images)
         return self._graphs[images.shape](images)
 
     def _compiled(self) -> Callable:
