@@ -96,13 +96,13 @@ def test_settings_that_were_not_timed_are_priced(lawful):
 
 
 def test_few_tokens_come_to_a_method_as_well_as_many(lawful):
-    """Its strongest setting is timed on a smaller input, which tells what it takes there."""
+    """Its strongest setting is timed on the model's own input and on a smaller one, which tells what it takes there."""
     model = tiny().eval()
     some = some_of_each(model)
     tome = [s for s in some if s.rpartition(" | ")[2].startswith("tome")]
     came = [work_of(model.at(s).eval()).deciding["tome"] for s in tome]
-    assert len(tome) == 2 and tome[1].startswith("grid(") and tome[1].partition(" | ")[0] in some
-    assert came[1][1] / came[1][0] < 0.7 * came[0][1] / came[0][0]
+    assert len(tome) == 3 and tome[2].startswith("grid(") and tome[2].partition(" | ")[0] in some
+    assert tome[2].endswith(tome[1]) and came[2][1] / came[2][0] < 0.7 * came[0][1] / came[0][0]
     curve = measure(model, some, batch=1)
     for setting in ("tome(r=3)", "grid(16, size=32) | tome(r=1)"):
         view = model.at(setting).eval()

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from saccade.core.registry import registry
@@ -114,21 +115,25 @@ def known_curve(model: AdaptiveViT, some: Sequence[str], runner: Runner, batch: 
 
 
 def some_of_each(model: AdaptiveViT) -> list[str]:
-    """Settings by which methods and tokenizers are known: of a method the weakest of its menu, and the strongest on a
-    smaller input, where there is one, so that few tokens come to it as well as many."""
+    """Settings by which methods and tokenizers are known: of a method the weakest and the strongest of its menu, and
+    the strongest on a smaller input, where there is one, so that few tokens come to it as well as many."""
     menus = [(entry.kind, entry.menu(model.backbone)) for entry in registry().values()]
     grids = [s for kind, menu in menus if kind == "tokenizer" for s in menu if decides_nothing(s)]
-    middle = sorted(grids, key=lambda s: work_of(model.at(s).eval()).attention[0])[len(grids) // 2 :][:1]
+    half = (model.backbone.num_prefix + model.backbone.num_patches) / 2
+    smaller = sorted(grids, key=lambda s: abs(work_of(model.at(s).eval()).attention[0] - half))[:1]
 
-    def smaller(setting: str) -> str:
-        for grid in middle:
+    def on_smaller(setting: str) -> list[str]:
+        for grid in smaller:
             with suppress(UserError):  # counts that a smaller input has not
                 view = model.at(f"{grid} | {setting}").eval()
-                return str(view.setting) if work_of(view).deciding else setting
-        return setting
+                return [str(view.setting)] if work_of(view).deciding else []
+        return []
 
-    some = (menu if kind == "tokenizer" else [*menu[:1], *map(smaller, menu[-1:])] for kind, menu in menus)
-    return [setting for found in some for setting in found]
+    found: list[str] = []
+    for kind, menu in menus:
+        strongest = menu[-1:]
+        found += menu if kind == "tokenizer" else [*menu[:1], *strongest, *chain(*map(on_smaller, strongest))]
+    return list(dict.fromkeys(found))
 
 
 def curve_file(model: AdaptiveViT, some: Sequence[str], runner: Runner, batch: int) -> Path:

@@ -87,8 +87,8 @@ def milliseconds(
 
 
 def points(space: Space) -> list[str]:
-    """Settings that tell what schedules cost: of each method of theirs two strengths; of tokenizers the smallest, and
-    one between that and the model's own, which the stronger are on where they can."""
+    """Settings that tell what schedules cost: of each method of theirs two strengths, the stronger on a smaller input
+    as well; of tokenizers the smallest, and that of the smaller input."""
     methods = {rule.method for rule in space.rules}
     parts = {s: split(Setting.parse(s)) for s in some_of_each(space.model)}
     alone = {s: first for s, (first, own) in parts.items() if own.calls and own.calls[0].name in methods}
