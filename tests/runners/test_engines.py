@@ -61,6 +61,31 @@ def test_any_batch_gives_the_same(name, setting):
     agrees(model_of(setting), name)
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "aoti")) for name in ENGINES if name in EXPORTED]
+)
+@torch.no_grad()
+def test_a_deployed_model_gives_the_same_in_every_number_type(name):
+    """Its engine is given images in fp32, whatever type the weights have."""
+    installed(name)
+    model = model_of("tome(r=2)")
+    images = make_images(model.vit, 2)
+    for dtype in engines.engine_of(name).dtypes():
+        if dtype in ("fp32", "bf16"):
+            deployed = model.deploy(Runner(dtype, name, 2)).eval()
+            for _ in range(2):
+                assert relative(deployed(images).logits, model(images).logits) <= (1e-5 if dtype == "fp32" else 0.1)
+            assert deployed._deployment.failure is None
+
+
+@pytest.mark.slow
+def test_bytes_of_another_type_are_refused():
+    """A package of AOTInductor does not check what it is given."""
+    session = model_of("evit(0.5)").runner("aoti")
+    with pytest.raises(UserError, match=r"images of torch\.bfloat16: this program takes torch\.float32"):
+        session(torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 @pytest.mark.parametrize("method", registry())

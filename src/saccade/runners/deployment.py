@@ -61,7 +61,8 @@ class Deployment:
         eager = self.runner.engine == EAGER or self.failure is not None or torch.compiler.is_compiling()
         enough = len(cast) >= n or self.runner.exported  # what is compiled is for n images, and no others
         if not eager and enough and len(cast) > 0 and tuple(cast.shape[-2:]) == view.input_size():
-            logits = self._by_engine(way, view, cast, n)
+            given = images.to(weight.device, torch.float32) if self.runner.exported else cast  # a program casts itself
+            logits = self._by_engine(way, view, given, n)
             if logits is not None:
                 return LazyOutput(logits.to(images.device, torch.float32), lambda: view(cast))
         out = view(cast)

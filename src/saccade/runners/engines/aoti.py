@@ -14,7 +14,7 @@ from saccade.runners.exported import Exported, quiet
 FILES = ("model.pt2",)
 PACKAGES: tuple[str, ...] = ()
 EXTRA = ""
-NAMES = "outputs"  # metadata
+NAMES, INPUT = "outputs", "input"  # metadata
 
 
 def dtypes() -> tuple[str, ...]:
@@ -31,12 +31,13 @@ def write(exported: Exported, folder: Path, dtype: str) -> None:
     """Write ``model.pt2``. Raises UserError where there is no C++ compiler, or what it is given does not compile."""
     import torch._inductor as inductor
 
+    told = {NAMES: " ".join(exported.outputs), INPUT: str(exported.example.dtype)}
     try:
         with quiet(), torch.no_grad():
             inductor.aoti_compile_and_package(
                 exported.program,
                 package_path=str(folder / FILES[0]),
-                inductor_configs={"aot_inductor.metadata": {NAMES: " ".join(exported.outputs)}},
+                inductor_configs={"aot_inductor.metadata": told},
             )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -48,9 +49,12 @@ def open(folder: Path, dtype: str, threads: int) -> Session:
     import torch._inductor as inductor
 
     package = inductor.aoti_load_package(str(folder / FILES[0]))
-    names = tuple(package.get_metadata().get(NAMES, "logits").split())
+    told = package.get_metadata()
+    names, dtype_in = tuple(told.get(NAMES, "logits").split()), told.get(INPUT)
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
+        if str(images.dtype) != (dtype_in or str(images.dtype)):  # the package would read its bytes for others
+            raise UserError(f"images of {images.dtype}: this program takes {dtype_in}")
         with torch.inference_mode():
             return tuple(package(images.contiguous()))
 
