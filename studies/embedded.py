@@ -1,10 +1,15 @@
-"""Make the model that comes with the package out of a finished run of ``saccade train scenes``.
+"""Make the model that comes with the package out of finished runs of ``saccade train scenes``.
 
 Claim     None of its own: it makes a model, and measures that.
-Method    The run's model is stored in half precision, opened again, and tested on the 10,000 test scenes, which no step
-          and no choice of the run has seen. The card and the log are written beside it.
-Command   saccade train scenes --out runs/scenes && python studies/embedded.py runs/scenes src/saccade/assets/scenes
-Cost      about an hour of one core, and five minutes
+Method    A model of half the width is trained, widened so that it computes the same, and trained on. It is stored in
+          half precision, opened again, and tested on the 10,000 test scenes, which no step and no choice of a run has
+          seen. The card and the log of the second run are written beside it.
+Command   saccade train scenes --out runs/narrow
+          python studies/widened.py runs/narrow/model --heads 4 --spread 0.25 --out runs/wide
+          saccade train scenes model.name=runs/wide "model.args={}" "sampling.weights=[2,1,1,1,1,1,1]" optim.lr=6e-4
+          run.epochs=4 run.check_every=1 run.precision=bf16 --out runs/scenes
+          python studies/embedded.py runs/scenes src/saccade/assets/scenes
+Cost      about two hours of one core, and ten minutes
 Measured  src/saccade/assets/scenes/README.md
 """
 
@@ -26,15 +31,17 @@ CARD = """# The built-in model
 A small elastic ViT for `make demo`, the tests and trying things out offline. **It knows ten shapes on generated scenes
 and nothing else: it is of no use for photos**, and its accuracies say nothing about any method on real images.
 
-* **Architecture**: timm `vit_tiny_patch16_224` with width 128, 6 blocks, 4 heads, {parameters:.2f} M parameters,
+* **Architecture**: timm `vit_tiny_patch16_224` with width {width}, 6 blocks, 4 heads, {parameters:.2f} M parameters,
   128 px, patch 16; {megabytes:.1f} MB in half precision.
 * **Data**: `scenes` (`saccade/data/scenes.py`): ten classes of bright shapes at any place, angle and scale from 27 to
   58 pixels, on dark 1/f backgrounds with textures and one to three things that are none of the classes. 40,000 for
   training, 2,000 to choose by, 10,000 to test. No photo, no download.
-* **Training**: `saccade train scenes`, {epochs:g} epochs in {steps:,} steps, {images:,} views, {gmacs:,.0f} GMACs
-  (forward and backward), {minutes:.0f} minutes on one CPU core beside other work. One setting a step, small inputs
-  first (`saccade/configs/scenes.toml`). `metrics.csv` and `checks.csv` are the log. The weights are those of step
-  {step:,}, the best on the validation scenes.
+* **Training**: `saccade train scenes` at half the width, {before[step]:,} steps and {before[images]:,} views, small
+  inputs first (`saccade/configs/scenes.toml`); widened so that it computes the same (`studies/widened.py`); then
+  {epochs:g} epochs in {steps:,} steps, {images:,} views, {gmacs:,.0f} GMACs (forward and backward), {minutes:.0f}
+  minutes on one CPU core beside other work, one setting a step. The commands are in `studies/embedded.py`;
+  `metrics.csv` and `checks.csv` are the log of the second run. The weights are those of its step {step:,}, the best on
+  the validation scenes.
 
 | setting | GMACs | MAC ratio | top-1, 10,000 test scenes | points vs dense |
 |---|---|---|---|---|
@@ -54,6 +61,7 @@ def main() -> None:
     model = saccade.load(run / "model")
     told = json.loads((run / "model" / "config.json").read_text())["saccade"]
     facts = json.loads(next((run / "checkpoints").glob("last-*/state.json")).read_text())
+    start = json.loads((Path(facts["config"]["model"]["name"]) / "config.json").read_text())["saccade"]["trained"]
     trained = {key: told["trained"][key] for key in ("images", "step", "seed", "checked")}
     save(model.half(), arguments.out, classes=told["classes"], trained=trained)
     for name in ("metrics.csv", "checks.csv"):
@@ -65,6 +73,8 @@ def main() -> None:
     assert not failures
     rows = [f"| `{s.setting}` | {s.gmacs:.4f} | {s.mac_ratio:.2f}× | {_three(s.value)} | {_away(s)} |" for s in scores]
     card = CARD.format(
+        width=stored.vit.embed_dim,
+        before=start,
         parameters=sum(p.numel() for p in stored.parameters()) / 1e6,
         megabytes=(arguments.out / "model.safetensors").stat().st_size / 1e6,
         epochs=facts["config"]["run"]["epochs"],

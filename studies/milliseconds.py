@@ -21,14 +21,15 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
+from typing import cast
 
 import timm
 import torch
 from jobs import parser_of
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from widened import widen
 
 import saccade
+from saccade.core.timm_types import ViT
 from saccade.data import open_images
 from saccade.evaluation.allowance import Allowance
 from saccade.evaluation.device_curve import curve_of
@@ -59,7 +60,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     model, runner = saccade.create_model(given.model, weights=given.weights).eval(), Runner.of(given.runner)
     if given.wide:
-        model = saccade.AdaptiveViT(widened(model.vit, given.wide)).eval()
+        model = saccade.AdaptiveViT(widen(model.vit, cast(ViT, timm.create_model(given.wide)))).eval()
     evaluator = Evaluator(model, open_images(given.data, given.split))
     store = Cache.of(given.out / "cache", evaluator)
     select, report = shuffled_halves(len(evaluator.images), 0, evaluator.labels)
@@ -79,27 +80,6 @@ def main() -> None:
         rows += compared(evaluator, store, report, runner, given.batch, given.seconds, speed, by_macs, by_time)
         write_json(given.out / "milliseconds.json", {"rows": rows})
     print(json.dumps(rows, indent=2, ensure_ascii=False))
-
-
-def widened(vit: VisionTransformer, name: str) -> VisionTransformer:
-    """The timm model of this name, of twice the width, with weights that make it compute what ``vit`` does."""
-    wide = timm.create_model(name)
-    assert isinstance(wide, VisionTransformer)
-    twice: dict[str, Tensor] = {}
-    for key, value in vit.state_dict().items():
-        if key.endswith(("qkv.weight", "qkv.bias")):
-            both = value.unflatten(0, (3, -1)).repeat(1, 2, *[1] * (value.ndim - 1)).flatten(0, 1)
-        elif key in ("cls_token", "pos_embed"):
-            both = value.repeat(1, 1, 2)
-        else:
-            both = value if key.startswith("head.") else value.repeat(2, *[1] * (value.ndim - 1))
-        twice[key] = both.repeat(1, 2) / 2 if both.ndim == 2 else both
-    wide.load_state_dict(twice)
-    wide.pretrained_cfg = vit.pretrained_cfg
-    images = torch.randn(2, 3, *vit.patch_embed.img_size)
-    with torch.inference_mode():
-        torch.testing.assert_close(wide.eval()(images), vit.eval()(images), atol=1e-3, rtol=1e-3)
-    return wide
 
 
 def compared(

@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "studies"))
 import compositions
 import dense
 import jobs
+import timm
+import widened
 
 import saccade
 from data_helpers import encode, picture, write_folder
@@ -277,3 +279,17 @@ def test_the_page_of_engines_is_written_anew_from_itself(engines):
     known["tome()"]["AOTInductor bf16"], known["new() | b()"] = "no: a | b (1)", {"AOTInductor bf16": "1e-02"}
     assert engines.recorded(engines.page(known, photos, rest, "now.")) == (known, photos, rest)
     assert engines.recorded("") == ({}, {}, "")
+
+
+@pytest.mark.parametrize(("heads", "spread"), [(3, 0.3), (6, 0.3), (6, 0.0)])
+def test_a_wider_model_computes_the_same(heads, spread):
+    """With as many heads, or twice as many; copies differ where they are to learn apart."""
+    args = {"img_size": 32, "depth": 2, "num_classes": 5}
+    torch.manual_seed(0)
+    narrow = timm.create_model("vit_tiny_patch16_224", embed_dim=48, num_heads=3, **args).eval()
+    wide = timm.create_model("vit_tiny_patch16_224", embed_dim=96, num_heads=heads, **args).eval()
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(widened.widen(narrow, wide, spread)(images), narrow(images), atol=1e-5, rtol=1e-4)
+        left, right = wide.blocks[0].mlp.fc2.weight[:, :192], wide.blocks[0].mlp.fc2.weight[:, 192:]
+        assert torch.equal(left, right) == (spread == 0)

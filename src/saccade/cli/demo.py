@@ -28,7 +28,10 @@ def command(
     vit = open_model(model or folder("scenes"), weights)
     with Progress(shown=True) as progress, kept_in(out):
         if model is None:
-            progress.say("The built-in model: 1.3 M parameters, trained on generated scenes; not for photos.")
+            millions = sum(p.numel() for p in vit.parameters()) / 1e6
+            progress.say(
+                f"The built-in model: {millions:.1f} M parameters, trained on generated scenes; not for photos."
+            )
         tuned = tune(
             vit,
             data,
