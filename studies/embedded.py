@@ -36,7 +36,7 @@ and nothing else: it is of no use for photos**, and its accuracies say nothing a
 * **Data**: `scenes` (`saccade/data/scenes.py`): ten classes of bright shapes at any place, angle and scale from 27 to
   58 pixels, on dark 1/f backgrounds with textures and one to three things that are none of the classes. 40,000 for
   training, 2,000 to choose by, 10,000 to test. No photo, no download.
-* **Training**: `saccade train scenes` at half the width, {before[step]:,} steps and {before[images]:,} views, small
+* **Training**: `saccade train scenes` at half the width, {before[step]:,} steps, small
   inputs first (`saccade/configs/scenes.toml`); widened so that it computes the same (`studies/widened.py`); then
   {epochs:g} epochs in {steps:,} steps, {images:,} views, {gmacs:,.0f} GMACs (forward and backward), {minutes:.0f}
   minutes on one CPU core beside other work, one setting a step. The commands are in `studies/embedded.py`;
@@ -69,7 +69,9 @@ def main() -> None:
 
     stored = saccade.load(arguments.out)
     settings = [s for s in stored.trained if s != "dense"]
-    scores, failures = saccade.eval(stored, "scenes", [*settings, "random(0.5)", "grid(32)"], split="test", batch=64)
+    scores, failures = saccade.eval(
+        str(arguments.out), "scenes", [*settings, "random(0.5)", "grid(32)"], split="test", batch=64
+    )
     assert not failures
     rows = [f"| `{s.setting}` | {s.gmacs:.4f} | {s.mac_ratio:.2f}× | {_three(s.value)} | {_away(s)} |" for s in scores]
     card = CARD.format(

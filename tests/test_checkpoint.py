@@ -19,7 +19,7 @@ import saccade
 from oracles import FAMILIES, make_images, make_vit, randomise
 from saccade.backbones import rebuilding
 from saccade.backbones.saving import check_savable, save
-from saccade.checkpoint import create_model, load, load_weights
+from saccade.checkpoint import create_model, load, load_weights, open_model
 from saccade.errors import UserError
 from saccade.model import AdaptiveViT
 from saccade.storage import model_folder
@@ -448,6 +448,16 @@ def test_what_makes_number_types_of_its_own_makes_them_of_a_copy_in_fp32():
     model = AdaptiveViT(make_vit()).eval().bfloat16()
     assert saccade.bench(model, batch=[1], seconds=0)[0].runner == "fp32"
     assert next(model.parameters()).dtype == torch.bfloat16, "the model given stays what it is"
+
+
+@pytest.mark.parametrize("runner", [None, "bf16"])
+def test_what_commands_open_of_a_folder_in_half_precision_is_fp32(runner, tmp_path):
+    """A processor computes half precision many times slower; a folder with a runner says what it is computed in."""
+    model = AdaptiveViT(make_vit()).eval().half()
+    (model if runner is None else model.deploy(runner)).save(tmp_path / "m")
+    assert {p.dtype for p in open_model(str(tmp_path / "m")).parameters()} == {torch.float32}
+    kept = torch.float32 if runner is None else torch.float16
+    assert {p.dtype for p in open_model(str(tmp_path / "m"), deployed=True).parameters()} == {kept}
 
 
 def test_the_built_in_model_is_timed():

@@ -191,8 +191,9 @@ def open_model(
     """The model that a source names, in evaluation mode unless it is one.
 
     Args:
-        source: a timm name, with ``weights`` or ``pretrained``; a folder that Saccade wrote; a timm ViT or an
-            AdaptiveViT, which is taken as it is, and copied where it gets other weights or another device.
+        source: a timm name, with ``weights`` or ``pretrained``; a folder that Saccade wrote, of which half precision
+            becomes fp32; a timm ViT or an AdaptiveViT, which is taken as it is, and copied where it gets other weights
+            or another device.
         weights: a safetensors file with timm's keys.
         pretrained: timm's own weights, from the hub.
         device: "cpu", "cuda:1", …; "auto": a GPU where there is one. None: where a model is; for others "auto".
@@ -222,6 +223,8 @@ def open_model(
                 "here give the model that it was made of"
             )
         model = load_model(name) if deployed else load_model(name, runner=None)
+        if model.deployed is None and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
+            model = model.float()  # what a folder holds in half precision a processor computes many times slower
     elif not is_address(name) and (os.sep in name or name.endswith(CONFIG) or isinstance(source, Path)):
         raise UserError(f"there is no model folder {name!r}")
     else:
