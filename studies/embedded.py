@@ -36,10 +36,10 @@ and nothing else: it is of no use for photos**, and its accuracies say nothing a
 * **Data**: `scenes` (`saccade/data/scenes.py`): ten classes of bright shapes at any place, angle and scale from 27 to
   58 pixels, on dark 1/f backgrounds with textures and one to three things that are none of the classes. 40,000 for
   training, 2,000 to choose by, 10,000 to test. No photo, no download.
-* **Training**: `saccade train scenes` at half the width, {before[step]:,} steps, small
-  inputs first (`saccade/configs/scenes.toml`); widened so that it computes the same (`studies/widened.py`); then
-  {epochs:g} epochs in {steps:,} steps, {images:,} views, {gmacs:,.0f} GMACs (forward and backward), {minutes:.0f}
-  minutes on one CPU core beside other work, one setting a step. The commands are in `studies/embedded.py`;
+* **Training**: `saccade train scenes` at half the width, {before[step]:,} steps, small inputs first
+  (`saccade/configs/scenes.toml`); widened so that it computes the same (`studies/widened.py`); then {epochs:g} epochs
+  in {steps:,} steps, {images:,} views, {gmacs:,.0f} GMACs (forward and backward), {minutes:.0f} minutes on one CPU core
+  beside other work, one setting a step. The commands are in `studies/embedded.py`;
   `metrics.csv` and `checks.csv` are the log of the second run. The weights are those of its step {step:,}, the best on
   the validation scenes.
 
@@ -60,7 +60,7 @@ def main() -> None:
 
     model = saccade.load(run / "model")
     told = json.loads((run / "model" / "config.json").read_text())["saccade"]
-    facts = json.loads(next((run / "checkpoints").glob("last-*/state.json")).read_text())
+    facts = json.loads(max((run / "checkpoints").glob("last-*/state.json")).read_text())
     start = json.loads((Path(facts["config"]["model"]["name"]) / "config.json").read_text())["saccade"]["trained"]
     trained = {key: told["trained"][key] for key in ("images", "step", "seed", "checked")}
     save(model.half(), arguments.out, classes=told["classes"], trained=trained)
