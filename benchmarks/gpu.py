@@ -77,11 +77,14 @@ def work(model: str, batch: int, setting: str, seconds: float) -> None:
     """A worker: compile, say so, wait for its turn, and print its rows."""
     in_turn = interleaved.in_turn
 
-    def waited(ways: Any, more: Any, clock: interleaved.Clock = time.perf_counter) -> dict[str, list[float]]:
+    def waited(
+        ways: Any, more: Any, clock: interleaved.Clock = time.perf_counter, own_threads: Any = None
+    ) -> dict[str, list[float]]:
         print(READY, flush=True)
         input()
         start = clock()  # that of ``more`` ran while this waited
-        return in_turn(ways, lambda runs: runs < LEAST_RUNS or (clock() - start < seconds and runs < MOST_RUNS), clock)
+        enough = lambda runs: runs < LEAST_RUNS or (clock() - start < seconds and runs < MOST_RUNS)  # noqa: E731
+        return in_turn(ways, enough, clock, own_threads or {})
 
     interleaved.in_turn = waited
     rows = measured(model, batch, [setting], ["compile"], seconds)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -341,3 +342,17 @@ def test_real_sweep_collapses_away_from_its_patch_size(data_dir, tmp_path):
     value = {r.setting: r.value.mean for r in rows}
     assert value["dense"] == value["grid(16)"] > value["grid(28)"] > value["grid(32)"]
     assert torch.tensor([r.gmacs for r in rows[1:]]).diff().max() < 0
+
+
+def test_an_engine_behind_pytorch_runs_once_before_it_is_timed():
+    """PyTorch's threads wait at full speed for a while, on the cores of the engine's."""
+    ran: list[str] = []
+    ways = {name: (lambda images, name=name: ran.append(name), torch.zeros(1)) for name in ("a", "b", "c")}
+    times = interleaved.in_turn(ways, lambda rounds: rounds < 5, own_threads={"c": True})
+    assert all(len(found) == 5 for found in times.values())
+    runs = [ran[0], *(name for before, name in pairwise(ran) if name != before)]
+    changes = sum((one == "c") != (other == "c") for one, other in pairwise(runs))
+    assert len(ran) == 3 * 5 + changes and changes >= 5
+    ran.clear()
+    interleaved.in_turn(ways, lambda rounds: rounds < 5)
+    assert len(ran) == 3 * 5

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from saccade.model import AdaptiveViT
 from saccade.runners.allocator import steady_allocator
 from saccade.runners.deployment import eager, engine_failure
 from saccade.runners.exported import has_fixed_counts
-from saccade.runners.runner import EAGER, FP32, Runner
+from saccade.runners.runner import EAGER, FP32, ON_PROCESSOR, Runner
 from saccade.terminal.progress import Progress
 
 LEAST_RUNS, MOST_RUNS = 7, 500
@@ -118,25 +119,38 @@ def interleaved(
         late = runs >= FEW_RUNS and clock() - start > most
         return not late and (runs < least or (clock() - begun < seconds and runs < MOST_RUNS))
 
-    times = in_turn(ready, more, clock)
-    advance.finish()
     runners = {name: entries[name].deployed or FP32 for name in ready}
+    times = in_turn(ready, more, clock, {name: runner.engine in ON_PROCESSOR for name, runner in runners.items()})
+    advance.finish()
     return {n: Timed(runners[n], times[n], facts[n], n not in broken) for n in ready}, failed
 
 
 def in_turn(
-    ways: Mapping[str, tuple[Way, Tensor]], more: Callable[[int], bool], clock: Clock = time.perf_counter
+    ways: Mapping[str, tuple[Way, Tensor]],
+    more: Callable[[int], bool],
+    clock: Clock = time.perf_counter,
+    own_threads: Mapping[str, bool] = MappingProxyType({}),
 ) -> dict[str, list[float]]:
     """Seconds of each way on its images, round by round, for as long as there should be ``more`` than so many rounds.
 
     Each round has another order, the same in every process: none is always the first, or behind the heaviest.
+
+    Args:
+        own_threads: whether a way computes in threads of its own, not PyTorch's. Behind one of the other kind a way
+            runs once untimed: PyTorch's threads wait for more work at full speed, for milliseconds that an engine's
+            first run would have to share its cores with them.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
     order, draw, rounds = list(ways), random.Random(0), 0
+    before: bool | None = None
     while more(rounds):
         draw.shuffle(order)
         for name in order:
             apart = [torch.empty(draw.randrange(1, APART)) for _ in range(3)]
+            kind = own_threads.get(name, False)
+            if before not in (None, kind):
+                _timed(*ways[name], clock)
+            before = kind
             times[name].append(_timed(*ways[name], clock))
             del apart
         rounds += 1
