@@ -7,8 +7,8 @@ Method    A pretrained model, nothing trained, in the runner that one would depl
           the nearest of a search in milliseconds, within the time that the curve tells of the first. Both are timed in
           one interleaved run with the dense model; the other half of the photos reports KL, top-1 and paired
           differences, 95 % intervals over images. With ``--wide`` the model is twice as wide (ViT-Ti as ViT-S) and
-          computes the same: every channel, head and hidden unit stands there twice, with half of the weight. So the
-          time is that of the larger model, and the answers those of weights that were trained.
+          computes the same: every channel, head and hidden unit stands there twice, with half of the weight. So time
+          and MACs are those of the larger model, and the answers those of weights that were trained.
 Command   python studies/milliseconds.py vit_tiny_patch16_224 vit_tiny_patch16_224.safetensors inval227_dev.zip
           --runner "openvino bf16" --batch 1 --out runs/milliseconds
 Cost      an estimate: 25 minutes of two cores, alone on the machine for the times; searches go on where they stopped
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -32,12 +33,13 @@ import saccade
 from saccade.core.timm_types import ViT
 from saccade.data import open_images
 from saccade.evaluation.allowance import Allowance
+from saccade.evaluation.candidates import price
 from saccade.evaluation.device_curve import curve_of
 from saccade.evaluation.evaluator import Evaluator
 from saccade.evaluation.prediction_cache import Cache
 from saccade.evaluation.schedule import Space
 from saccade.evaluation.schedule_candidates import schedules
-from saccade.evaluation.schedule_price import macs, milliseconds, points
+from saccade.evaluation.schedule_price import TIME_MARGIN, Price, macs, milliseconds, points
 from saccade.evaluation.speed import time_together
 from saccade.evaluation.stats import paired_difference
 from saccade.evaluation.successive_halving import shuffled_halves
@@ -59,43 +61,50 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model, runner = saccade.create_model(given.model, weights=given.weights).eval(), Runner.of(given.runner)
+    priced = model  # what takes the time; the other one gives the same answers
     if given.wide:
-        model = saccade.AdaptiveViT(widen(model.vit, cast(ViT, timm.create_model(given.wide)))).eval()
+        priced = saccade.AdaptiveViT(widen(model.vit, cast(ViT, timm.create_model(given.wide)))).eval()
     evaluator = Evaluator(model, open_images(given.data, given.split))
     store = Cache.of(given.out / "cache", evaluator)
     select, report = shuffled_halves(len(evaluator.images), 0, evaluator.labels)
-    space = Space.of(model)
-    curve = curve_of(model, points(space), runner=runner, batch=given.batch, seconds=given.seconds)
-    dense_ms = curve.predict(model.at("dense").eval())
+    space = Space.of(priced)
+    curve = curve_of(priced, points(space), runner=runner, batch=given.batch, seconds=given.seconds)
+    dense_ms = curve.predict(priced.at("dense").eval())
     assert dense_ms is not None  # a curve knows the dense model
     rows = []
     for speed in given.speeds:
         search = partial(schedules, evaluator, select, allowance=Allowance(), tries=given.tries, folder=store.folder)
-        found = search(partial(macs, ratio=speed)).candidates
-        told = {c.setting: curve.predict(model.at(c.setting).eval()) for c in found}
-        by_macs, limit = next((s, ms) for s, ms in told.items() if ms is not None)  # not every mosaic is in a curve
+        name = f"{speed} {given.wide or given.model}"
+        by_macs = search(partial(told, space, macs(space, speed, name))).candidates[0].setting
+        limit = curve.predict(priced.at(by_macs).eval())
+        assert limit is not None
         print(f"{speed}×: {by_macs} takes {limit:.3f} of {dense_ms:.3f} ms by the curve", file=sys.stderr, flush=True)
-        price = partial(milliseconds, limit=limit, dense_ms=dense_ms, runner=runner, batch=given.batch)
-        by_time = search(partial(price, key=f"{speed}")).candidates[0].setting
-        rows += compared(evaluator, store, report, runner, given.batch, given.seconds, speed, by_macs, by_time)
+        in_ms = milliseconds(space, TIME_MARGIN * limit, dense_ms, runner, given.batch, name)
+        by_time = search(partial(told, space, in_ms)).candidates[0].setting
+        settings = {"dense": "dense", "found for MACs": by_macs, "found for time": by_time}
+        rows += compared(evaluator, store, report, priced, runner, given.batch, given.seconds, speed, settings)
         write_json(given.out / "milliseconds.json", {"rows": rows})
     print(json.dumps(rows, indent=2, ensure_ascii=False))
+
+
+def told(space: Space, given: Price, _: Space) -> Price:
+    """A price for the search of another model's schedules, by what they cost in this one."""
+    return replace(given, cost=lambda _, schedule: given.cost(space, schedule))
 
 
 def compared(
     evaluator: Evaluator,
     store: Cache,
     report: list[int],
+    priced: saccade.AdaptiveViT,
     runner: Runner,
     batch: int,
     seconds: float,
     speed: float,
-    by_macs: str,
-    by_time: str,
+    settings: dict[str, str],
 ) -> list[dict]:
     """A row for each schedule: time in the runner, KL and top-1 on the half that reports, against the other one."""
-    settings = {"dense": "dense", "found for MACs": by_macs, "found for time": by_time}
-    base = evaluator.dense.deploy(Runner(runner.dtype, runner.engine, batch))
+    base = priced.deploy(Runner(runner.dtype, runner.engine, batch))
     timed = time_together({name: base.at(s).eval() for name, s in settings.items()}, batch, seconds)
     rows, said = [], {}
     for (name, setting), row in zip(settings.items(), timed, strict=True):
@@ -103,7 +112,7 @@ def compared(
         found = store.get(setting, report, partial(evaluator.predict, view, report))
         said[name] = found.at(found.indices.argsort())
         hits = evaluator.hits(said[name]).double()
-        entry = {"speed": speed, "schedule": name, "setting": setting, "gmacs": found.macs.mean().item() / 1e9}
+        entry = {"speed": speed, "schedule": name, "setting": setting, "gmacs": price(priced, setting) / 1e9}
         entry |= {"ms": row.p50_ms, "speedup": row.speedup, "kl": found.kl.double().mean().item()}
         entry |= {"top1": hits.mean().item(), "images": len(hits)}
         entry["against dense"] = paired_difference(hits, evaluator.hits(said["dense"]).double()).three()

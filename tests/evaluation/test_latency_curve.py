@@ -109,6 +109,22 @@ def test_few_tokens_come_to_a_method_as_well_as_many(lawful):
         assert curve.predict(view) == pytest.approx(law(view), rel=1e-6), setting
 
 
+def test_a_tokenizer_that_was_not_timed_takes_what_lies_between_its_family(lawful):
+    model = tiny().eval()
+    many, *_, few = [s for s in registry()["quadtree"].menu(model.backbone) if "size=64" in s]
+    alike = latency_curve.family(few)
+    assert alike == latency_curve.family(many) != latency_curve.family("quadtree(7, size=96)")
+    assert latency_curve.family("grid(16, size=48)") == latency_curve.family("grid(32)") == ""
+    curve = measure(model, [few, many], batch=1)
+    between = replace(curve, families=curve.families | {alike: ((5.0, 1.0), (9.0, 3.0))}, tokenizers={})
+    view = model.at(few).eval()
+    tokens = work_of(view).attention[0]
+    assert between.predict(view) - between.in_blocks(work_of(view)) == pytest.approx((tokens - 3) / 2)
+    assert curve.predict(view) == pytest.approx(law(view), rel=1e-6)
+    other = replace(curve, families={name: pairs for name, pairs in curve.families.items() if name != alike})
+    assert replace(other, tokenizers={}).predict(view) is None
+
+
 def test_a_model_of_few_patches_has_a_curve(lawful):
     """Of three patches 85 % are three: a block of all tokens is timed once."""
     model = tiny(img_size=(16, 48)).eval()

@@ -6,11 +6,13 @@ import pytest
 
 from saccade.evaluation.allowance import Allowance
 from saccade.evaluation.candidates import Candidate, Target
+from saccade.evaluation.latency_curve import family, split
 from saccade.evaluation.options import Option
 from saccade.evaluation.schedule import Space, by_macs
 from saccade.evaluation.schedule_price import ASSUMED, MACS_MARGIN, TIME_MARGIN, macs, points, price_of
 from saccade.evaluation.ways import Ways
 from saccade.runners.runner import FP32, Runner
+from saccade.setting import Setting
 from saccade.terminal.progress import Progress
 from small_runs import tiny
 
@@ -78,4 +80,5 @@ def test_points_are_few_and_of_what_a_schedule_holds(space):
     found = points(space)
     methods = {rule.method for rule in space.rules}
     assert {s.partition("(")[0] for s in found} >= methods and len(found) <= 3 * len(methods) + 2
+    assert {family(s) for s in space.tokenizers} <= {family(split(Setting.parse(s))[0]) for s in found}
     assert macs(space, 2.0).limit == space.macs(space.empty("")) / 2

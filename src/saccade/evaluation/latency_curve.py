@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,8 @@ class LatencyCurve:
         tokens: numbers of tokens, prefix included, in order; block: what a block of so many takes.
         tokenizers: by tokenizer, embedding, head and all else that no block does; "": the model's own.
         methods: by method, what deciding takes for a site, and for each token that comes to it.
-        grids: tokens and milliseconds of the tokenizers that decide nothing, fewest tokens first: one that was not
-            timed takes what lies between its neighbours.
+        families: by family of tokenizers, tokens and milliseconds, fewest tokens first: one that was not timed takes
+            what lies between its neighbours.
     """
 
     runner: str
@@ -50,7 +50,7 @@ class LatencyCurve:
     block: tuple[float, ...]
     tokenizers: dict[str, float]
     methods: dict[str, tuple[float, float]]
-    grids: tuple[tuple[float, float], ...] = ()
+    families: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
 
     def predict(self, model: AdaptiveViT) -> float | None:
         """Of a batch under a model's setting; None where the curve does not know a part of it, and where a runner masks
@@ -69,10 +69,11 @@ class LatencyCurve:
 
     def outside(self, tokenizer: str, work: Work) -> float | None:
         """Of all that is in no block; None where the tokenizer is not known."""
-        if tokenizer in self.tokenizers or not self.grids or not decides_nothing(tokenizer):
-            return self.tokenizers.get(tokenizer)
-        tokens, times = zip(*self.grids, strict=True)
-        return float(np.interp(work.attention[0], [*tokens], [*times]))
+        if tokenizer in self.tokenizers:
+            return self.tokenizers[tokenizer]
+        if (alike := self.families.get(family(tokenizer))) is None:
+            return None
+        return float(np.interp(work.attention[0], [n for n, _ in alike], [ms for _, ms in alike]))
 
     def scaled(self, factor: float) -> LatencyCurve:
         """The same where everything takes so many times as long: a machine is not as fast in every hour."""
@@ -81,7 +82,7 @@ class LatencyCurve:
             block=tuple(factor * ms for ms in self.block),
             tokenizers={name: factor * ms for name, ms in self.tokenizers.items()},
             methods={name: (factor * site, factor * token) for name, (site, token) in self.methods.items()},
-            grids=tuple((tokens, factor * ms) for tokens, ms in self.grids),
+            families={name: tuple((n, factor * ms) for n, ms in alike) for name, alike in self.families.items()},
         )
 
     def in_blocks(self, work: Work) -> float:
@@ -115,11 +116,11 @@ class LatencyCurve:
         tokens, block = (tuple(map(float, told[name])) for name in ("tokens", "block"))
         tokenizers = {str(name): float(ms) for name, ms in told["tokenizers"].items()}
         methods = {str(name): (float(site), float(token)) for name, (site, token) in told["methods"].items()}
-        grids = tuple((float(n), float(ms)) for n, ms in told["grids"])
+        alike = {str(name): tuple((float(n), float(ms)) for n, ms in pairs) for name, pairs in told["families"].items()}
         if len(tokens) < 2 or len(tokens) != len(block):
             raise ValueError
         cost = BlockCost(**{name: int(value) for name, value in told["cost"].items()})
-        return cls(str(told["runner"]), int(told["batch"]), cost, tokens, block, tokenizers, methods, grids)
+        return cls(str(told["runner"]), int(told["batch"]), cost, tokens, block, tokenizers, methods, alike)
 
 
 def weights(cost: BlockCost, tokens: Sequence[float], work: Work) -> list[float]:
@@ -152,6 +153,14 @@ def split(setting: Setting) -> tuple[str, Setting]:
 def decides_nothing(tokenizer: str) -> bool:
     """Whether a tokenizer is a grid, of whatever size: it treats all images, and all of an image, alike."""
     return bool(tokenizer) and all(registry()[call.name].baseline for call in Setting.parse(tokenizer).calls)
+
+
+def family(tokenizer: str) -> str:
+    """What tokenizers have in common that differ in their number of tokens: their name and what else they are told by
+    name. All grids, of whatever size, are one: ""."""
+    if not tokenizer or decides_nothing(tokenizer):
+        return ""
+    return str(Setting(tuple(replace(call, args=()) for call in Setting.parse(tokenizer).calls)))
 
 
 def measure(
@@ -207,9 +216,11 @@ def fitted(
     alone = {name: split(Setting.parse(name)) for name in some}
     firsts = {first: name for name, (first, methods) in alone.items() if first and not methods.calls}
     tokenizers = {first: left[name] for first, name in firsts.items()}
-    grids = {works[name].attention[0]: left[name] for first, name in firsts.items() if decides_nothing(first)}
-    grids[tokens[-1]] = rest
-    outer = replace(blocks, tokenizers={"": rest, **tokenizers}, grids=tuple(sorted(grids.items())))
+    alike = {"": {tokens[-1]: rest}}
+    for first, name in firsts.items():
+        alike.setdefault(family(first), {}).setdefault(works[name].attention[0], left[name])
+    families = {name: tuple(sorted(pairs.items())) for name, pairs in alike.items()}
+    outer = replace(blocks, tokenizers={"": rest, **tokenizers}, families=families)
     outside = {name: outer.outside(first, works[name]) for name, (first, _) in alone.items()}
     names = {name: next(iter(works[name].deciding)) for name in some if len(works[name].deciding) == 1}
     methods = {}

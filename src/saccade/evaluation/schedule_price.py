@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from saccade.evaluation.allowance import Allowance
 from saccade.evaluation.candidates import Target
 from saccade.evaluation.device_curve import curve_of, known_curve, some_of_each
-from saccade.evaluation.latency_curve import LatencyCurve, split
+from saccade.evaluation.latency_curve import LatencyCurve, family, split
 from saccade.evaluation.latency_curve import points as curve_points
 from saccade.evaluation.schedule import Cost, Space, by_macs
 from saccade.evaluation.ways import Ways
@@ -88,10 +88,11 @@ def milliseconds(
 
 def points(space: Space) -> list[str]:
     """Settings that tell what schedules cost: of each method of theirs two strengths, the stronger on a smaller input
-    as well; of tokenizers the smallest, and that of the smaller input."""
+    as well; of tokenizers that of the smaller input, and of each family but grids the one in the middle."""
     methods = {rule.method for rule in space.rules}
     parts = {s: split(Setting.parse(s)) for s in some_of_each(space.model)}
     alone = {s: first for s, (first, own) in parts.items() if own.calls and own.calls[0].name in methods}
     by_tokens = sorted((t for t in space.tokenizers if t), key=space.tokens)
     between = [first for first in alone.values() if first] or by_tokens[len(by_tokens) // 2 :][:1]
-    return [*alone, *dict.fromkeys([*by_tokens[:1], *between])]
+    families = [[t for t in by_tokens if family(t) == name] for name in dict.fromkeys(map(family, by_tokens)) if name]
+    return [*alone, *dict.fromkeys([*between, *(alike[len(alike) // 2] for alike in families)])]
