@@ -40,7 +40,8 @@ SITE, TOKEN = {"tome": 0.3, "evit": 0.5}, {"tome": 0.02, "evit": 0.01}
 
 def law(model) -> float:
     """Milliseconds, written out: a block of n tokens takes 1 + n / 10, shared between its halves by their MACs."""
-    cost, total = model.backbone.cost, 1 + math.prod(model.input_size()) / 2048
+    mosaic = any(call.name == "quadtree" for call in model.setting.calls)
+    cost, total = model.backbone.cost, 1 + mosaic * math.prod(model.input_size()) / 2048
     with torch.inference_mode():
         trace = model(torch.zeros(1, 3, *model.input_size())).trace
     prefix = model.backbone.num_prefix
@@ -109,20 +110,35 @@ def test_few_tokens_come_to_a_method_as_well_as_many(lawful):
         assert curve.predict(view) == pytest.approx(law(view), rel=1e-6), setting
 
 
-def test_a_tokenizer_that_was_not_timed_takes_what_lies_between_its_family(lawful):
+def test_a_tokenizer_that_was_not_timed_takes_what_its_family_does(lawful):
     model = tiny().eval()
-    many, *_, few = [s for s in registry()["quadtree"].menu(model.backbone) if "size=64" in s]
-    alike = latency_curve.family(few)
-    assert alike == latency_curve.family(many) != latency_curve.family("quadtree(7, size=96)")
+    menu = registry()["quadtree"].menu(model.backbone)
+    small, large = ([s for s in menu if size in s] for size in ("size=64", "size=128"))
+    assert len({*map(latency_curve.family, small)}) == 1 and len(small) > 2 and large
     assert latency_curve.family("grid(16, size=48)") == latency_curve.family("grid(32)") == ""
-    curve = measure(model, [few, many], batch=1)
-    between = replace(curve, families=curve.families | {alike: ((5.0, 1.0), (9.0, 3.0))}, tokenizers={})
-    view = model.at(few).eval()
-    tokens = work_of(view).attention[0]
-    assert between.predict(view) - between.in_blocks(work_of(view)) == pytest.approx((tokens - 3) / 2)
-    assert curve.predict(view) == pytest.approx(law(view), rel=1e-6)
-    other = replace(curve, families={name: pairs for name, pairs in curve.families.items() if name != alike})
-    assert replace(other, tokenizers={}).predict(view) is None
+    curve = measure(model, [small[0], small[-1], *KNOWN], batch=1)
+    for setting in [*small, f"{small[1]} | tome(r=1)"]:
+        view = model.at(setting).eval()
+        assert curve.predict(view) == pytest.approx(law(view), rel=1e-6), setting
+    assert curve.predict(model.at(large[0]).eval()) is None, "of another size none was timed"
+
+
+def test_a_number_of_tokens_that_a_kernel_does_not_like_is_told_from_others(lawful, monkeypatch):
+    """Where the blocks of a smaller input take longer than the line through their neighbours: there alone."""
+    model, slow = tiny().eval(), "grid(16, size=48)"
+
+    def timed(entries, *args, **options):
+        extra = {name: 3.0 * str(view.setting).startswith(slow) for name, view in entries.items()}
+        return {name: SimpleNamespace(p50=(law(view) + extra[name]) / 1000) for name, view in entries.items()}, {}
+
+    monkeypatch.setattr(latency_curve, "interleaved", timed)
+    cut = latency_curve._cuts(model)
+    monkeypatch.setattr(latency_curve, "_cuts", lambda _: [s for s in cut if not s.startswith("cut(9,")])
+    curve = measure(model, KNOWN, batch=1)
+    view = model.at(slow).eval()
+    assert curve.predict(view) == pytest.approx(law(view) + 3.0, rel=1e-6)
+    early = model.at(f"{slow} | evit(0.3, at=(0,))").eval()
+    assert law(early) < curve.predict(early) < law(early) + 2.0, "most of its blocks have fewer tokens"
 
 
 def test_a_model_of_few_patches_has_a_curve(lawful):
@@ -176,7 +192,7 @@ def test_doctor_measures_a_curve_once_and_prints_it(lawful, monkeypatch, tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = tiny().eval()
     found = device_curve(model, batch=2)
-    assert found.table().rows[0][0] == "a block of 3 tokens" and "fp32, batch 2" in found.table().title
+    assert found.table().rows[0][0] == "a block of 2 tokens" and "fp32, batch 2" in found.table().title
     assert any(row.part == "tome: deciding, a block" and row.each_token_us is not None for row in found.rows)
     monkeypatch.setattr(latency_curve, "interleaved", None)  # it is not measured again
     assert device_curve(model, batch=2).curve == found.curve

@@ -45,7 +45,9 @@ class DeviceCurve(Result):
         blocks = zip(curve.tokens, curve.block, strict=True)
         self.rows = [CurveRow(f"a block of {round(n)} tokens", ms) for n, ms in blocks]
         self.rows += [
-            CurveRow(f"{name or 'own grid'}: embedding and head", ms) for name, ms in curve.tokenizers.items()
+            CurveRow(f"{name or 'grid'}, {round(n)} tokens: embedding and head", ms)
+            for name, pairs in curve.tokenizers.items()
+            for n, ms in pairs
         ]
         self.rows += [
             CurveRow(f"{name}: deciding, a block", ms, 1e3 * token) for name, (ms, token) in curve.methods.items()

@@ -3,14 +3,15 @@
 Measured once, by a handful of settings in one interleaved run. Then a setting is priced in milliseconds from the tokens
 in its blocks (``evaluation/work.py``), without being timed: a block's time lies on the line between measured numbers of
 tokens, attention's part of it by MACs; a method's deciding takes a time for each site and one for each token that comes
-to it; a tokenizer takes what is left of its own setting's time.
+to it. A kernel may take longer for 79 tokens than for 101, so what tokenizers give are measured numbers too: there the
+first blocks are, and often most.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from saccade.runners.runner import EAGER, FP32, Runner
 from saccade.setting import Setting
 from saccade.terminal.progress import Progress
 
-SHARES = (0.85, 0.7, 0.55, 0.4, 0.25, 0.12)  # of the model's tokens, at which blocks are timed beside all of them
+SIDES = [k / 14 for k in (13, 12, 11, 10, 9, 8, 5)]  # of the model's grid: blocks are timed at as many tokens
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ class LatencyCurve:
 
     Attributes:
         tokens: numbers of tokens, prefix included, in order; block: what a block of so many takes.
-        tokenizers: by tokenizer, embedding, head and all else that no block does; "": the model's own.
+        tokenizers: by family of tokenizers, embedding, head and all else that no block does, by tokens, fewest first;
+            what lies between is on the line. "": grids, and the model's own.
         methods: by method, what deciding takes for a site, and for each token that comes to it.
-        families: by family of tokenizers, tokens and milliseconds, fewest tokens first: one that was not timed takes
-            what lies between its neighbours.
     """
 
     runner: str
@@ -48,9 +48,8 @@ class LatencyCurve:
     cost: BlockCost
     tokens: tuple[float, ...]
     block: tuple[float, ...]
-    tokenizers: dict[str, float]
+    tokenizers: dict[str, tuple[tuple[float, float], ...]]
     methods: dict[str, tuple[float, float]]
-    families: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
 
     def predict(self, model: AdaptiveViT) -> float | None:
         """Of a batch under a model's setting; None where the curve does not know a part of it, and where a runner masks
@@ -69,9 +68,7 @@ class LatencyCurve:
 
     def outside(self, tokenizer: str, work: Work) -> float | None:
         """Of all that is in no block; None where the tokenizer is not known."""
-        if tokenizer in self.tokenizers:
-            return self.tokenizers[tokenizer]
-        if (alike := self.families.get(family(tokenizer))) is None:
+        if (alike := self.tokenizers.get(family(tokenizer))) is None:
             return None
         return float(np.interp(work.attention[0], [n for n, _ in alike], [ms for _, ms in alike]))
 
@@ -80,9 +77,8 @@ class LatencyCurve:
         return replace(
             self,
             block=tuple(factor * ms for ms in self.block),
-            tokenizers={name: factor * ms for name, ms in self.tokenizers.items()},
+            tokenizers={name: tuple((n, factor * ms) for n, ms in pairs) for name, pairs in self.tokenizers.items()},
             methods={name: (factor * site, factor * token) for name, (site, token) in self.methods.items()},
-            families={name: tuple((n, factor * ms) for n, ms in alike) for name, alike in self.families.items()},
         )
 
     def in_blocks(self, work: Work) -> float:
@@ -114,13 +110,13 @@ class LatencyCurve:
     def from_dict(cls, told: dict[str, Any]) -> LatencyCurve:
         """The inverse. Raises TypeError, ValueError, KeyError for what is no curve."""
         tokens, block = (tuple(map(float, told[name])) for name in ("tokens", "block"))
-        tokenizers = {str(name): float(ms) for name, ms in told["tokenizers"].items()}
+        some = {str(name): pairs for name, pairs in told["tokenizers"].items()}
+        tokenizers = {name: tuple((float(n), float(ms)) for n, ms in pairs) for name, pairs in some.items()}
         methods = {str(name): (float(site), float(token)) for name, (site, token) in told["methods"].items()}
-        alike = {str(name): tuple((float(n), float(ms)) for n, ms in pairs) for name, pairs in told["families"].items()}
         if len(tokens) < 2 or len(tokens) != len(block):
             raise ValueError
         cost = BlockCost(**{name: int(value) for name, value in told["cost"].items()})
-        return cls(str(told["runner"]), int(told["batch"]), cost, tokens, block, tokenizers, methods, alike)
+        return cls(str(told["runner"]), int(told["batch"]), cost, tokens, block, tokenizers, methods)
 
 
 def weights(cost: BlockCost, tokens: Sequence[float], work: Work) -> list[float]:
@@ -194,51 +190,52 @@ def _shorter(model: AdaptiveViT) -> str:
     return f"depth({max(1, model.backbone.depth // 2)})"
 
 
-def _cuts(model: AdaptiveViT) -> dict[str, float]:
-    """All blocks with fewer tokens, without deciding which: settings, and how many tokens those are, fewest first."""
-    prefix, patches = model.backbone.num_prefix, model.backbone.num_patches
-    counts = sorted({max(1, round(share * patches)) for share in SHARES} - {patches})
-    return {str(Setting(calls("block", [(0, count)]))): float(prefix + count) for count in counts}
+def _cuts(model: AdaptiveViT) -> list[str]:
+    """All blocks with fewer tokens, without deciding which: as many as smaller grids have."""
+    high, wide = (side // patch for side, patch in zip(model.input_size(), model.backbone.patch_size, strict=True))
+    counts = {max(1, round(high * s)) * max(1, round(wide * s)) for s in SIDES} - {model.backbone.num_patches}
+    return [str(Setting(calls("block", [(0, count)]))) for count in sorted(counts)]
 
 
 def fitted(
     model: AdaptiveViT, settings: Iterable[str], times: Mapping[str, float], runner: Runner, batch: int
 ) -> LatencyCurve:
     """The curve by milliseconds of its ``points``, of one interleaved run; what is not among them is not known."""
-    cost, cuts = model.backbone.cost, {name: n for name, n in _cuts(model).items() if name in times}
+    bare = [name for name in points(model, []) if name in times]
     some = [s for s in settings if s in times and not masked(model.at(s).eval(), runner)]
-    bare = ["dense", _shorter(model), *cuts]
     works = {name: work_of(model.at(name).eval()) for name in dict.fromkeys([*bare, *some])}
-    tokens = (*cuts.values(), float(model.backbone.num_prefix + model.backbone.num_patches))
-    block, rest = _blocks(cost, tokens, {name: works[name] for name in bare}, times)
-    blocks = LatencyCurve(str(runner), batch, cost, tokens, block, {"": rest}, {})
-    left = {name: times[name] - blocks.in_blocks(work) for name, work in works.items()}
-    alone = {name: split(Setting.parse(name)) for name in some}
-    firsts = {first: name for name, (first, methods) in alone.items() if first and not methods.calls}
-    tokenizers = {first: left[name] for first, name in firsts.items()}
-    alike = {"": {tokens[-1]: rest}}
-    for first, name in firsts.items():
-        alike.setdefault(family(first), {}).setdefault(works[name].attention[0], left[name])
-    families = {name: tuple(sorted(pairs.items())) for name, pairs in alike.items()}
-    outer = replace(blocks, tokenizers={"": rest, **tokenizers}, families=families)
-    outside = {name: outer.outside(first, works[name]) for name, (first, _) in alone.items()}
+    parts = {name: split(Setting.parse(name)) for name in some}
+    alone = {name: family(first) for name, (first, methods) in parts.items() if first and not methods.calls}
+    alike = [*bare, *(name for name, kind in alone.items() if not kind)]
+    curve = _blocks(LatencyCurve(str(runner), batch, model.backbone.cost, (), (), {}, {}), alike, works, times)
+    left = {name: times[name] - curve.in_blocks(work) for name, work in works.items()}
+    for kind in dict.fromkeys(filter(None, alone.values())):
+        pairs = sorted((works[name].attention[0], left[name]) for name, own in alone.items() if own == kind)
+        curve = replace(curve, tokenizers={**curve.tokenizers, kind: tuple(pairs)})
+    outside = {name: curve.outside(first, works[name]) for name, (first, _) in parts.items()}
     names = {name: next(iter(works[name].deciding)) for name in some if len(works[name].deciding) == 1}
     methods = {}
     for method in dict.fromkeys(names.values()):
         own = [(n, out) for n in names if names[n] == method and (out := outside[n]) is not None]
         if own:
             methods[method] = _deciding([works[n].deciding[method] for n, _ in own], [left[n] - out for n, out in own])
-    return replace(outer, methods=methods)
+    return replace(curve, methods=methods)
 
 
 def _blocks(
-    cost: BlockCost, tokens: tuple[float, ...], works: dict[str, Work], times: Mapping[str, float]
-) -> tuple[tuple[float, ...], float]:
-    """Time of a block at each number of tokens, and of all that is in no block: by least squares."""
-    rows = torch.tensor([[1.0, *weights(cost, tokens, works[name])] for name in works], dtype=torch.float64)
-    found = torch.linalg.lstsq(rows, torch.tensor([times[name] for name in works], dtype=torch.float64)).solution
-    rest, *block = found.tolist()
-    return tuple(block), rest
+    curve: LatencyCurve, some: Sequence[str], works: Mapping[str, Work], times: Mapping[str, float]
+) -> LatencyCurve:
+    """With the time of a block at each number of tokens that comes to the first block of some settings, and of all that
+    is in no block, alike in all of them, by least squares.
+
+    The last block of a model that reads its class token alone has fewer tokens than come to it."""
+    blocks = [works[name].attention for name in some]
+    least = min(2, max(map(len, blocks)))
+    tokens = tuple(sorted({float(round(counts[0])) for counts in blocks if len(counts) >= least}))
+    rows = torch.tensor([[1.0, *weights(curve.cost, tokens, works[name])] for name in some], dtype=torch.float64)
+    y = torch.tensor([times[name] for name in some], dtype=torch.float64)
+    rest, *block = torch.linalg.lstsq(rows, y).solution.tolist()
+    return replace(curve, tokens=tokens, block=tuple(block), tokenizers={"": ((tokens[-1], rest),)})
 
 
 def _deciding(asked: list[tuple[float, float]], left: list[float]) -> tuple[float, float]:
