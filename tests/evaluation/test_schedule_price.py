@@ -79,6 +79,6 @@ def test_a_ratio_is_what_is_left_to_settings():
 def test_points_are_few_and_of_what_a_schedule_holds(space):
     found = points(space)
     methods = {rule.method for rule in space.rules}
-    assert {s.partition("(")[0] for s in found} >= methods and len(found) <= 3 * len(methods) + 2
+    assert {s.partition("(")[0] for s in found} >= methods and len(found) <= 3 * len(methods) + 3
     assert {family(s) for s in space.tokenizers} <= {family(split(Setting.parse(s))[0]) for s in found}
     assert macs(space, 2.0).limit == space.macs(space.empty("")) / 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -22,6 +22,7 @@ from saccade.reports.latency_figures import latency_figures
 from saccade.reports.page import render_figures, render_page, section
 from saccade.runners.engine import engine_of, versions
 from saccade.runners.runner import FP32, Runner
+from saccade.setting import Call, Setting
 from saccade.storage.files import write_json
 from saccade.terminal.progress import Progress
 from saccade.terminal.results import Result
@@ -118,7 +119,8 @@ def known_curve(model: AdaptiveViT, some: Sequence[str], runner: Runner, batch: 
 
 def some_of_each(model: AdaptiveViT) -> list[str]:
     """Settings by which methods and tokenizers are known: of a method the weakest and the strongest of its menu, and
-    the strongest on a smaller input, where there is one, so that few tokens come to it as well as many."""
+    the strongest on a smaller input, where there is one, so that few tokens come to it as well as many; and what of the
+    strongest decides in another way, where a method counts in several ways."""
     menus = [(entry.kind, entry.menu(model.backbone)) for entry in registry().values()]
     grids = [s for kind, menu in menus if kind == "tokenizer" for s in menu if decides_nothing(s)]
     half = (model.backbone.num_prefix + model.backbone.num_patches) / 2
@@ -131,10 +133,21 @@ def some_of_each(model: AdaptiveViT) -> list[str]:
                 return [str(view.setting)] if work_of(view).deciding else []
         return []
 
+    def in_one_way(setting: str) -> Iterator[str]:
+        (call,) = Setting.parse(setting).calls
+        entry, whole = registry()[call.name], work_of(model.at(setting).eval()).deciding
+        given = dict(zip(entry.knobs, call.args, strict=False)) | dict(call.kwargs)
+        for knob in entry.counts if len(entry.counts) > 1 else ():
+            zeros = {other: 0 for other in entry.counts if other != knob}
+            alone = str(Setting((Call(call.name, (), tuple((given | zeros).items())),)))
+            if not work_of(model.at(alone).eval()).deciding.keys() <= whole.keys():
+                yield alone
+
     found: list[str] = []
     for kind, menu in menus:
         strongest = menu[-1:]
-        found += menu if kind == "tokenizer" else [*menu[:1], *strongest, *chain(*map(on_smaller, strongest))]
+        apart = chain(*map(on_smaller, strongest), *map(in_one_way, strongest))
+        found += menu if kind == "tokenizer" else [*menu[:1], *strongest, *apart]
     return list(dict.fromkeys(found))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saccade.core.plan import Backbone, Method, Plan, Reducer
+from saccade.core.plan import Backbone, Gater, Method, Plan, Reducer
 from saccade.core.record import BlockCost, BlockTrace, Count
 from saccade.core.registry import registry
 from saccade.methods.common import budget
@@ -25,7 +25,8 @@ class Work:
     Attributes:
         attention: by block, as many tokens as would cost attention what it costs, where all ask all.
         mlp: by block, tokens in the MLP.
-        deciding: by method, the sites where it decides, and the tokens that come to them in all.
+        deciding: by method, the sites where it decides, and the tokens that come to them in all. Of a method that
+            counts in several ways, sites that compare no tokens are apart: "…, by rank alone".
     """
 
     attention: tuple[float, ...]
@@ -45,8 +46,9 @@ def static_work(backbone: Backbone, methods: Iterable[Named]) -> Work:
         for step in plan.at.get(block, ()):
             if not isinstance(step, Reducer) or step.site != site or (left := step.count(n)) in (n, None):
                 continue
-            sites, tokens = deciding.get(owner[id(step)], (0.0, 0.0))
-            deciding[owner[id(step)]] = sites + 1, tokens + n
+            kind = _kind(owner[id(step)], step, n)
+            sites, tokens = deciding.get(kind, (0.0, 0.0))
+            deciding[kind] = sites + 1, tokens + n
             n = left
         return n
 
@@ -73,10 +75,12 @@ def work_of(model: AdaptiveViT) -> Work:
     noise = torch.randn(1, model.backbone.channels, *model.input_size(), generator=draw)
     with torch.inference_mode():
         blocks = model.deploy(None).eval()(noise.to(weight.device, weight.dtype)).trace.blocks
-    deciding = {name: _sites(method, blocks, model.backbone) for name, method in methods}
+    deciding: dict[str, tuple[float, float]] = {}
+    for name, method in methods:
+        deciding |= _sites(name, method, blocks, model.backbone)
     attention = tuple(_equal(b.cost, _number(_attention(b))) for b in blocks)
     mlp = tuple(_number(b.mlp if b.mlp_on is None else b.mlp * b.mlp_on) for b in blocks)
-    return Work(attention, mlp, {name: work for name, work in deciding.items() if work[0]})
+    return Work(attention, mlp, deciding)
 
 
 def attention_share(cost: BlockCost, tokens: float) -> float:
@@ -85,17 +89,25 @@ def attention_share(cost: BlockCost, tokens: float) -> float:
     return attention / (attention + tokens * cost.mlp) if tokens else 0.0
 
 
-def _sites(method: Method, blocks: tuple[BlockTrace, ...], backbone: Backbone) -> tuple[float, float]:
+def _kind(name: str, step: Reducer | Gater, n: int) -> str:
+    several = name in registry() and len(registry()[name].counts) > 1
+    return f"{name}, by rank alone" if several and not step.macs(n) else name
+
+
+def _sites(
+    name: str, method: Method, blocks: tuple[BlockTrace, ...], backbone: Backbone
+) -> dict[str, tuple[float, float]]:
     """Where a method has something to do, and the patch tokens that came there."""
-    came = []
+    found: dict[str, tuple[float, float]] = {}
     for at, step in zip(method.at, method.steps, strict=True):
         last = backbone.pool == "token" and at == len(blocks) - 1  # has no patches between its parts
         if at >= len(blocks) or (isinstance(step, Reducer) and step.site == "attn" and last):
             continue
         n = blocks[at].static_counts[0] - backbone.num_prefix
         if not isinstance(step, Reducer) or step.count(n) != n:
-            came.append(n)
-    return float(len(came)), float(sum(came))
+            sites, tokens = found.get(kind := _kind(name, step, n), (0.0, 0.0))
+            found[kind] = sites + 1, tokens + n
+    return found
 
 
 def _attention(block: BlockTrace) -> Count:
