@@ -7,9 +7,9 @@ Method    A pretrained model, nothing trained, in the runner that one would depl
           the nearest of a search in milliseconds, within the time that the curve tells of the first, and of its three
           nearest the first that takes no longer. All are timed in one interleaved run with the dense model; the other
           half of the photos reports KL, top-1 and paired differences, 95 % intervals over images. With ``--wide`` the
-          model is twice as wide (ViT-Ti as ViT-S) and
-          computes the same: every channel, head and hidden unit stands there twice, with half of the weight. So time
-          and MACs are those of the larger model, and the answers those of weights that were trained.
+          model is twice as wide (ViT-Ti as ViT-S) and computes the same: every channel, head and hidden unit stands
+          there twice, with half of the weight. So time and MACs are those of the larger model, and the answers those
+          of weights that were trained.
 Command   python studies/milliseconds.py vit_tiny_patch16_224 vit_tiny_patch16_224.safetensors inval227_dev.zip
           --runner "openvino bf16" --batch 1 --out runs/milliseconds
 Cost      an estimate: 25 minutes of two cores, alone on the machine for the times; searches go on where they stopped
