@@ -17,6 +17,7 @@ Measured  docs/results.md
 from __future__ import annotations
 
 import json
+import random
 import sys
 from contextlib import suppress
 from functools import partial
@@ -42,6 +43,7 @@ from saccade.storage.files import write_json
 
 SINGLE = ("tome", "tofu", "mctf", "pitome", "diffrate", "evit", "imagepiece", "dpc_knn", "token_pooling", "algm")
 SIZES = (0.93, 0.86, 0.79)  # of the model's own input side, before a method
+BLIND = "so many photos choose and so many report, at random among those that --limit N does not take"
 FAMILIES = ("plain", "single", "composition", "schedule")
 
 
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--split")
     parser.add_argument("--speeds", type=float, nargs="+", default=[1.5, 2.0, 3.0], help="times fewer MACs")
     parser.add_argument("--limit", type=int, help="take only so many photos, spread evenly over the split")
+    parser.add_argument("--blind", type=int, nargs=3, metavar=("N", "CHOOSE", "REPORT"), help=BLIND)
     parser.add_argument("--tries", type=int, default=TRIES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -63,6 +66,8 @@ def main() -> None:
     evaluator = Evaluator(model, images)
     store = Cache.of(given.out / "cache", evaluator)
     halves = shuffled_halves(len(evaluator.images), given.seed, evaluator.labels)
+    if given.blind:
+        halves = unseen(len(evaluator.images), *given.blind)
     rows = []
     for speed in given.speeds:
         lines = {family: rivals(model, family, speed) for family in FAMILIES[:3]}
@@ -80,6 +85,14 @@ def main() -> None:
         rows += table(evaluator, store, halves, speed, lines)
         write_json(given.out / f"{Path(given.data).stem}-schedules.json", {"rows": rows})
     print(json.dumps(rows, indent=2))
+
+
+def unseen(count: int, limit: int, choose: int, report: int) -> tuple[list[int], list[int]]:
+    """Places that choose and that report, in order, none of which is in an evenly spread subset of so many."""
+    seen = {i * count // limit for i in range(limit)}
+    rest = [i for i in range(count) if i not in seen]
+    random.Random(1).shuffle(rest)
+    return sorted(rest[:choose]), sorted(rest[choose : choose + report])
 
 
 def rivals(model: saccade.AdaptiveViT, family: str, speed: float) -> list[str]:
