@@ -50,7 +50,7 @@ class Starts:
         return sorted((found for found in whole if found is not None), key=_distance)[:count]
 
     def _plain(self) -> Iterator[Tried]:
-        """Three shapes of the methods and tokenizers that one of the shapes, on a batch, tells to be the nearest.
+        """Four shapes of the methods and tokenizers that one of the shapes, on a batch, tells to be the nearest.
 
         A tokenizer that is farther, alone, than a whole schedule is left out.
         """
@@ -59,6 +59,7 @@ class Starts:
             [0.0] + [1.0] * (depth - 1),  # all blocks but the first
             [1.0] * depth,
             [min(block, 0.5 * (depth - 1 - block)) for block in range(depth)],  # most at a third of the depth
+            [float(block in (depth // 4, depth // 2, 3 * depth // 4)) for block in range(depth)],  # deciding takes time
         ]
         first: list[tuple[Tried, dict[Rule, float]]] = []
         for tokenizer in self.space.tokenizers:
