@@ -177,9 +177,9 @@ def test_sites_that_compare_no_tokens_are_another_kind():
     """Of a method that counts in several ways; their deciding takes less time."""
     model = tiny().eval()
     both = work_of(model.at("diffrate(prune=(2, 2), merge=(0, 3))").eval()).deciding
-    assert both == {"diffrate, by rank alone": (1.0, 16.0), "diffrate": (1.0, 14.0)}
+    assert both == {"diffrate, by rank alone": (1.0, 16.0, 3.0), "diffrate": (1.0, 14.0, 2.0)}
     on_grid = work_of(model.at("grid(16, size=48) | diffrate(prune=(2, 2), merge=(0, 3))").eval()).deciding
-    assert on_grid == {"diffrate, by rank alone": (1.0, 9.0), "diffrate": (1.0, 7.0)}
+    assert on_grid == {"diffrate, by rank alone": (1.0, 9.0, 3.0), "diffrate": (1.0, 7.0, 2.0)}
     known = {kind for setting in some_of_each(model) for kind in work_of(model.at(setting).eval()).deciding}
     assert both.keys() <= known
 
@@ -192,7 +192,9 @@ def test_work_of_what_depends_on_the_image_comes_from_a_forward():
     assert sum(work.mlp) < sum(dense.mlp)
 
 
-@pytest.mark.parametrize("damage", [{"block": [1.0]}, {"tokens": ["x"]}, {"cost": {"dim": 1}}, {"methods": {"a": [1]}}])
+@pytest.mark.parametrize(
+    "damage", [{"block": [1.0]}, {"tokens": ["x"]}, {"cost": {"dim": 1}}, {"methods": {"a": [1, 2]}}]
+)
 def test_what_is_no_curve_is_refused(lawful, damage):
     told = {**measure(tiny().eval(), [], batch=1).to_dict(), **damage}
     with pytest.raises((ValueError, TypeError, KeyError)):
@@ -233,11 +235,15 @@ def test_what_a_graph_masks_is_not_told_by_what_pytorch_skips(lawful):
 
 def test_deciding_takes_no_less_than_nothing():
     """What is told of other numbers of tokens lies between times by sites and times by tokens."""
-    exact = [(12.0, 2000.0), (12.0, 1000.0)]
-    assert latency_curve._deciding(exact, [6.2, 5.1]) == pytest.approx((4.0 / 12, 0.0011))
-    assert latency_curve._deciding(exact, [5.0, 6.0]) == pytest.approx((5.5 / 12, 0.0)), "fewer tokens took longer"
-    assert latency_curve._deciding(exact, [6.0, 2.9]) == pytest.approx((0.0, (2000 * 6 + 1000 * 2.9) / 5e6))
-    assert latency_curve._deciding(exact[:1], [6.0]) == pytest.approx((0.5, 0.0))
+    exact = [(12.0, 2000.0, 12.0), (12.0, 1000.0, 12.0)]
+    assert latency_curve._deciding(exact, [6.2, 5.1]) == pytest.approx((4.0 / 12, 0.0011, 0.0))
+    assert latency_curve._deciding(exact, [5.0, 6.0]) == pytest.approx((5.5 / 12, 0.0, 0.0)), "fewer took longer"
+    assert latency_curve._deciding(exact, [6.0, 2.9]) == pytest.approx((0.0, (2000 * 6 + 1000 * 2.9) / 5e6, 0.0))
+    assert latency_curve._deciding(exact[:1], [6.0]) == pytest.approx((0.5, 0.0, 0.0))
+    assert latency_curve._deciding(exact, [-1.0, -2.0]) == (0.0, 0.0, 0.0)
+    few = (3.0, 400.0, 9.0)  # blocks behind take longer too
+    told = [0.2 * sites + 0.001 * tokens + 0.3 * behind for sites, tokens, behind in [*exact, few]]
+    assert latency_curve._deciding([*exact, few], told) == pytest.approx((0.2, 0.001, 0.3))
 
 
 def test_the_curve_is_drawn_as_a_page(lawful, monkeypatch, tmp_path, capsys):

@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from saccade.core.registry import registry
 from saccade.errors import UserError
 from saccade.evaluation.circumstances import circumstances
 from saccade.evaluation.latency_curve import LatencyCurve, decides_nothing, measure
+from saccade.evaluation.schedule import rules_of
 from saccade.evaluation.work import work_of
 from saccade.execution.policy import cache_file
 from saccade.model import AdaptiveViT
@@ -51,7 +51,7 @@ class DeviceCurve(Result):
             for n, ms in pairs
         ]
         self.rows += [
-            CurveRow(f"{name}: deciding, a block", ms, 1e3 * token) for name, (ms, token) in curve.methods.items()
+            CurveRow(f"{name}: deciding, a block", ms, 1e3 * token) for name, (ms, token, _) in curve.methods.items()
         ]
 
     def table(self) -> Table:
@@ -119,36 +119,52 @@ def known_curve(model: AdaptiveViT, some: Sequence[str], runner: Runner, batch: 
 
 def some_of_each(model: AdaptiveViT) -> list[str]:
     """Settings by which methods and tokenizers are known: of a method the weakest and the strongest of its menu, and
-    the strongest on a smaller input, where there is one, so that few tokens come to it as well as many; and what of the
-    strongest decides in another way, where a method counts in several ways."""
-    menus = [(entry.kind, entry.menu(model.backbone)) for entry in registry().values()]
-    grids = [s for kind, menu in menus if kind == "tokenizer" for s in menu if decides_nothing(s)]
+    the strongest on a smaller input, where there is one, so that few tokens come to it as well as many. Of one that
+    takes counts, for the weakest one that decides in three blocks where its menu does in all, or the other way round;
+    and what of the strongest decides otherwise, where it counts in several ways."""
+    menus = {name: entry.menu(model.backbone) for name, entry in registry().items()}
+    tokenizers = [s for name, menu in menus.items() if registry()[name].kind == "tokenizer" for s in menu]
     half = (model.backbone.num_prefix + model.backbone.num_patches) / 2
+    grids = [s for s in tokenizers if decides_nothing(s)]
     smaller = sorted(grids, key=lambda s: abs(work_of(model.at(s).eval()).attention[0] - half))[:1]
-
-    def on_smaller(setting: str) -> list[str]:
-        for grid in smaller:
-            with suppress(UserError):  # counts that a smaller input has not
-                view = model.at(f"{grid} | {setting}").eval()
-                return [str(view.setting)] if work_of(view).deciding else []
-        return []
-
-    def in_one_way(setting: str) -> Iterator[str]:
-        (call,) = Setting.parse(setting).calls
-        entry, whole = registry()[call.name], work_of(model.at(setting).eval()).deciding
-        given = dict(zip(entry.knobs, call.args, strict=False)) | dict(call.kwargs)
-        for knob in entry.counts if len(entry.counts) > 1 else ():
-            zeros = {other: 0 for other in entry.counts if other != knob}
-            alone = str(Setting((Call(call.name, (), tuple((given | zeros).items())),)))
-            if not work_of(model.at(alone).eval()).deciding.keys() <= whole.keys():
-                yield alone
-
-    found: list[str] = []
-    for kind, menu in menus:
-        strongest = menu[-1:]
-        apart = chain(*map(on_smaller, strongest), *map(in_one_way, strongest))
-        found += menu if kind == "tokenizer" else [*menu[:1], *strongest, *apart]
+    found = tokenizers
+    for name, menu in menus.items():
+        if registry()[name].kind != "tokenizer" and menu:
+            weakest = _in_other_blocks(model, name, menu[-1]) if registry()[name].counts else menu[0]
+            found += [weakest, menu[-1], *_on_smaller(model, smaller, menu[-1]), *_in_one_way(model, menu[-1])]
     return list(dict.fromkeys(found))
+
+
+def _on_smaller(model: AdaptiveViT, grids: Sequence[str], setting: str) -> Iterator[str]:
+    for grid in grids:
+        with suppress(UserError):  # counts that a smaller input has not
+            view = model.at(f"{grid} | {setting}").eval()
+            if work_of(view).deciding:
+                yield str(view.setting)
+
+
+def _in_one_way(model: AdaptiveViT, setting: str) -> Iterator[str]:
+    """Of a method that counts in several ways: in one alone, where that decides otherwise."""
+    (call,) = Setting.parse(setting).calls
+    entry, whole = registry()[call.name], work_of(model.at(setting).eval()).deciding
+    given = dict(zip(entry.knobs, call.args, strict=False)) | dict(call.kwargs)
+    for knob in entry.counts if len(entry.counts) > 1 else ():
+        zeros = {other: 0 for other in entry.counts if other != knob}
+        alone = str(Setting((Call(call.name, (), tuple((given | zeros).items())),)))
+        if not work_of(model.at(alone).eval()).deciding.keys() <= whole.keys():
+            yield alone
+
+
+def _in_other_blocks(model: AdaptiveViT, name: str, setting: str) -> str:
+    """Half of all tokens by a method, in three blocks where a setting of it decides in more, or else in all."""
+    depth, work = model.backbone.depth, work_of(model.at(setting).eval())
+    few = max(sites for sites, *_ in work.deciding.values()) > depth / 2
+    some = {depth // 4, depth // 2, 3 * depth // 4} if few else {*range(1, depth)}
+    each = max(1, model.backbone.num_patches // (2 * len(some)))
+    *others, rule = rules_of(name, model.backbone)
+    counts = tuple(each * (block in some) for block in range(depth))
+    given = {other.knob: 0 for other in others} | {rule.knob: counts} | dict(rule.others)
+    return str(model.at(str(Setting((Call(name, (), tuple(given.items())),)))).setting)
 
 
 def curve_file(model: AdaptiveViT, some: Sequence[str], runner: Runner, batch: int) -> Path:

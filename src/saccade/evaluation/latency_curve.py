@@ -2,9 +2,9 @@
 
 Measured once, by a handful of settings in one interleaved run. Then a setting is priced in milliseconds from the tokens
 in its blocks (``evaluation/work.py``), without being timed: a block's time lies on the line between measured numbers of
-tokens, attention's part of it by MACs; a method's deciding takes a time for each site and one for each token that comes
-to it. A kernel may take longer for 79 tokens than for 101, so what tokenizers give are measured numbers too: there the
-first blocks are, and often most.
+tokens, attention's part of it by MACs; a method's deciding takes a time for each site, one for each token that comes to
+it, and one for each block behind, whose attention goes by sizes. A kernel may take longer for 79 tokens than for 101,
+so what tokenizers give are measured numbers too: there the first blocks are, and often most.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class LatencyCurve:
         tokens: numbers of tokens, prefix included, in order; block: what a block of so many takes.
         tokenizers: by family of tokenizers, embedding, head and all else that no block does, by tokens, fewest first;
             what lies between is on the line. "": grids, and the model's own.
-        methods: by method, what deciding takes for a site, and for each token that comes to it.
+        methods: by method, what deciding takes for a site, for each token that comes to it, and for each block from
+            its first site on.
     """
 
     runner: str
@@ -49,7 +50,7 @@ class LatencyCurve:
     tokens: tuple[float, ...]
     block: tuple[float, ...]
     tokenizers: dict[str, tuple[tuple[float, float], ...]]
-    methods: dict[str, tuple[float, float]]
+    methods: dict[str, tuple[float, float, float]]
 
     def predict(self, model: AdaptiveViT) -> float | None:
         """Of a batch under a model's setting; None where the curve does not know a part of it, and where a runner masks
@@ -78,7 +79,7 @@ class LatencyCurve:
             self,
             block=tuple(factor * ms for ms in self.block),
             tokenizers={name: tuple((n, factor * ms) for n, ms in pairs) for name, pairs in self.tokenizers.items()},
-            methods={name: (factor * site, factor * token) for name, (site, token) in self.methods.items()},
+            methods={name: (factor * a, factor * b, factor * c) for name, (a, b, c) in self.methods.items()},
         )
 
     def in_blocks(self, work: Work) -> float:
@@ -89,12 +90,12 @@ class LatencyCurve:
 
     def deciding(self, work: Work) -> float:
         """Of deciding alone."""
-        known = [(self.methods[name], asked) for name, asked in work.deciding.items()]
-        return sum(site * sites + token * tokens for (site, token), (sites, tokens) in known)
+        known = [zip(self.methods[name], asked, strict=True) for name, asked in work.deciding.items()]
+        return sum(ms * count for pairs in known for ms, count in pairs)
 
     def decision_ms(self) -> dict[str, float]:
         """By method, what one decision among all of the model's own tokens takes."""
-        return {name: site + token * self.tokens[-1] for name, (site, token) in self.methods.items()}
+        return {name: site + token * self.tokens[-1] for name, (site, token, _) in self.methods.items()}
 
     def schedule_ms(self, space: Space, schedule: Schedule) -> float:
         """Of a schedule: a ``schedule.Cost``; infinite where a part is not known."""
@@ -112,7 +113,7 @@ class LatencyCurve:
         tokens, block = (tuple(map(float, told[name])) for name in ("tokens", "block"))
         some = {str(name): pairs for name, pairs in told["tokenizers"].items()}
         tokenizers = {name: tuple((float(n), float(ms)) for n, ms in pairs) for name, pairs in some.items()}
-        methods = {str(name): (float(site), float(token)) for name, (site, token) in told["methods"].items()}
+        methods = {str(name): (float(a), float(b), float(c)) for name, (a, b, c) in told["methods"].items()}
         if len(tokens) < 2 or len(tokens) != len(block):
             raise ValueError
         cost = BlockCost(**{name: int(value) for name, value in told["cost"].items()})
@@ -214,7 +215,7 @@ def fitted(
         curve = replace(curve, tokenizers={**curve.tokenizers, kind: tuple(pairs)})
     outside = {name: curve.outside(first, works[name]) for name, (first, _) in parts.items()}
     names = {name: next(iter(works[name].deciding)) for name in some if len(works[name].deciding) == 1}
-    methods = {}
+    methods = dict[str, tuple[float, float, float]]()
     for method in dict.fromkeys(names.values()):
         own = [(n, out) for n in names if names[n] == method and (out := outside[n]) is not None]
         if own:
@@ -238,17 +239,19 @@ def _blocks(
     return replace(curve, tokens=tokens, block=tuple(block), tokenizers={"": ((tokens[-1], rest),)})
 
 
-def _deciding(asked: list[tuple[float, float]], left: list[float]) -> tuple[float, float]:
-    """Time for a site and for a token, by what is left of some settings' times: neither is below zero, for what is
-    told of fewer or more tokens is then between them; by one of the two alone where both would not be."""
+def _deciding(asked: list[tuple[float, float, float]], left: list[float]) -> tuple[float, float, float]:
+    """Time for a site, for a token, and for a block behind, by what is left of some settings' times: the least squares
+    of which none is below zero, for what is told of other numbers is then between them. Where fewer of the three tell
+    as much, the others are nothing."""
     rows, y = torch.tensor(asked, dtype=torch.float64), torch.tensor(left, dtype=torch.float64)
-    both = torch.linalg.lstsq(rows, y).solution if len(asked) > 1 else torch.full((2,), -1.0, dtype=torch.float64)
-    if (both < 0).any():
-        alone = [torch.diag(rows.T @ rows)[i].reciprocal() * (rows[:, i] @ y) for i in (0, 1)]
-        ways = [
-            torch.stack([alone[0], torch.zeros_like(alone[0])]),
-            torch.stack([torch.zeros_like(alone[1]), alone[1]]),
-        ]
-        both = min(ways, key=lambda way: (rows @ way - y).square().sum().item())
-    site, token = both.tolist()
-    return site, token
+    best, error = (0.0, 0.0, 0.0), y.square().sum().item()
+    for columns in ([0], [1], [2], [0, 1], [0, 2], [1, 2], [0, 1, 2]):
+        if len(columns) > len(asked):
+            continue
+        found = torch.zeros(3, dtype=torch.float64)
+        found[columns] = torch.linalg.lstsq(rows[:, columns], y).solution
+        far = (rows @ found - y).square().sum().item()
+        if (found >= 0).all() and far < error - 1e-9 * y.square().sum().item():
+            site, token, behind = found.tolist()
+            best, error = (site, token, behind), far
+    return best

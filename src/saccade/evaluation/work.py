@@ -25,13 +25,14 @@ class Work:
     Attributes:
         attention: by block, as many tokens as would cost attention what it costs, where all ask all.
         mlp: by block, tokens in the MLP.
-        deciding: by method, the sites where it decides, and the tokens that come to them in all. Of a method that
-            counts in several ways, sites that compare no tokens are apart: "…, by rank alone".
+        deciding: by method, the sites where it decides, the tokens that come to them in all, and the blocks from its
+            first site on, which go by what it says of tokens (their sizes). Of a method that counts in several ways,
+            sites that compare no tokens are apart: "…, by rank alone".
     """
 
     attention: tuple[float, ...]
     mlp: tuple[float, ...]
-    deciding: dict[str, tuple[float, float]]
+    deciding: dict[str, tuple[float, float, float]]
 
 
 def static_work(backbone: Backbone, methods: Iterable[Named]) -> Work:
@@ -40,15 +41,15 @@ def static_work(backbone: Backbone, methods: Iterable[Named]) -> Work:
     plan = Plan(method for _, method in methods)
     owner = {id(step): name for name, method in methods for step in method.steps}
     n, prefix, depth = backbone.num_patches, backbone.num_prefix, plan.depth(backbone.depth)
-    attention, mlp, deciding = [], [], dict[str, tuple[float, float]]()
+    attention, mlp, deciding = [], [], dict[str, tuple[float, float, float]]()
 
     def reduce(block: int, site: str, n: int) -> int:
         for step in plan.at.get(block, ()):
             if not isinstance(step, Reducer) or step.site != site or (left := step.count(n)) in (n, None):
                 continue
             kind = _kind(owner[id(step)], step, n)
-            sites, tokens = deciding.get(kind, (0.0, 0.0))
-            deciding[kind] = sites + 1, tokens + n
+            sites, tokens, behind = deciding.get(kind, (0.0, 0.0, float(depth - block)))
+            deciding[kind] = sites + 1, tokens + n, behind
             n = left
         return n
 
@@ -75,7 +76,7 @@ def work_of(model: AdaptiveViT) -> Work:
     noise = torch.randn(1, model.backbone.channels, *model.input_size(), generator=draw)
     with torch.inference_mode():
         blocks = model.deploy(None).eval()(noise.to(weight.device, weight.dtype)).trace.blocks
-    deciding: dict[str, tuple[float, float]] = {}
+    deciding: dict[str, tuple[float, float, float]] = {}
     for name, method in methods:
         deciding |= _sites(name, method, blocks, model.backbone)
     attention = tuple(_equal(b.cost, _number(_attention(b))) for b in blocks)
@@ -96,17 +97,17 @@ def _kind(name: str, step: Reducer | Gater, n: int) -> str:
 
 def _sites(
     name: str, method: Method, blocks: tuple[BlockTrace, ...], backbone: Backbone
-) -> dict[str, tuple[float, float]]:
-    """Where a method has something to do, and the patch tokens that came there."""
-    found: dict[str, tuple[float, float]] = {}
+) -> dict[str, tuple[float, float, float]]:
+    """Where a method has something to do, the patch tokens that came there, and the blocks from there on."""
+    found: dict[str, tuple[float, float, float]] = {}
     for at, step in zip(method.at, method.steps, strict=True):
         last = backbone.pool == "token" and at == len(blocks) - 1  # has no patches between its parts
         if at >= len(blocks) or (isinstance(step, Reducer) and step.site == "attn" and last):
             continue
         n = blocks[at].static_counts[0] - backbone.num_prefix
         if not isinstance(step, Reducer) or step.count(n) != n:
-            sites, tokens = found.get(kind := _kind(name, step, n), (0.0, 0.0))
-            found[kind] = sites + 1, tokens + n
+            sites, tokens, behind = found.get(kind := _kind(name, step, n), (0.0, 0.0, float(len(blocks) - at)))
+            found[kind] = sites + 1, tokens + n, behind
     return found
 
 
