@@ -16,7 +16,7 @@ from saccade.evaluation import latency_curve
 from saccade.evaluation.device_curve import device_curve, some_of_each
 from saccade.evaluation.latency_curve import LatencyCurve, measure
 from saccade.evaluation.schedule import Space
-from saccade.evaluation.work import static_work, work_of
+from saccade.evaluation.work import Work, static_work, work_of
 from small_runs import tiny
 
 KNOWN = [
@@ -244,6 +244,14 @@ def test_deciding_takes_no_less_than_nothing():
     few = (3.0, 400.0, 9.0)  # blocks behind take longer too
     told = [0.2 * sites + 0.001 * tokens + 0.3 * behind for sites, tokens, behind in [*exact, few]]
     assert latency_curve._deciding([*exact, few], told) == pytest.approx((0.2, 0.001, 0.3))
+
+
+def test_blocks_behind_two_methods_go_by_sizes_once():
+    cost = tiny().backbone.cost
+    curve = LatencyCurve("fp32", 1, cost, (2.0, 17.0), (1.0, 2.0), {}, {"a": (0.1, 0.0, 0.5), "b": (0.2, 0.0, 0.4)})
+    work = Work((), (), {"a": (1.0, 10.0, 4.0), "b": (2.0, 20.0, 6.0)})
+    assert curve.deciding(work) == pytest.approx(0.1 + 0.4 + 0.4 * 6)
+    assert curve.deciding(Work((), (), {})) == 0.0
 
 
 def test_the_curve_is_drawn_as_a_page(lawful, monkeypatch, tmp_path, capsys):

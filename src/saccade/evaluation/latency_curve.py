@@ -89,9 +89,10 @@ class LatencyCurve:
         )
 
     def deciding(self, work: Work) -> float:
-        """Of deciding alone."""
-        known = [zip(self.methods[name], asked, strict=True) for name, asked in work.deciding.items()]
-        return sum(ms * count for pairs in known for ms, count in pairs)
+        """Of deciding alone. Blocks that are behind two methods go by sizes once."""
+        known = [(self.methods[name], asked) for name, asked in work.deciding.items()]
+        at_sites = sum(site * sites + token * tokens for (site, token, _), (sites, tokens, _) in known)
+        return at_sites + max((each * behind for (*_, each), (*_, behind) in known), default=0.0)
 
     def decision_ms(self) -> dict[str, float]:
         """By method, what one decision among all of the model's own tokens takes."""
