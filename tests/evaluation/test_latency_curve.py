@@ -149,6 +149,15 @@ def test_a_model_of_few_patches_has_a_curve(lawful):
     assert curve.predict(model.at("dense").eval()) == pytest.approx(law(model.at("dense").eval()), rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [{"img_size": (16, 48)}, {"img_size": 16}, {"num_classes": 0}], ids=str)
+def test_models_of_any_shape_have_points(lawful, shape):
+    """Few patches, or one, or no classes: what is timed runs, and the curve tells what was timed of dense."""
+    model = tiny(**shape).eval()
+    curve = measure(model, some_of_each(model), batch=1)
+    dense = model.at("dense").eval()
+    assert curve.predict(dense) == pytest.approx(law(dense), rel=1e-6)
+
+
 def test_a_schedule_is_priced_without_being_run(lawful):
     model = tiny().eval()
     space, curve = Space.of(model), measure(model, KNOWN, batch=1)

@@ -130,7 +130,7 @@ def some_of_each(model: AdaptiveViT) -> list[str]:
     found = tokenizers
     for name, menu in menus.items():
         if registry()[name].kind != "tokenizer" and menu:
-            weakest = _in_other_blocks(model, name, menu[-1]) if registry()[name].counts else menu[0]
+            weakest = _in_other_blocks(model, name, menu[-1]) or menu[0]
             found += [weakest, menu[-1], *_on_smaller(model, smaller, menu[-1]), *_in_one_way(model, menu[-1])]
     return list(dict.fromkeys(found))
 
@@ -155,13 +155,17 @@ def _in_one_way(model: AdaptiveViT, setting: str) -> Iterator[str]:
             yield alone
 
 
-def _in_other_blocks(model: AdaptiveViT, name: str, setting: str) -> str:
-    """Half of all tokens by a method, in three blocks where a setting of it decides in more, or else in all."""
-    depth, work = model.backbone.depth, work_of(model.at(setting).eval())
-    few = max(sites for sites, *_ in work.deciding.values()) > depth / 2
+def _in_other_blocks(model: AdaptiveViT, name: str, setting: str) -> str | None:
+    """Half of all tokens by a method, in three blocks where a setting of it decides in more, or else in all; None where
+    it takes no counts."""
+    rules, depth = rules_of(name, model.backbone), model.backbone.depth
+    if not rules:
+        return None
+    work = work_of(model.at(setting).eval())
+    few = max((sites for sites, *_ in work.deciding.values()), default=0.0) > depth / 2
     some = {depth // 4, depth // 2, 3 * depth // 4} if few else {*range(1, depth)}
     each = max(1, model.backbone.num_patches // (2 * len(some)))
-    *others, rule = rules_of(name, model.backbone)
+    *others, rule = rules
     counts = tuple(each * (block in some) for block in range(depth))
     given = {other.knob: 0 for other in others} | {rule.knob: counts} | dict(rule.others)
     return str(model.at(str(Setting((Call(name, (), tuple(given.items())),)))).setting)

@@ -127,7 +127,8 @@ def weights(cost: BlockCost, tokens: Sequence[float], work: Work) -> list[float]
     for counts, part in ((work.attention, attention_share), (work.mlp, lambda c, n: 1 - attention_share(c, n))):
         for n in counts:
             i = min(max(bisect_right(tokens, n), 1), len(tokens) - 1)
-            along = (n - tokens[i - 1]) / (tokens[i] - tokens[i - 1])
+            span = tokens[i] - tokens[i - 1]
+            along = (n - tokens[i - 1]) / span if span else 0.0  # of a model of one patch there is one number
             share = part(cost, n)
             found[i - 1] += (1 - along) * share
             found[i] += along * share

@@ -76,7 +76,7 @@ class Space:
         found, backbone = registry(), model.backbone
         names = [name for name, entry in found.items() if entry.kind == "tokenizer"]
         tokenizers = [s for name in names for s in (found[name].finer or found[name].menu)(backbone)]
-        rules = [rule for name, entry in found.items() if entry.counts for rule in rules_of(name, backbone)]
+        rules = [rule for name in found for rule in rules_of(name, backbone)]
         given = {tokenizer: _tokenized(model, tokenizer) for tokenizer in ("", *tokenizers)}
         known = {tokenizer: tokenized for tokenizer, tokenized in given.items() if tokenized is not None}
         return cls(model, tuple(known), tuple(rules), known)
@@ -185,7 +185,8 @@ def _brief(counts: tuple[int, ...]) -> tuple[int, ...] | int:
 
 def rules_of(name: str, backbone: Backbone) -> list[Rule]:
     """The knobs of a method that take counts; beside others as its menu has them, where it does not go without."""
-    entry = registry()[name]
+    if not (entry := registry()[name]).counts:
+        return []
     call = Setting.parse((entry.menu(backbone) or [f"{name}()"])[0]).calls[0]
     given = dict(zip(entry.knobs, call.args, strict=False)) | dict(call.kwargs)
     menus = tuple((knob, value) for knob, value in given.items() if knob not in entry.counts)
