@@ -70,8 +70,8 @@ def main() -> None:
 
 
 def drawn(space: Space, count: int) -> list[str]:
-    """Schedules of one or two methods in any shape, at 1.3 to 3 times fewer MACs, on every tokenizer in
-    turn that leaves something to do."""
+    """Schedules of one or two methods in any shape, at 1.3 to 3 times fewer MACs, on every tokenizer in turn that
+    leaves something to do."""
     draw, dense, found = random.Random(0), space.macs(space.empty("")), list[str]()
     while len(found) < count:
         tokenizer, limit = space.tokenizers[len(found) % len(space.tokenizers)], dense / draw.uniform(1.3, 3.0)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "studies"))
 import compositions
 import dense
 import jobs
+import schedules
 import timm
 import widened
 
@@ -293,3 +294,10 @@ def test_a_wider_model_computes_the_same(heads, spread):
         torch.testing.assert_close(widened.widen(narrow, wide, spread)(images), narrow(images), atol=1e-5, rtol=1e-4)
         left, right = wide.blocks[0].mlp.fc2.weight[:, :192], wide.blocks[0].mlp.fc2.weight[:, 192:]
         assert torch.equal(left, right) == (spread == 0)
+
+
+def test_blind_photos_are_in_no_half_of_what_was_seen():
+    choose, report = schedules.unseen(100, 20, 30, 40)
+    seen = {i * 100 // 20 for i in range(20)}
+    assert len(choose) == 30 and len(report) == 40
+    assert not {*choose} & {*report} and not {*choose, *report} & seen

@@ -91,6 +91,7 @@ def attention_share(cost: BlockCost, tokens: float) -> float:
 
 
 def _kind(name: str, step: Reducer | Gater, n: int) -> str:
+    """What decides at a site, as ``Work.deciding`` names it."""
     several = name in registry() and len(registry()[name].counts) > 1
     return f"{name}, by rank alone" if several and not step.macs(n) else name
 
